@@ -1,0 +1,48 @@
+"""The `llada` program: finds the command, parses its flags, and turns a user's mistake into one line and status 2."""
+
+import importlib
+import sys
+
+from absl import flags
+
+from llada.commands import experiment
+from llada.errors import UserError
+
+COMMANDS = {
+    "train": "pre-train a model; continues by itself where the workdir holds a checkpoint",
+    "evaluate": "held-out bound (LLaDA) or NLL (ARM), with its standard error",
+    "sample": "text from a trained model: continue a prompt or fill gaps",
+    "compare": "curves and a report of a LLaDA and its ARM twin",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `llada COMMAND --flags`; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"llada: there is no command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(f"llada.commands.{name}")
+    if any(word in ("-h", "--help", "-help") for word in rest):
+        print(f"{command.__doc__}\n\nflags:{flags.FLAGS.module_help(command)}")
+        return 0
+    try:
+        rest, overrides = experiment.take_overrides(rest)
+        extra = flags.FLAGS([f"llada {name}", *rest])[1:]
+        if extra:
+            raise UserError(f"{extra[0]!r} is not a flag; flags look like --name=value; see llada {name} --help")
+        if overrides and name != "train":
+            raise UserError(f"--config.{next(iter(overrides))} belongs to llada train; a workdir keeps its own config")
+        return command.run(overrides) if name == "train" else command.run()
+    except (UserError, flags.Error) as error:
+        print(f"llada {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _usage() -> str:
+    lines = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    return f"llada COMMAND --flags   (llada COMMAND --help lists them)\n\n{lines}"

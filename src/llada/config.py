@@ -1,0 +1,328 @@
+"""Every knob and every default, in one place.
+
+An experiment file returns a `ConfigDict`; `from_config_dict` turns it into the frozen dataclasses below and refuses
+what it does not know. Past that border no ConfigDict exists, and nothing reads a field "with a default".
+Positions of the learning-rate schedule are parsed in `training/optimizer.py`, where they are used.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from llada.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One Transformer for both families; `causal` is the only difference (LLaDA section 2.1, Table 5)."""
+
+    layers: int = 6
+    width: int = 256
+    heads: int = 4
+    kv_heads: int | None = None  # None: as many as heads (MHA); fewer is GQA
+    ffn: int = 704
+    vocab_size: int = 2048
+    max_length: int = 256  # the longest sequence the model is meant for, in tokens
+    causal: bool = False
+    tie_embeddings: bool = False
+    qk_norm: bool = False
+    rope_theta: float = 500_000.0
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    dtype: str = "bfloat16"  # of the matrix products; parameters, norms, softmax and loss are float32
+    remat: str = "none"  # what the backward pass recomputes: none | dots (all but matrix products) | full
+
+    @property
+    def head_size(self) -> int:
+        """Channels per attention head."""
+        return self.width // self.heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Key/value heads after resolving None."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The training objective; `eps`, `time_sampling` matter to the diffusion objective only."""
+
+    name: str = "diffusion"  # diffusion | autoregressive
+    eps: float = 1e-3  # masking probability p = (1 - eps) t + eps
+    time_sampling: str = "stratified"  # stratified over the global batch | iid, as in the paper
+    random_length_fraction: float = 0.01  # sequences cut to a length drawn from U[1, L]
+    head_rows: int = 512  # token positions per vocabulary-sized block of logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The corpus, and how it becomes rows of tokens."""
+
+    source: str = "stdlib"  # stdlib | text:GLOB
+    tokenizer: str | None = None  # a SentencePiece .model; None: train one of model.vocab_size on the corpus
+    sequence_length: int = 256
+    holdout_fraction: float = 0.02  # of the documents, chosen by a hash of their text
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with clipping and a piecewise-linear learning rate."""
+
+    peak_learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_norm: float = 1.0
+    # "position:factor ..." with positions in tokens (10.5G) or percent of the run (2%); linear in between, a jump where
+    # a position repeats. Factors multiply peak_learning_rate.
+    schedule: str = "0:0 2%:1 80%:1 100%:0.1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices per mesh axis; their product is the number of devices."""
+
+    data: int | None = None  # None: all the devices that fsdp and tensor leave
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, and how much at once."""
+
+    batch_size: int = 32  # sequences per optimizer step, over all devices and microbatches
+    microbatches: int = 1
+    steps: int | None = None  # give steps or tokens
+    tokens: int | None = None
+    log_every: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Held-out evaluation during and after training."""
+
+    every: int = 500  # steps; 0 evaluates at the end only
+    batches: int = 8
+    draws: int = 8  # Monte Carlo draws (l, masks) per row; the ARM needs none
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and how many to keep."""
+
+    every: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole of a run."""
+
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Token positions read per optimizer step."""
+        return self.train.batch_size * self.data.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run, from `train.steps` or rounded down from `train.tokens`."""
+        if self.train.steps is not None:
+            return self.train.steps
+        return self.train.tokens // self.tokens_per_step
+
+
+# Keys that a later call on the same workdir may change: they alter how long and how the run is executed, not which
+# model it is or what it sees at a given step.
+CHANGEABLE = (
+    "train.steps train.tokens train.log_every train.microbatches objective.head_rows model.remat "
+    "mesh.data mesh.fsdp mesh.tensor evaluate.every evaluate.batches evaluate.draws checkpoint.every checkpoint.keep"
+).split()
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The defaults above as a ConfigDict for experiment files to change; keys that may be None are placeholders."""
+
+    def convert(node):
+        out = ml_collections.ConfigDict()
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            if dataclasses.is_dataclass(value):
+                out[field.name] = convert(value)
+            elif value is None:
+                out[field.name] = config_dict.placeholder(_scalar_type(field.type))
+            else:
+                out[field.name] = value
+        return out
+
+    return convert(Config())
+
+
+def pick(argument: str, choices: dict[str, Any]) -> Any:
+    """What an experiment file's `:argument` stands for; UserError listing the arguments for any other."""
+    if argument not in choices:
+        raise UserError(f"--config=...:{argument} is not an argument of this file; use one of {', '.join(choices)}")
+    return choices[argument]
+
+
+def from_config_dict(values: ml_collections.ConfigDict | dict) -> Config:
+    """The border: nested dataclasses from a ConfigDict or plain dict; unknown keys and bad values raise UserError."""
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    config = _build(Config, values, "config")
+    _validate(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict, ready for JSON; `from_config_dict` reads it back."""
+    return dataclasses.asdict(config)
+
+
+def save(config: Config, path: Path) -> None:
+    """Write `config` as JSON."""
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load(path: Path) -> Config:
+    """Read what `save` wrote."""
+    return from_config_dict(json.loads(path.read_text()))
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` for every key that differs, save those a later call may change."""
+    a, b = _flatten(to_dict(old)), _flatten(to_dict(new))
+    return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in a if a[key] != b[key] and key not in CHANGEABLE]
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _scalar_type(annotation) -> type:
+    """`int` from `int | None`."""
+    if isinstance(annotation, types.UnionType):
+        return next(a for a in typing.get_args(annotation) if a is not type(None))
+    return annotation
+
+
+def _build(cls, values: dict, path: str):
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    out = {}
+    for key, value in values.items():
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean --{path}.{close[0]}? " if close else ""
+            raise UserError(f"unknown config key {path}.{key}; {hint}known keys of {path}: {', '.join(sorted(fields))}")
+        field_type = fields[key].type
+        if dataclasses.is_dataclass(field_type):
+            if not isinstance(value, dict):
+                raise UserError(f"{path}.{key}={value!r} must be a group of keys, not one value")
+            out[key] = _build(field_type, value, f"{path}.{key}")
+        else:
+            out[key] = _checked(value, field_type, f"{path}.{key}")
+    return cls(**out)
+
+
+def _checked(value, annotation, path: str):
+    wanted = _scalar_type(annotation)
+    if value is None and wanted is not annotation:
+        return None
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:
+        optional = " or None" if wanted is not annotation else ""
+        raise UserError(f"--{path}={value!r} is a {type(value).__name__}; it must be {wanted.__name__}{optional}")
+    return value
+
+
+def _validate(c: Config) -> None:
+    """Refuse what cannot work, naming the value, the rule and the flag. Mesh against devices: see `mesh.make`."""
+
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise UserError(message)
+
+    def choice(path: str, value: str, allowed: tuple[str, ...]) -> None:
+        require(value in allowed, f"--config.{path}={value!r} is not one of {', '.join(allowed)}")
+
+    flat = _flatten(to_dict(c))
+    for key in (
+        "model.layers model.width model.heads model.kv_heads model.ffn model.vocab_size model.max_length "
+        "objective.head_rows data.sequence_length mesh.data mesh.fsdp mesh.tensor train.batch_size train.microbatches "
+        "train.steps train.tokens train.log_every evaluate.batches evaluate.draws checkpoint.every checkpoint.keep"
+    ).split():
+        require(flat[key] is None or flat[key] > 0, f"--config.{key}={flat[key]} must be positive")
+    for key in ("model.rope_theta", "model.norm_eps", "model.init_std", "optimizer.peak_learning_rate",
+                "optimizer.adam_eps", "optimizer.clip_norm"):  # fmt: skip
+        require(0 < flat[key] < float("inf"), f"--config.{key}={flat[key]} must be a positive number")
+    for key in ("optimizer.beta1", "optimizer.beta2"):
+        require(0 <= flat[key] < 1, f"--config.{key}={flat[key]} must be in [0, 1)")
+    require(c.optimizer.weight_decay >= 0, f"--config.optimizer.weight_decay={c.optimizer.weight_decay} is negative")
+    require(c.evaluate.every >= 0, f"--config.evaluate.every={c.evaluate.every} is negative; 0 evaluates at the end only")
+    require(0 <= c.seed < 2**31, f"--config.seed={c.seed} must be in [0, 2**31)")
+
+    m = c.model
+    choice("model.dtype", m.dtype, ("bfloat16", "float32"))
+    choice("model.remat", m.remat, ("none", "dots", "full"))
+    require(m.width % m.heads == 0,
+            f"--config.model.heads={m.heads} does not divide model.width={m.width}; "
+            f"heads that do: {', '.join(map(str, _divisors(m.width)))}")  # fmt: skip
+    require(m.head_size % 2 == 0,
+            f"--config.model.heads={m.heads} gives heads of {m.head_size} channels, and rotary embedding needs an even "
+            f"number; choose heads so that model.width={m.width} / heads is even")  # fmt: skip
+    require(m.heads % m.key_value_heads == 0,
+            f"--config.model.kv_heads={m.kv_heads} does not divide model.heads={m.heads}; "
+            f"allowed: {', '.join(map(str, _divisors(m.heads)))}")  # fmt: skip
+
+    o = c.objective
+    choice("objective.name", o.name, ("diffusion", "autoregressive"))
+    choice("objective.time_sampling", o.time_sampling, ("stratified", "iid"))
+    require(0 <= o.eps < 1, f"--config.objective.eps={o.eps} must be in [0, 1)")
+    require(0 <= o.random_length_fraction <= 1,
+            f"--config.objective.random_length_fraction={o.random_length_fraction} must be in [0, 1]")  # fmt: skip
+    causal_wanted = o.name == "autoregressive"
+    require(m.causal == causal_wanted,
+            f"objective.name={o.name} needs a {'causal' if causal_wanted else 'bidirectional'} model; "
+            f"set --config.model.causal={causal_wanted} or change --config.objective.name")  # fmt: skip
+
+    d = c.data
+    require(d.sequence_length <= m.max_length,
+            f"--config.data.sequence_length={d.sequence_length} is longer than model.max_length={m.max_length}; "
+            "lower the one or raise the other")  # fmt: skip
+    require(0 < d.holdout_fraction < 1, f"--config.data.holdout_fraction={d.holdout_fraction} must be between 0 and 1")
+
+    t = c.train
+    require((t.steps is None) != (t.tokens is None),
+            f"give one of --config.train.steps and --config.train.tokens, not {'both' if t.steps else 'neither'}; "
+            "set the other to None")  # fmt: skip
+    require(c.steps > 0, f"--config.train.tokens={t.tokens} is less than one step of {c.tokens_per_step} tokens "
+            "(train.batch_size x data.sequence_length)")  # fmt: skip
+    require(t.batch_size % t.microbatches == 0,
+            f"--config.train.batch_size={t.batch_size} is not a multiple of train.microbatches={t.microbatches}")  # fmt: skip
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

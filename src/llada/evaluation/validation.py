@@ -1,0 +1,135 @@
+"""The validation figure: Monte Carlo bound for LLaDA, exact NLL for the ARM, on the same held-out rows.
+
+Draws are fixed by (row, draw): the same masks for every checkpoint, model and batch size, so figures compare in pairs.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llada import mesh as mesh_lib
+from llada.config import Config
+from llada.errors import UserError
+from llada.model import transformer
+from llada.objectives import autoregressive, diffusion
+from llada.objectives import noise as noise_lib
+from llada.objectives.contract import Predictor, SpecialTokens
+
+ESTIMATORS = ("l_of_L", "bernoulli")
+_SEED = 0  # not the run's: runs with different seeds are evaluated on the same masks
+
+
+class Validation(NamedTuple):
+    """`nats_per_token` with the standard error over rows; `estimator` says what kind of figure it is."""
+
+    nats_per_token: float
+    stderr: float
+    bits_per_byte: float
+    perplexity: float
+    estimator: str
+    rows: int
+    tokens: int
+    draws: int
+
+
+def bound_draws(
+    predict: Predictor,
+    head_VD: jax.Array,
+    x0_BL: jax.Array,
+    row_B: jax.Array,
+    draws: int,
+    mask_id: int,
+    estimator: str,
+    head_rows: int,
+) -> jax.Array:
+    """`nats_MB`: M = `draws` unbiased estimates of each row's bound, in nats per row.
+
+    `l_of_L`: LLaDA Eq. (6), l ~ U{1..L} masked without replacement, weight L/l. `bernoulli`: LLaDA Eq. (4), every
+    token with probability t, weight 1/t. Over the draws of a row, l (or t) is stratified: draw m takes the m-th of M
+    equal slices of [0, 1), shifted by one uniform number per row; each draw alone keeps its law.
+    """
+    B, L = x0_BL.shape
+    shift_B = noise_lib.uniform(noise_lib.Noise(_SEED, 0, row_B, B), noise_lib.EVALUATION_TIME)
+
+    def draw(_, m):
+        u_B = (shift_B + m / draws) % 1.0
+        uniform_BL = noise_lib.uniform(noise_lib.Noise(_SEED, m, row_B, B), noise_lib.EVALUATION_MASK, (L,))
+        if estimator == "l_of_L":
+            count_B = jnp.minimum(1 + (u_B * L).astype(jnp.int32), L)
+            corruption = diffusion.mask_exactly(x0_BL, count_B, uniform_BL, None, mask_id)
+        else:
+            corruption = diffusion.forward_process(x0_BL, u_B, uniform_BL, None, mask_id, eps=0.0)
+        _, nats_BL = diffusion.bound_terms(predict, head_VD, x0_BL, None, corruption, head_rows)
+        # t may be exactly 0: then nothing is masked, and 0 x inf must be 0.
+        return None, jnp.where(jnp.any(corruption.masked_BL, axis=1), corruption.weight_B * jnp.sum(nats_BL, axis=1), 0)
+
+    return jax.lax.scan(draw, None, jnp.arange(draws))[1]
+
+
+class Validator:
+    """Compiled once, called at every evaluation of a run. Call it inside the mesh it was made for."""
+
+    def __init__(
+        self,
+        config: Config,
+        special: SpecialTokens,
+        token_bytes_V: np.ndarray,
+        holdout_NL: np.ndarray,
+        mesh: jax.sharding.Mesh,
+        estimator: str | None = None,
+    ):
+        exact = config.objective.name == "autoregressive"
+        if exact and estimator not in (None, "exact"):
+            raise UserError(f"--estimator={estimator} is for diffusion models; this ARM's likelihood is exact")
+        if not exact and estimator not in (None, *ESTIMATORS):
+            raise UserError(f"--estimator={estimator} is not one of {', '.join(ESTIMATORS)}")
+        self.estimator = "exact" if exact else estimator or "l_of_L"
+        self.draws = 1 if exact else config.evaluate.draws
+        self.mesh = mesh
+        self.batch = mesh_lib.local_batch(min(config.train.batch_size, len(holdout_NL)), mesh)
+        count = min(config.evaluate.batches * self.batch, len(holdout_NL))
+        # Neighbouring rows come from one document; rows spread over the whole side are closer to independent.
+        self.rows_NL = np.asarray(holdout_NL[np.linspace(0, len(holdout_NL) - 1, count).astype(int)], np.int32)
+        self.bytes = int(token_bytes_V[self.rows_NL].sum())
+        self.nats = jax.jit(
+            functools.partial(_row_nats, config, special, self.draws, self.estimator),
+            out_shardings=mesh_lib.placement(mesh, "replicated"),
+        )
+
+    def __call__(self, params: transformer.Parameters) -> Validation:
+        """Evaluate `params` on the held-out rows."""
+        R, L = self.rows_NL.shape
+        place = mesh_lib.placement(self.mesh, "BL")
+        nats = []
+        for start in range(0, R, self.batch):
+            index_B = np.arange(start, start + self.batch)
+            rows_BL = jax.device_put(self.rows_NL[index_B % R], place)  # the last batch wraps; its surplus is dropped
+            nats.append(np.asarray(self.nats(params, rows_BL, index_B)))
+        nats_R = np.concatenate(nats)[:R].astype(np.float64)
+        mean = float(nats_R.mean() / L)
+        return Validation(
+            nats_per_token=mean,
+            stderr=float(nats_R.std(ddof=1) / math.sqrt(R) / L) if R > 1 else math.nan,
+            bits_per_byte=float(nats_R.sum() / self.bytes / math.log(2)),
+            perplexity=math.exp(mean),
+            estimator=self.estimator,
+            rows=R,
+            tokens=R * L,
+            draws=self.draws,
+        )
+
+
+def _row_nats(config, special, draws, estimator, params, x0_BL, row_B):
+    """Nats of each row (B,): mean over draws."""
+    predict = functools.partial(transformer.hidden, config.model, params)
+    head_VD = transformer.head(config.model, params)
+    rows = config.objective.head_rows
+    if estimator == "exact":
+        _, nats_BL = autoregressive.row_nats(predict, head_VD, x0_BL, None, special, rows)
+        return jnp.sum(nats_BL, axis=1)
+    nats_MB = bound_draws(predict, head_VD, x0_BL, row_B, draws, special.mask, estimator, rows)
+    return jnp.mean(nats_MB, axis=0)

@@ -1,0 +1,1 @@
+"""Text from models: the reverse process, and ancestral sampling."""

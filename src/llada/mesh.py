@@ -1,0 +1,112 @@
+"""The device mesh and the only PartitionSpecs of the project.
+
+Axes: `data` (batch), `fsdp` (batch and parameters), `tensor` (heads, FFN columns, vocabulary). All three exist on a
+laptop too, with size 1. A spec is named by the shape suffix of the array it places (the alphabet is in README).
+Axis types are Auto: the compiler propagates, and every array that matters is pinned through this table.
+"""
+
+import math
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llada.config import Config, MeshConfig
+from llada.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# Activations and batches. Positions are split over `tensor` only inside the vocabulary head (`BL_rows`), where every
+# row is independent and a tensor rank would otherwise repeat its neighbour's work.
+ACTIVATIONS = {
+    "B": P(BATCH),
+    "BL": P(BATCH, None),
+    "BLD": P(BATCH, None, None),
+    "BLHC": P(BATCH, None, "tensor", None),
+    "BLF": P(BATCH, None, "tensor"),
+    "BL_rows": P(BATCH, "tensor"),
+    "BLD_rows": P(BATCH, "tensor", None),
+    "VD_gathered": P(None, None),
+    "replicated": P(),
+}
+
+# Parameters by name; those of the scanned layers carry a leading, unsharded layer axis.
+PARAMETERS = {
+    "embedding": P("tensor", "fsdp"),  # VD
+    "head": P("tensor", "fsdp"),  # VD
+    "query": P("fsdp", "tensor", None),  # DHC
+    "key": P("fsdp", "tensor", None),  # DKC
+    "value": P("fsdp", "tensor", None),  # DKC
+    "output": P("tensor", None, "fsdp"),  # HCD
+    "gate": P("fsdp", "tensor"),  # DF
+    "up": P("fsdp", "tensor"),  # DF
+    "down": P("tensor", "fsdp"),  # FD
+}
+
+
+def make(mesh: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
+    """Lay `devices` (default: all) out as (data, fsdp, tensor). UserError if the sizes do not multiply out."""
+    devices = jax.devices() if devices is None else devices
+    rest = mesh.fsdp * mesh.tensor
+    data = mesh.data if mesh.data is not None else max(1, len(devices) // rest)
+    if data * rest != len(devices):
+        raise UserError(
+            f"mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} x mesh.tensor={mesh.tensor} does not make the "
+            f"{len(devices)} device(s) of this machine; leave --config.mesh.data=None or make the product {len(devices)}"
+        )
+    return jax.make_mesh((data, mesh.fsdp, mesh.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """UserError unless batch, positions, heads, FFN, width and vocabulary divide over the mesh."""
+    size = dict(mesh.shape)
+    ways = size["data"] * size["fsdp"]
+    per_microbatch = config.train.batch_size // config.train.microbatches
+    if per_microbatch % ways:
+        raise UserError(
+            f"--config.train.batch_size={config.train.batch_size} over {config.train.microbatches} microbatch(es) is "
+            f"{per_microbatch} sequences, not a multiple of mesh data x fsdp = {ways}; "
+            f"use a multiple of {ways * config.train.microbatches}, or another mesh"
+        )
+    m = config.model
+    for axis, key, value in (
+        ("tensor", "data.sequence_length", config.data.sequence_length),
+        ("tensor", "model.heads", m.heads),
+        ("tensor", "model.kv_heads", m.key_value_heads),
+        ("tensor", "model.ffn", m.ffn),
+        ("tensor", "model.vocab_size", m.vocab_size),
+        ("fsdp", "model.width", m.width),
+    ):
+        if value % size[axis]:
+            raise UserError(f"--config.{key}={value} is not a multiple of --config.mesh.{axis}={size[axis]}")
+
+
+def local_batch(batch_size: int, mesh: jax.sharding.Mesh) -> int:
+    """The smallest multiple of the batch axes that is at least `batch_size`: what evaluation rounds a batch up to."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.ceil(batch_size / ways) * ways
+
+
+def constrain(x: jax.Array, name: str) -> jax.Array:
+    """Pin an activation to the spec called `name`; nothing happens where no mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, ACTIVATIONS[name])
+
+
+def placement(mesh: jax.sharding.Mesh, name: str) -> NamedSharding:
+    """Sharding of the activation or batch called `name`."""
+    return NamedSharding(mesh, ACTIVATIONS[name])
+
+
+def parameter_placements(mesh: jax.sharding.Mesh, tree):
+    """Shardings for a tree whose leaves are parameters, or optimizer moments named like them; scalars replicate."""
+
+    def place(path, leaf):
+        name = str(getattr(path[-1], "key", "")) if path else ""
+        spec = PARAMETERS.get(name, P())
+        stacked = len(leaf.shape) - len(spec)
+        return NamedSharding(mesh, P(*(None,) * stacked, *spec) if spec else P())
+
+    return jax.tree_util.tree_map_with_path(place, tree)

@@ -1,0 +1,1 @@
+"""The mask predictor and its autoregressive twin: one Transformer."""

@@ -1,0 +1,123 @@
+"""One Transformer for both families: bidirectional (the mask predictor) or causal (the ARM).
+
+RMSNorm, SwiGLU, rotary embedding, no bias; t is not an input (LLaDA section 2.1, Table 5). The model ends at the
+normalised hidden states; the vocabulary matrix is handed out beside them, so that an objective can turn hidden states
+into nats without ever holding all logits. Everything outside this file sees a nested dict and the functions below.
+Shapes: B sequences, L tokens, D width, H query heads, K key/value heads, C channels, F feed-forward, V vocabulary.
+"""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llada.config import ModelConfig
+from llada.mesh import constrain
+from llada.model import layers
+
+Parameters = dict
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU, each added to the residual stream."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD, angles, lengths_B):
+        """Map the residual stream to itself; the second value is what `nn.scan` would stack (nothing)."""
+        c = self.config
+        D, H, K, C, F = c.width, c.heads, c.key_value_heads, c.head_size, c.ffn
+        dtype = jnp.dtype(c.dtype)
+        normal = nn.initializers.normal(c.init_std)
+        # The residual stream sums 2 N branch outputs; scaling them keeps its variance independent of depth.
+        branch_end = nn.initializers.normal(c.init_std / math.sqrt(2 * c.layers))
+        ones = nn.initializers.ones_init()
+
+        y = layers.rms_norm(x_BLD, self.param("attention_norm", ones, (D,)), c.norm_eps)
+        q_BLHC = jnp.einsum("bld,dhc->blhc", y, self.param("query", normal, (D, H, C)).astype(dtype))
+        k_BLKC = jnp.einsum("bld,dkc->blkc", y, self.param("key", normal, (D, K, C)).astype(dtype))
+        v_BLKC = jnp.einsum("bld,dkc->blkc", y, self.param("value", normal, (D, K, C)).astype(dtype))
+        if c.qk_norm:
+            q_BLHC = layers.rms_norm(q_BLHC, self.param("query_norm", ones, (C,)), c.norm_eps)
+            k_BLKC = layers.rms_norm(k_BLKC, self.param("key_norm", ones, (C,)), c.norm_eps)
+        q_BLHC = layers.rotate(constrain(q_BLHC, "BLHC"), angles)
+        k_BLKC = layers.rotate(constrain(k_BLKC, "BLHC"), angles)
+        mixed_BLHC = layers.attend(q_BLHC, k_BLKC, constrain(v_BLKC, "BLHC"), c.causal, lengths_B)
+        x_BLD += jnp.einsum("blhc,hcd->bld", mixed_BLHC, self.param("output", branch_end, (H, C, D)).astype(dtype))
+        x_BLD = constrain(x_BLD, "BLD")
+
+        y = layers.rms_norm(x_BLD, self.param("ffn_norm", ones, (D,)), c.norm_eps)
+        gate_BLF = constrain(y @ self.param("gate", normal, (D, F)).astype(dtype), "BLF")
+        up_BLF = constrain(y @ self.param("up", normal, (D, F)).astype(dtype), "BLF")
+        x_BLD += (jax.nn.silu(gate_BLF) * up_BLF) @ self.param("down", branch_end, (F, D)).astype(dtype)
+        return constrain(x_BLD, "BLD"), None
+
+
+class Transformer(nn.Module):
+    """Tokens to normalised hidden states."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BL, lengths_B=None):
+        """Hidden states `hidden_BLD` in the compute dtype; declares the vocabulary head without using it."""
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        normal = nn.initializers.normal(c.init_std)
+        embedding_VD = self.param("embedding", normal, (c.vocab_size, c.width))
+        if not c.tie_embeddings:
+            self.param("head", normal, (c.vocab_size, c.width))
+        # Gathering the bf16 table once is cheaper than letting the partitioner reshard a lookup on a split table.
+        table_VD = constrain(embedding_VD.astype(dtype), "VD_gathered")
+        x_BLD = constrain(table_VD[tokens_BL], "BLD")
+        angles = layers.rotary_angles(tokens_BL.shape[1], c.head_size, c.rope_theta)
+        block = Block
+        if c.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
+            block = nn.remat(Block, policy=policy, prevent_cse=False)
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=c.layers,
+        )
+        x_BLD, _ = stack(c, name="layers")(x_BLD, angles, lengths_B)
+        return layers.rms_norm(x_BLD, self.param("final_norm", nn.initializers.ones_init(), (c.width,)), c.norm_eps)
+
+
+def init(config: ModelConfig, key: jax.Array) -> Parameters:
+    """Fresh float32 parameters: a nested dict, per-layer leaves stacked on axis 0."""
+    return Transformer(config).init(key, jnp.zeros((1, 8), jnp.int32))["params"]
+
+
+def hidden(config: ModelConfig, params: Parameters, tokens_BL: jax.Array, lengths_B: jax.Array | None = None):
+    """Normalised last hidden states `hidden_BLD`; positions >= lengths_B are neither seen nor meaningful."""
+    return Transformer(config).apply({"params": params}, tokens_BL, lengths_B)
+
+
+def head(config: ModelConfig, params: Parameters) -> jax.Array:
+    """The vocabulary matrix `head_VD`, float32: the embedding where they are tied."""
+    return params["embedding"] if config.tie_embeddings else params["head"]
+
+
+def logits(config: ModelConfig, params: Parameters, tokens_BL: jax.Array, lengths_B: jax.Array | None = None):
+    """All logits `logits_BLV`, float32: for inference on a canvas, never for training."""
+    hidden_BLD = hidden(config, params, tokens_BL, lengths_B)
+    return unembed(hidden_BLD, head(config, params))
+
+
+def unembed(hidden_BLD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    """`logits_BLV` in float32 from hidden states in the compute dtype."""
+    return jnp.einsum(
+        "bld,vd->blv", hidden_BLD, head_VD.astype(hidden_BLD.dtype), preferred_element_type=jnp.float32
+    )
+
+
+@functools.cache
+def abstract_parameters(config: ModelConfig) -> Parameters:
+    """Shapes and dtypes of `init(config, key)`, with nothing allocated."""
+    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))

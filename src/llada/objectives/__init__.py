@@ -1,0 +1,1 @@
+"""What is minimised: the likelihood bound (diffusion) or the exact next-token loss (autoregressive)."""

@@ -1,0 +1,47 @@
+"""The ARM baseline: exact next-token nats, with the signature of the diffusion objective.
+
+Every token of a row is predicted, the first from the end-of-text token alone, so that the ARM and the bound measure the
+same thing: nats of a whole row of L tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from llada.config import ObjectiveConfig
+from llada.objectives import noise as noise_lib
+from llada.objectives.contract import LossTerms, Predictor, SpecialTokens, is_valid, token_count
+from llada.objectives.vocabulary_head import weighted_nats
+
+
+def shift_right(x0_BL: jax.Array, eos: int) -> jax.Array:
+    """Inputs whose position i sees tokens before i: the row moved right by one, begun with `eos`."""
+    return jnp.pad(x0_BL[:, :-1], ((0, 0), (1, 0)), constant_values=eos)
+
+
+def row_nats(
+    predict: Predictor,
+    head_VD: jax.Array,
+    x0_BL: jax.Array,
+    lengths_B: jax.Array | None,
+    special: SpecialTokens,
+    head_rows: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of -log p(x_i | x_<i) over the valid tokens, and `nats_BL`. Gradients flow through the first value only."""
+    hidden_BLD = predict(shift_right(x0_BL, special.eos), lengths_B)
+    weights_BL = is_valid(x0_BL, lengths_B).astype(jnp.float32)
+    return weighted_nats(hidden_BLD, head_VD, x0_BL, weights_BL, head_rows)
+
+
+def loss(
+    predict: Predictor,
+    head_VD: jax.Array,
+    x0_BL: jax.Array,
+    noise: noise_lib.Noise,
+    special: SpecialTokens,
+    config: ObjectiveConfig,
+) -> LossTerms:
+    """Next-token negative log-likelihood: LLaDA Eq. (1), the maximum likelihood that the bound replaces."""
+    lengths_B = noise_lib.lengths(noise, x0_BL.shape[1], config.random_length_fraction)
+    nats, _ = row_nats(predict, head_VD, x0_BL, lengths_B, special, config.head_rows)
+    tokens = token_count(x0_BL, lengths_B)
+    return LossTerms(nats, tokens, nats, tokens)

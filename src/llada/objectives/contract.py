@@ -1,0 +1,44 @@
+"""What every objective takes and returns, so that the training step need not know which family it trains."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# (tokens_BL, lengths_B or None) -> hidden_BLD
+Predictor = Callable[[jax.Array, jax.Array | None], jax.Array]
+
+
+class SpecialTokens(NamedTuple):
+    """Ids the objectives need from the tokenizer."""
+
+    mask: int
+    eos: int
+
+
+class LossTerms(NamedTuple):
+    """Sums, divided once by the global `token_count` after all microbatches and devices.
+
+    nats         float32, the objective summed over tokens
+    token_count  float32, tokens the sum stands for (B x L less what was cut)
+    head_nats    float32, unweighted nats of the rows that met the vocabulary matrix
+    head_count   float32, how many rows those were
+    """
+
+    nats: jax.Array
+    token_count: jax.Array
+    head_nats: jax.Array
+    head_count: jax.Array
+
+
+def is_valid(x0_BL: jax.Array, lengths_B: jax.Array | None) -> jax.Array:
+    """Boolean (B, L): positions before a sequence's length; all of them where nothing was cut."""
+    if lengths_B is None:
+        return jnp.ones(x0_BL.shape, bool)
+    return jnp.arange(x0_BL.shape[1])[None, :] < lengths_B[:, None]
+
+
+def token_count(x0_BL: jax.Array, lengths_B: jax.Array | None) -> jax.Array:
+    """Tokens that count, as float32 (exact below 2^24 a microbatch)."""
+    return jnp.float32(x0_BL.size) if lengths_B is None else jnp.sum(lengths_B, dtype=jnp.float32)

@@ -1,0 +1,72 @@
+"""All randomness of training and evaluation, as a pure function of (seed, step, sequence, purpose).
+
+No key is stored or split along the way, so the same noise meets the same sequence on any mesh, for any number of
+microbatches and after any resume. `sequence` is the index of a sequence in the global batch (training) or in the
+held-out set (evaluation).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Purposes: one integer each, never reused, so that adding a use of noise leaves the others as they were.
+TIME = 0
+MASK = 1
+LENGTH = 2
+EVALUATION_TIME = 3
+EVALUATION_MASK = 4
+SAMPLING = 5
+
+
+class Noise(NamedTuple):
+    """Which noise: `step` and `sequence_B` may be traced, `batch_size` (the whole step's) may not."""
+
+    seed: int | jax.Array
+    step: int | jax.Array
+    sequence_B: jax.Array
+    batch_size: int
+
+
+def step_key(seed, step, purpose: int) -> jax.Array:
+    """The key that all sequences of a step share for one purpose."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+
+
+def uniform(noise: Noise, purpose: int, shape: tuple[int, ...] = ()) -> jax.Array:
+    """Uniform [0, 1) float32 of shape (B, *shape), each sequence from its own key."""
+    key = step_key(noise.seed, noise.step, purpose)
+    return jax.vmap(lambda index: jax.random.uniform(jax.random.fold_in(key, index), shape))(noise.sequence_B)
+
+
+def times(noise: Noise, sampling: str) -> jax.Array:
+    """t_B in [0, 1): `iid`, or `stratified` over the global batch by one shared shift of an even grid.
+
+    Each t is uniform either way; stratified ones are negatively dependent (VDM appendix I.1), which lowers the variance
+    of the batch loss. Neighbouring sequences get far-apart strata, so every device and microbatch sees all times.
+    """
+    if sampling == "iid":
+        return uniform(noise, TIME)
+    shift = jax.random.uniform(step_key(noise.seed, noise.step, TIME))
+    stratum_B = jnp.asarray(_scattered_ranks(noise.batch_size))[noise.sequence_B]
+    t_B = (shift + stratum_B / noise.batch_size) % 1.0
+    return jnp.minimum(t_B, jnp.float32(1 - 2**-24))  # `%` may round up to 1
+
+
+def lengths(noise: Noise, length: int, fraction: float) -> jax.Array | None:
+    """lengths_B: `fraction` of the sequences keep a number of tokens drawn from U{1..length}; None when fraction is 0.
+
+    The published snippet cuts whole batches; cutting single sequences keeps shapes static and batches full.
+    """
+    if fraction == 0:
+        return None
+    chosen_B, size_B = jnp.unstack(uniform(noise, LENGTH, (2,)), axis=1)
+    return jnp.where(chosen_B < fraction, 1 + (size_B * length).astype(jnp.int32), length)
+
+
+def _scattered_ranks(n: int) -> np.ndarray:
+    """A permutation of 0..n-1 whose every aligned stretch is spread evenly (bit reversal where n is a power of two)."""
+    bits = max(1, (n - 1).bit_length())
+    reversed_bits = [int(format(i, f"0{bits}b")[::-1], 2) for i in range(n)]
+    return np.argsort(np.argsort(reversed_bits)).astype(np.int32)

@@ -1,0 +1,228 @@
+"""A training run from the first step to the summary: fetch, dispatch, log the step before, evaluate, save.
+
+Resuming follows one rule: if the workdir holds a committed checkpoint, continue from the newest; else start at step 0.
+The next step is a pure function of (state, step), so a continued run ends with the bits of an uninterrupted one.
+"""
+
+import contextlib
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from llada import accounting
+from llada import mesh as mesh_lib
+from llada.config import Config
+from llada.data.rows import Batches, Corpus, chain_digest
+from llada.data.tokenizer import Tokenizer, write_atomically
+from llada.evaluation.validation import Validator
+from llada.training import metrics as metrics_lib
+from llada.training import workdir as workdir_lib
+from llada.training.checkpoint import Checkpoints
+from llada.training.step import TrainState, compile_step, init_state, state_placements
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; everything up to `step` is saved."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}; run again to continue")
+        self.signal_number = signal_number
+
+
+class Diverged(Exception):
+    """Loss or gradient stopped being a number. Nothing was saved after the last good checkpoint."""
+
+
+def train(config: Config, workdir: Path) -> dict:
+    """Train `config` in `workdir` until its last step; returns the summary it wrote to `summary.json`.
+
+    Raises UserError, Interrupted (after saving) or Diverged.
+    """
+    mesh = mesh_lib.make(config.mesh)
+    mesh_lib.check(config, mesh)
+    workdir_lib.claim(workdir, config)
+    with jax.set_mesh(mesh), _stop_signals() as stop:
+        run = _Run(config, workdir, mesh)
+        try:
+            while run.step < config.steps and not stop:
+                run.advance()
+            run.settle()
+            if stop and run.step < config.steps:
+                raise Interrupted(stop[0], run.step)
+            return run.finish()
+        finally:
+            run.close()
+
+
+class _Run:
+    """Everything a run holds between steps. `step` counts dispatched steps; `pending` is the newest one's metrics."""
+
+    def __init__(self, config: Config, workdir: Path, mesh: jax.sharding.Mesh):
+        self.config, self.workdir, self.mesh = config, workdir, mesh
+        self.progress = metrics_lib.Progress(config)
+        self.checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+        self.tokenizer: Tokenizer = workdir_lib.tokenizer_for(workdir, config)
+        self.corpus: Corpus = workdir_lib.corpus_for(workdir, config, self.tokenizer)
+        special = workdir_lib.special_tokens(self.tokenizer)
+        self._describe()
+        self.state, cursor = self._restore_or_init()
+        self.step: int = int(self.state.step)
+        self.rows_digest: str = cursor.get("rows_digest", "")
+        self.meter = metrics_lib.Meter(config, cursor.get("meter"))
+        self.writer = metrics_lib.Writer(workdir, self.step)
+        self.train_step = compile_step(config, special, mesh)
+        self.validate = Validator(config, special, self.tokenizer.token_bytes_V, self.corpus.holdout_NL, mesh)
+        self.batches = Batches(
+            self.corpus.train_NL, config.train.batch_size, config.seed, jax.process_index(), jax.process_count()
+        ).iterate(self.step)
+        self.pending: dict | None = None
+        self.last_evaluation: tuple[int, dict] | None = None
+
+    def advance(self) -> None:
+        """One step of the run; the device works on it while the host looks at the one before."""
+        batch_BL = next(self.batches)
+        self.rows_digest = chain_digest(self.rows_digest, batch_BL)
+        placed = jax.make_array_from_process_local_data(mesh_lib.placement(self.mesh, "BL"), batch_BL)
+        self.state, values = self.train_step(self.state, placed)
+        self.log_previous()
+        self.step += 1
+        self.pending = values
+        last = self.step == self.config.steps
+        if last or self._due(self.config.evaluate.every):
+            self.settle()
+            self.evaluate()
+        if last or self._due(self.config.checkpoint.every):
+            self.settle()
+            self.save()
+
+    def log_previous(self) -> None:
+        """Fetch and record the newest metrics not yet seen; stop the run if they are not finite."""
+        if self.pending is None:
+            return
+        values = {name: float(value) for name, value in jax.device_get(self.pending).items()}
+        self.pending = None
+        if not (math.isfinite(values["loss_nats_per_token"]) and math.isfinite(values["grad_norm"])):
+            self.checkpoints.wait()
+            raise Diverged(
+                f"step {self.step}: loss {values['loss_nats_per_token']} nats/token, gradient norm "
+                f"{values['grad_norm']}; nothing later was saved. Last good checkpoint: step "
+                f"{self.checkpoints.latest()} in {self.checkpoints.directory}. "
+                "Lower --config.optimizer.peak_learning_rate in a new workdir, or look at the data of this step"
+            )
+        self.meter.add(values)
+        if self.step % self.config.train.log_every == 0 or self.step == self.config.steps:
+            window = self.meter.window(self.step, values)
+            self.writer.write(self.step, window)
+            self.progress.train(self.step, window)
+
+    def settle(self) -> None:
+        """Catch up with the device, and keep what follows out of the speed."""
+        self.log_previous()
+        self.meter.pause()
+
+    def evaluate(self) -> None:
+        """Held-out figure of the present parameters."""
+        v = self.validate(self.state.params)
+        values = {
+            "eval/nats_per_token": v.nats_per_token,
+            "eval/stderr": v.stderr,
+            "eval/bits_per_byte": v.bits_per_byte,
+        }
+        totals = metrics_lib.run_totals(self.config, self.step)
+        self.writer.write(self.step, values | totals)
+        self.progress.evaluation(self.step, values)
+        self.last_evaluation = (self.step, values)
+
+    def save(self) -> None:
+        """Checkpoint the present step; arrays have left the device on return, so donation is safe."""
+        cursor = {"step": self.step, "rows_digest": self.rows_digest, "meter": self.meter.state()}
+        self.checkpoints.save(self.state, self.config, cursor, (self.workdir / "tokenizer.model").read_bytes())
+
+    def finish(self) -> dict:
+        """Write `summary.json`: the run's figures in one place."""
+        path = self.workdir / "summary.json"
+        if self.last_evaluation is None:  # a finished run, called again
+            if path.exists() and json.loads(path.read_text())["step"] == self.step:
+                return json.loads(path.read_text())
+            self.evaluate()
+        count = accounting.parameters(self.config.model)
+        totals = metrics_lib.run_totals(self.config, self.step)
+        windows = [line for line in metrics_lib.read(self.workdir / "metrics.jsonl") if "speed/tokens_per_second" in line]
+        self.meter.state()
+        _, evaluated = self.last_evaluation
+        summary = {
+            "step": self.step,
+            "objective": self.config.objective.name,
+            "parameters": count.total,
+            "non_embedding_parameters": count.non_embedding,
+            "tokens": totals["train/tokens"],
+            "flops_6nd": totals["train/flops_6nd"],
+            "flops_exact": totals["train/flops_exact"],
+            "train_nats_per_token": windows[-1]["train/loss_nats_per_token"] if windows else None,
+            "eval_nats_per_token": evaluated["eval/nats_per_token"],
+            "eval_stderr": evaluated["eval/stderr"],
+            "eval_bits_per_byte": evaluated["eval/bits_per_byte"],
+            "tokens_per_second": self.meter.tokens_per_second,
+            "seconds": self.meter.seconds,
+            "unigram_entropy_nats": self.corpus.metadata.unigram_entropy_nats,
+            "rows_digest": self.rows_digest,
+            "corpus_digest": self.corpus.metadata.digest,
+            "tokenizer_sha256": self.tokenizer.sha256,
+        }
+        write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
+        return summary
+
+    def close(self) -> None:
+        """Stop reading ahead, finish saving."""
+        self.batches.close()
+        self.writer.close()
+        self.checkpoints.close()
+
+    def _restore_or_init(self) -> tuple[TrainState, dict]:
+        step = self.checkpoints.latest()
+        if step is None:
+            places = state_placements(self.config, self.mesh)
+            return jax.jit(lambda: init_state(self.config), out_shardings=places)(), {}
+        self.progress.say(f"continuing from step {step} of {self.workdir}")
+        return self.checkpoints.restore(self.config, self.mesh, step)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _describe(self) -> None:
+        c, d = self.config, self.corpus.metadata
+        count = accounting.parameters(c.model)
+        epochs = c.steps * c.tokens_per_step / d.train_tokens
+        self.progress.say(
+            f"{c.objective.name}: {count.total:,} parameters ({count.non_embedding:,} without embeddings), "
+            f"{c.steps:,} steps x {c.tokens_per_step:,} tokens = {c.steps * c.tokens_per_step:,} ({epochs:.2f} epochs); "
+            f"corpus {d.source}: {d.train_documents:,} documents, {d.train_tokens:,} tokens, "
+            f"unigram entropy {d.unigram_entropy_nats:.3f} nats/token; "
+            f"mesh {dict(self.mesh.shape)} on {jax.devices()[0].device_kind}"
+        )
+
+
+@contextlib.contextmanager
+def _stop_signals():
+    """Yield a list that receives the number of the first SIGINT or SIGTERM; a second one ends the process as usual."""
+    received: list[int] = []
+    previous = {}
+
+    def handler(number, frame):
+        received.append(number)
+        print("\nfinishing this step and saving; once more to stop at once", file=sys.stderr, flush=True)
+        for other, old in previous.items():
+            signal.signal(other, old)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handler)
+    try:
+        yield received
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

@@ -1,0 +1,74 @@
+"""AdamW with clipping, and the learning rate as straight lines between breakpoints in tokens."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llada.config import Config, OptimizerConfig
+from llada.errors import UserError
+
+_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+_POINT = re.compile(r"(?P<position>\d+(?:\.\d+)?(?:e\d+)?)(?P<unit>%|[KMGBT]?):(?P<factor>\d+(?:\.\d+)?(?:e-?\d+)?)")
+
+
+def parse_schedule(text: str, total_tokens: float) -> list[tuple[float, float]]:
+    """Breakpoints `(tokens, factor)` from "position:factor ..."; positions in tokens (10.5G) or % of `total_tokens`.
+
+    LLaDA's two plateaus (appendix B.2) are "0:0 10.49G:1 1.2T:1 1.2T:0.25 2T:0.25 2.3T:0.025": a position given twice
+    is a jump. UserError names the bad point.
+    """
+    points = []
+    for word in text.split():
+        match = _POINT.fullmatch(word)
+        if not match:
+            raise UserError(
+                f"--config.optimizer.schedule has {word!r}; each point is POSITION:FACTOR, the position in tokens "
+                "(2000000, 10.5G) or percent of the run (2%)"
+            )
+        scale = total_tokens / 100 if match["unit"] == "%" else _UNITS[match["unit"]]
+        points.append((float(match["position"]) * scale, float(match["factor"])))
+    if not points:
+        raise UserError("--config.optimizer.schedule is empty; try '0:0 2%:1 80%:1 100%:0.1'")
+    for (before, _), (after, _), word in zip(points, points[1:], text.split()[1:], strict=False):
+        if after < before:
+            raise UserError(f"--config.optimizer.schedule goes back in time at {word!r}; positions must not decrease")
+    return points
+
+
+def learning_rate(config: Config):
+    """`step -> learning rate` (float32, traceable), taken at the end of the step, so that warm-up never gives 0."""
+    points = parse_schedule(config.optimizer.schedule, config.steps * config.tokens_per_step)
+    # In steps, not tokens: float32 holds 440,000 exactly and rounds 2.3e12.
+    steps = np.array([tokens / config.tokens_per_step for tokens, _ in points], np.float32)
+    factors = np.array([factor for _, factor in points], np.float32)
+    jumps = [i for i in range(1, len(points)) if points[i][0] == points[i - 1][0]]
+    pieces = np.split(np.arange(len(points)), jumps)
+
+    def rate(step):
+        position = jnp.asarray(step, jnp.float32) + 1
+        value = jnp.interp(position, steps[pieces[0]], factors[pieces[0]])
+        for piece in pieces[1:]:
+            later = jnp.interp(position, steps[piece], factors[piece])
+            value = jnp.where(position > steps[piece[0]], later, value)
+        return config.optimizer.peak_learning_rate * value
+
+    return rate
+
+
+def make(config: Config) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW; norm scales are not decayed."""
+    o: OptimizerConfig = config.optimizer
+    return optax.chain(
+        optax.clip_by_global_norm(o.clip_norm),
+        optax.adamw(
+            learning_rate(config),
+            b1=o.beta1,
+            b2=o.beta2,
+            eps=o.adam_eps,
+            weight_decay=o.weight_decay,
+            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in path[-1].key, params),
+        ),
+    )

@@ -1,0 +1,92 @@
+"""One optimizer step: microbatches, one division by the global token count, clip, AdamW. Pure, jitted once."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llada import mesh as mesh_lib
+from llada.config import Config
+from llada.model import transformer
+from llada.objectives.contract import LossTerms, SpecialTokens
+from llada.objectives.noise import Noise
+from llada.objectives.objective import LOSSES
+from llada.training import optimizer
+
+
+class TrainState(NamedTuple):
+    """Arrays only: what a checkpoint must hold for the next step to be the same, bit for bit."""
+
+    step: jax.Array
+    params: transformer.Parameters
+    optimizer_state: optax.OptState
+
+
+def init_state(config: Config) -> TrainState:
+    """Step 0, from `config.seed` alone."""
+    params = transformer.init(config.model, jax.random.key(config.seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.make(config).init(params))
+
+
+def state_placements(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shardings of a TrainState; optimizer moments lie where their parameters do."""
+    return mesh_lib.parameter_placements(mesh, jax.eval_shape(functools.partial(init_state, config)))
+
+
+def train_step(state: TrainState, batch_BL: jax.Array, config: Config, special: SpecialTokens):
+    """`(next state, metrics)` for the int32 batch of step `state.step`.
+
+    The loss is a sum over all tokens of the step divided once by their number, so any number of microbatches gives the
+    same gradient; noise belongs to sequences, not to microbatches, so they see the same draws too.
+    metrics: float32 scalars, names and units as in `training/metrics.py`.
+    """
+    B, L = batch_BL.shape
+    G = config.train.microbatches
+    loss = LOSSES[config.objective.name]
+
+    def microbatch_loss(params, tokens_BL, sequence_B):
+        predict = functools.partial(transformer.hidden, config.model, params)
+        noise = Noise(config.seed, state.step, sequence_B, B)
+        terms = loss(predict, transformer.head(config.model, params), tokens_BL, noise, special, config.objective)
+        return terms.nats, terms
+
+    gradient = jax.grad(microbatch_loss, has_aux=True)
+    sequence_B = jnp.arange(B)
+    if G == 1:
+        gradients, terms = gradient(state.params, batch_BL, sequence_B)
+    else:
+        # Microbatch g takes every G-th sequence: each device splits its own rows, and nothing moves between devices.
+        split_GBL = batch_BL.reshape(B // G, G, L).swapaxes(0, 1)
+        split_GB = sequence_B.reshape(B // G, G).swapaxes(0, 1)
+
+        def accumulate(carry, microbatch):
+            return jax.tree.map(jnp.add, carry, gradient(state.params, *microbatch)), None
+
+        zeros = (jax.tree.map(jnp.zeros_like, state.params), LossTerms(*(jnp.float32(0),) * len(LossTerms._fields)))
+        (gradients, terms), _ = jax.lax.scan(accumulate, zeros, (split_GBL, split_GB))
+
+    gradients = jax.tree.map(lambda g: g / terms.token_count, gradients)
+    updates, optimizer_state = optimizer.make(config).update(gradients, state.optimizer_state, state.params)
+    metrics = {
+        "loss_nats_per_token": terms.nats / terms.token_count,
+        "head_nats_per_row": terms.head_nats / jnp.maximum(terms.head_count, 1),
+        "head_fraction": terms.head_count / terms.token_count,
+        "grad_norm": optax.global_norm(gradients),
+        "learning_rate": optimizer.learning_rate(config)(state.step),
+        "token_count": terms.token_count,
+    }
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
+
+
+def compile_step(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh):
+    """The jitted step: state donated, every input and output placed by the table in `mesh.py`."""
+    places = state_placements(config, mesh)
+    replicated = mesh_lib.placement(mesh, "replicated")
+    return jax.jit(
+        functools.partial(train_step, config=config, special=special),
+        in_shardings=(places, mesh_lib.placement(mesh, "BL")),
+        out_shardings=(places, replicated),
+        donate_argnums=0,
+    )

@@ -1,0 +1,117 @@
+"""A work directory: what is in it, when it may be continued, and opening one for inference.
+
+    config.json  tokenizer.model  data/  checkpoints/  metrics.jsonl  summary.json  events.out.tfevents.*
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from llada import config as config_lib
+from llada import mesh as mesh_lib
+from llada.config import Config, MeshConfig
+from llada.data import rows, sources
+from llada.data.tokenizer import Tokenizer, write_atomically
+from llada.errors import UserError
+from llada.model import transformer
+from llada.objectives.contract import SpecialTokens
+from llada.training.checkpoint import Checkpoints
+
+
+class Run(NamedTuple):
+    """A trained model, ready to be used: `llada.load(workdir)`."""
+
+    config: Config
+    params: transformer.Parameters
+    tokenizer: Tokenizer
+    step: int
+    mesh: jax.sharding.Mesh
+
+    @property
+    def special(self) -> SpecialTokens:
+        """Ids the objectives and samplers need."""
+        return special_tokens(self.tokenizer)
+
+    def hidden(self, tokens_BL, lengths_B=None):
+        """Hidden states of the model: see `transformer.hidden`."""
+        return transformer.hidden(self.config.model, self.params, tokens_BL, lengths_B)
+
+    def logits(self, tokens_BL, lengths_B=None):
+        """`logits_BLV`, float32: see `transformer.logits`."""
+        return transformer.logits(self.config.model, self.params, tokens_BL, lengths_B)
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Make `workdir` this experiment's, or continue it. UserError if it is another's, or cannot be written."""
+    path = workdir / "config.json"
+    if path.exists():
+        changed = config_lib.differences(config_lib.load(path), config)
+        if changed:
+            raise UserError(
+                f"--workdir={workdir} belongs to another experiment ({'; '.join(changed[:4])}"
+                f"{'; ...' if len(changed) > 4 else ''}); give a new --workdir or the old values"
+            )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(config_lib.to_dict(config), indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; choose another") from error
+
+
+def tokenizer_for(workdir: Path, config: Config) -> Tokenizer:
+    """The run's tokenizer: the workdir's own copy, else `data.tokenizer`, else one trained on the training documents."""
+    path = workdir / "tokenizer.model"
+    if path.exists():
+        tokenizer = Tokenizer.load(path)
+    elif config.data.tokenizer is not None:
+        tokenizer = Tokenizer.load(config.data.tokenizer)
+        write_atomically(path, Path(config.data.tokenizer).expanduser().read_bytes())
+    else:
+        fraction = config.data.holdout_fraction
+        texts = (text for text in sources.documents(config.data.source) if not sources.is_holdout(text, fraction))
+        tokenizer = Tokenizer.train(texts, config.model.vocab_size, path)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, more than model.vocab_size={config.model.vocab_size}; "
+            f"set --config.model.vocab_size={tokenizer.vocab_size} or more"
+        )
+    return tokenizer
+
+
+def corpus_for(workdir: Path, config: Config, tokenizer: Tokenizer) -> rows.Corpus:
+    """The run's rows, tokenised once and kept under `workdir/data`."""
+    d = config.data
+    return rows.prepare(workdir / "data", d.source, tokenizer, d.sequence_length, d.holdout_fraction)
+
+
+def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
+    """Mask and end-of-text ids."""
+    return SpecialTokens(mask=tokenizer.mask_id, eos=tokenizer.eos_id)
+
+
+def read_config(workdir: Path) -> Config:
+    """The experiment of an existing workdir; UserError if there is none."""
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"--workdir={workdir} holds no config.json; give the workdir of a run of llada train")
+    return config_lib.load(path)
+
+
+def load(workdir: str | os.PathLike, step: int | None = None, mesh: MeshConfig | None = None) -> Run:
+    """Open a workdir for inference, at `step` or the latest checkpoint, on this machine's devices.
+
+    UserError where there is no run, no checkpoint, or no such step. `mesh` defaults to all devices on the data axis.
+    """
+    workdir = Path(workdir)
+    config = read_config(workdir)
+    device_mesh = mesh_lib.make(mesh or MeshConfig())
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.resolve(step)
+    path = workdir / "tokenizer.model"
+    tokenizer = Tokenizer.load(path) if path.exists() else Tokenizer(checkpoints.tokenizer_model(step), f"step {step}")
+    params = checkpoints.restore_parameters(config, device_mesh, step)
+    checkpoints.close()
+    return Run(config, params, tokenizer, step, device_mesh)

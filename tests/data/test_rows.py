@@ -1,0 +1,227 @@
+"""Rows and batches: exact against a plain reading, reused, safe to interrupt, the same on any number of processes."""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from llada.data import rows
+from llada.data.rows import Batches, chain_digest, open_corpus, prepare
+from llada.data.sources import documents, is_holdout
+from llada.data.tokenizer import Tokenizer
+from llada.errors import UserError
+
+L = 32
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    """Return a corpus of real files and awkward ones, as one JSONL file and several text files."""
+    folder = tmp_path_factory.mktemp("text")
+    texts = list(itertools.islice(documents("stdlib"), 30))
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text[:3000]}) + "\n" for text in texts))
+    for index in range(20):
+        (folder / f"{index:02}.txt").write_text(f"\u2581 file {index} 字\r\n\t<mask>" * (1 + index * 3))
+    return f"text:{folder}/*"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(source, tmp_path_factory) -> Tokenizer:
+    return Tokenizer.train(documents(source), 512, tmp_path_factory.mktemp("tokenizer") / "t.model")
+
+
+@pytest.fixture(scope="module")
+def corpus(source, tokenizer, tmp_path_factory) -> rows.Corpus:
+    return prepare(tmp_path_factory.mktemp("corpus"), source, tokenizer, L, 0.3)
+
+
+def test_rows_and_metadata_equal_a_plain_reading(source, tokenizer, corpus, tmp_path, monkeypatch):
+    plain = {False: [], True: []}
+    counts = {False: Counter(), True: Counter()}
+    for text in documents(source):
+        side = is_holdout(text, 0.3)
+        plain[side] += [*tokenizer.encode(text), tokenizer.eos_id]
+        counts[side].update(documents=1, bytes=len(text.encode()))
+    found = corpus.metadata
+    for side, name, rows_NL in ((False, "train", corpus.train_NL), (True, "holdout", corpus.holdout_NL)):
+        N = len(plain[side]) // L
+        assert isinstance(rows_NL, np.memmap) and rows_NL.dtype == np.uint16
+        np.testing.assert_array_equal(rows_NL, np.array(plain[side][: N * L]).reshape(N, L))
+        assert getattr(found, f"{name}_rows") == N > 1
+        assert getattr(found, f"{name}_tokens") == len(plain[side])
+        assert getattr(found, f"{name}_documents") == counts[side]["documents"]
+        assert getattr(found, f"{name}_bytes") == counts[side]["bytes"]
+    frequency = [n / corpus.train_NL.size for n in Counter(corpus.train_NL.ravel().tolist()).values()]
+    assert found.unigram_entropy_nats == pytest.approx(-sum(p * math.log(p) for p in frequency))
+    assert found.digest == hashlib.sha256(corpus.train_NL.tobytes() + corpus.holdout_NL.tobytes()).hexdigest()
+    assert tokenizer.mask_id not in corpus.train_NL
+    # Encoding in groups of one document must not show.
+    monkeypatch.setattr(rows, "_ENCODE_CHARACTERS", 1)
+    assert prepare(tmp_path, source, tokenizer, L, 0.3).metadata == found
+
+
+def test_a_large_vocabulary_is_stored_in_32_bits():
+    assert rows._id_dtype(65_536) == np.uint16 and rows._id_dtype(65_537) == np.uint32
+
+
+def test_prepared_rows_are_reused_without_the_source_and_never_mixed(source, tokenizer, tmp_path, monkeypatch):
+    made = prepare(tmp_path, source, tokenizer, L, 0.3)
+    monkeypatch.setattr(rows, "documents", lambda source: pytest.fail("read the source again"))
+    again = prepare(tmp_path, source, tokenizer, L, 0.3)
+    assert again.metadata == made.metadata == open_corpus(tmp_path).metadata
+    np.testing.assert_array_equal(again.train_NL, made.train_NL)
+    with pytest.raises(
+        UserError, match=r"another sequence_length \(32, asked 33\), holdout_fraction \(0.3, asked 0.2\)"
+    ):
+        prepare(tmp_path, source, tokenizer, L + 1, 0.2)
+    with pytest.raises(UserError, match="another source .*fresh directory"):
+        prepare(tmp_path, "stdlib", tokenizer, L, 0.3)
+    tokenizer_sha256, tokenizer.sha256 = tokenizer.sha256, "other"
+    try:
+        with pytest.raises(UserError, match="another tokenizer_sha256"):
+            prepare(tmp_path, source, tokenizer, L, 0.3)
+    finally:
+        tokenizer.sha256 = tokenizer_sha256
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 2])
+def test_an_interrupted_prepare_leaves_nothing_that_counts(source, tokenizer, corpus, tmp_path, monkeypatch, stop_at):
+    calls = iter(range(9))
+    replace = os.replace
+
+    def stop(*paths):
+        if next(calls) == stop_at:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path, source, tokenizer, L, 0.3)
+    with pytest.raises(UserError, match="no usable corpus"):
+        open_corpus(tmp_path)
+    # The next call may even ask for something else: nothing of the first one is left.
+    assert prepare(tmp_path, source, tokenizer, 2 * L, 0.3).metadata.train_rows == corpus.metadata.train_tokens // (
+        2 * L
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["holdout.npy", "metadata.json", "train.npy"]
+
+
+def test_damage_is_noticed(source, tokenizer, tmp_path):
+    prepare(tmp_path, source, tokenizer, L, 0.3).verify()
+    path = tmp_path / "train.npy"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(UserError, match="changed since"):
+        open_corpus(tmp_path).verify()
+    for bad in (good[:-10], good[:50], b""):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match="no usable corpus"):
+            open_corpus(tmp_path)
+    path.write_bytes((tmp_path / "holdout.npy").read_bytes())
+    with pytest.raises(UserError, match="metadata.json says"):
+        open_corpus(tmp_path)
+    for bad in ("", "[]", "{}"):
+        (tmp_path / "metadata.json").write_text(bad)
+        with pytest.raises(UserError, match="no usable corpus"):
+            prepare(tmp_path, source, tokenizer, L, 0.3)
+
+
+def test_impossible_requests_are_explained(tokenizer, tmp_path):
+    (tmp_path / "one.txt").write_text("only one short document")
+    source = f"text:{tmp_path}/*.txt"
+    with pytest.raises(UserError, match="the training side has 0 tokens of 0 documents"):
+        prepare(tmp_path / "a", source, tokenizer, 4, 0.999999)
+    with pytest.raises(UserError, match="hold-out side has 0 tokens.*data.sequence_length=4.*data.holdout_fraction"):
+        prepare(tmp_path / "b", source, tokenizer, 4, 0.000001)
+    with pytest.raises(UserError, match=r"the training side has [1-9]\d* tokens of 1 documents"):
+        prepare(tmp_path / "c", source, tokenizer, 4000, 0.000001)
+    for fraction in (0.0, 1.0, -1.0, math.nan):
+        with pytest.raises(UserError, match="data.holdout_fraction="):
+            prepare(tmp_path / "d", source, tokenizer, 4, fraction)
+    with pytest.raises(UserError, match="data.sequence_length=0 must be at least 1"):
+        prepare(tmp_path / "e", source, tokenizer, 0, 0.5)
+    with pytest.raises(UserError, match="train.batch_size=6 must be a positive multiple of 4 processes"):
+        Batches(np.zeros((3, 2)), 6, 0, 0, 4)
+    with pytest.raises(UserError, match="train.batch_size=0"):
+        Batches(np.zeros((3, 2)), 0, 0)
+    with pytest.raises(UserError, match="seed=-1 must lie in 0..4294967295"):
+        Batches(np.zeros((3, 2)), 1, -1)
+
+
+def numbered(N: int) -> np.ndarray:
+    """Return N rows of 2, each row holding its own number twice."""
+    return np.repeat(np.arange(N, dtype=np.uint16)[:, None], 2, axis=1)
+
+
+@pytest.mark.parametrize(("N", "B"), [(1, 3), (7, 4), (96, 8), (101, 128)])
+def test_every_epoch_is_every_row_once_in_a_new_order(N, B):
+    batches = Batches(numbered(N), B, seed=5)
+    stream = np.concatenate([batches.at(step) for step in range(3 * N // B + 1)])[:, 0]
+    epochs = stream[: 3 * N].reshape(3, N)
+    assert (np.sort(epochs) == np.arange(N)).all()
+    if N > 20:
+        assert len({*map(bytes, epochs), bytes(np.arange(N, dtype=np.int32))}) == 4
+        other = np.concatenate([Batches(numbered(N), B, seed=6).at(step) for step in range(N // B + 1)])[:N, 0]
+        assert (other != epochs[0]).any()
+
+
+def test_processes_together_read_what_one_would():
+    single = Batches(numbered(50), 8, seed=1)
+    for count in (1, 2, 4, 8):
+        shares = [Batches(numbered(50), 8, 1, index, count) for index in range(count)]
+        for step in (0, 5, 6, 7, 1000):
+            joined_BL = np.concatenate([share.at(step) for share in shares])
+            assert joined_BL.dtype == np.int32
+            np.testing.assert_array_equal(joined_BL, single.at(step))
+
+
+@pytest.mark.parametrize(("index", "count"), [(0, 1), (1, 2)])
+def test_resuming_at_any_step_reads_what_an_uninterrupted_run_reads(corpus, index, count):
+    def reader():
+        return Batches(corpus.train_NL, 4, 3, index, count)
+
+    last = 3 * len(corpus.train_NL) // 4
+    whole = list(itertools.islice(reader().iterate(0), last))
+    for step in (0, 1, last // 3 - 1, last // 3, last // 3 + 1, last - 1):
+        rest = reader().iterate(step)
+        for expected_BL in whole[step:]:
+            np.testing.assert_array_equal(next(rest), expected_BL)
+        rest.close()
+        np.testing.assert_array_equal(reader().at(step), whole[step])
+
+
+def test_order_outlives_library_upgrades():
+    # A run resumed under another Grain must not change its rows: if this fails, pin Grain or refuse old checkpoints.
+    assert Batches(numbered(50), 8, seed=1).at(6)[:, 0].tolist() == [0, 27, 20, 29, 33, 7, 45, 14]
+
+
+def test_digest_chain_sees_every_row_and_its_place():
+    batches = Batches(numbered(50), 4, seed=1)
+    first, second = batches.at(0), batches.at(1)
+
+    def chain(*chunks):
+        digest = ""
+        for chunk in chunks:
+            digest = chain_digest(digest, chunk)
+        return digest
+
+    assert chain(first) == hashlib.sha256(first.astype("<i4").tobytes()).hexdigest()
+    assert chain(first, second) == chain_digest(chain(first), second.astype(np.uint16))
+    assert len({chain(first), chain(first, second), chain(second, first), chain(first[::-1], second)}) == 4
+
+
+def test_a_host_delivers_thousands_of_rows_a_second():
+    reader = Batches(np.zeros((20_000, 256), np.uint16), 64, seed=0).iterate(0)
+    next(reader)
+    start = time.perf_counter()
+    for _ in range(100):
+        next(reader)
+    assert 6400 / (time.perf_counter() - start) > 5000
+    reader.close()

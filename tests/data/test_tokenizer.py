@@ -1,0 +1,142 @@
+"""Tokenizer: lossless, never spells the mask, counts bytes exactly, trains to the same bytes, refuses bad models."""
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from llada.data.sources import documents
+from llada.data.tokenizer import Tokenizer, _sample
+from llada.errors import UserError
+
+TEXTS = list(itertools.islice(documents("stdlib"), 40))
+NASTY = [
+    "",
+    " ",
+    "\n",
+    "\tif x:\r\n\t\t  pass\r",
+    "  a  b   c    \n\n \n" + " " * 300,
+    "\u2581",
+    "\u2581\u2581a\u2581 \u2581\n\u2581",
+    "<mask><pad><eos><unk><s></s>[MASK]<0x41>",
+    "日本語 русский عربي e\u0301 \u00e9 ﬁ ① Ａ",
+    "😀👩\u200d👩\u200d👧 \U0010ffff\ue000\ufffd",
+    "\ufeff\u2028\u2029\x85\x0b\x0c\u00a0\u3000\u200b\x00\x1f",
+    "\u2585 \u2047 ",
+    "x" * 20_000,
+    "".join(map(chr, range(0x3000))),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    return Tokenizer.train(TEXTS, 600, tmp_path_factory.mktemp("tokenizer") / "t.model")
+
+
+def test_every_text_comes_back_and_its_bytes_are_counted(tokenizer):
+    texts = NASTY + TEXTS
+    encoded = tokenizer.encode_many(texts)
+    control = {tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id}
+    for text, ids in zip(texts, encoded, strict=True):
+        assert ids == tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.token_bytes_V[ids].sum() == len(text.encode())
+        assert not control & set(ids)
+
+
+def test_random_text_comes_back(tokenizer):
+    rng = np.random.default_rng(0)
+    alphabet = [*"abc  \n\t\r<>_", "\u2581", "<mask>", "self", "é", "字", "😀", "\u0301", "\x00"]
+    for _ in range(300):
+        text = "".join(rng.choice(alphabet, rng.integers(1, 60)))
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.mask_id not in ids
+        assert tokenizer.token_bytes_V[ids].sum() == len(text.encode())
+
+
+def test_vocabulary_is_exact_and_control_ids_are_apart(tokenizer):
+    assert tokenizer.vocab_size == 600 == len(tokenizer.token_bytes_V)
+    assert tokenizer.token_bytes_V.dtype == np.int32
+    pieces = [tokenizer.piece(token) for token in range(600)]
+    assert len(set(pieces)) == 600
+    ids = tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id
+    assert [pieces[token] for token in ids] == ["<mask>", "<eos>", "<pad>"] and len(set(ids)) == 3
+    assert [tokenizer.token_bytes_V[token] for token in ids] == [0, 0, 0]
+    assert tokenizer.encode("\n\n") == [pieces.index("\n")] * 2
+    assert not [piece for piece in pieces if "\n" in piece and piece != "\n"]
+    bytes_V = [token for token, piece in enumerate(pieces) if piece.startswith("<0x")]
+    assert len(bytes_V) == 256 and set(tokenizer.token_bytes_V[bytes_V]) == {1}
+    hello = tokenizer.encode("hello")
+    assert tokenizer.decode([*ids, *hello, tokenizer.mask_id]) == "hello"
+    assert tokenizer.decode(np.array(hello, np.int32)) == "hello"
+
+
+def test_training_gives_the_same_bytes_and_leaves_one_file(tokenizer, tmp_path):
+    path = tmp_path / "new" / "t.model"
+    again = Tokenizer.train(iter(TEXTS), 600, path)
+    assert again.sha256 == tokenizer.sha256 == Tokenizer.load(path).sha256
+    assert [file.name for file in path.parent.iterdir()] == ["t.model"]
+    other = Tokenizer.train(TEXTS[:30], 600, path)
+    assert other.sha256 != again.sha256 and Tokenizer.load(path).sha256 == other.sha256
+
+
+def test_training_sample_is_bounded_and_spread(tmp_path):
+    # 12 MB: words only in an endless line, or only at the very end, must still be learnt.
+    texts = ["alpha beta gamma\n" * 100_000, "x " * 1_000_000, "delta " * 500_000, *["omega\n" * 100] * 8_000]
+    tokenizer = Tokenizer.train(texts, 300, tmp_path / "t.model")
+    assert len(tokenizer.encode("delta")) <= 2 and len(tokenizer.encode("omega")) == 1
+    assert sum(len(segment.encode()) for segment in _sample(texts, 100_000)) in range(50_000, 100_001)
+
+
+@pytest.mark.parametrize(("vocab_size", "message"), [(100, "too small.*alone take 2"), (9_000, "too large.*at most")])
+def test_impossible_vocabulary_is_explained(tmp_path, vocab_size, message):
+    with pytest.raises(UserError, match=f"model.vocab_size={vocab_size} is {message}"):
+        Tokenizer.train(["a few words only"], vocab_size, tmp_path / "t.model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_text_to_train_on(tmp_path):
+    with pytest.raises(UserError, match="no text to train"):
+        Tokenizer.train([], 600, tmp_path / "t.model")
+
+
+def foreign(path, **options):
+    """Write a model as other projects make them: default normalisation, no byte fallback, other names."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[0].split("\n")),
+        model_writer=model,
+        vocab_size=200,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.mark.parametrize("mask", ["<mask>", "[MASK]", "<|mdm_mask|>"])
+def test_models_of_others_load(tmp_path, mask):
+    tokenizer = Tokenizer.load(str(foreign(tmp_path / "t.model", control_symbols=[mask])))
+    assert tokenizer.piece(tokenizer.mask_id) == mask
+    assert tokenizer.piece(tokenizer.eos_id) == "</s>" and tokenizer.pad_id == tokenizer.eos_id
+    assert tokenizer.decode(tokenizer.encode("import self")) == "import self"
+    assert tokenizer.mask_id not in tokenizer.encode(f"a {mask} b \u2581")
+
+
+def test_bad_models_are_refused(tmp_path):
+    path = tmp_path / "t.model"
+    with pytest.raises(UserError, match="cannot read tokenizer .*t.model: No such file"):
+        Tokenizer.load(path)
+    for content in (b"", b"garbage", b"\0" * 99, bytes(range(256))):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="t.model is not a SentencePiece model"):
+            Tokenizer.load(path)
+    with pytest.raises(UserError, match="has no mask token; it needs one of <mask>"):
+        Tokenizer.load(foreign(path))
+    with pytest.raises(UserError, match="has no end-of-text token; it needs one of </s>"):
+        Tokenizer.load(foreign(path, control_symbols=["<mask>"], eos_id=-1))
+    with pytest.raises(UserError, match="lets text spell its mask token"):
+        Tokenizer.load(foreign(path, user_defined_symbols=["<mask>"]))
