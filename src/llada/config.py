@@ -38,6 +38,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     dtype: str = "bfloat16"  # of the matrix products; parameters, norms, softmax and loss are float32
+    scan_unroll: int = 1  # layers per turn of the scan; all of them runs faster on CPU and GPU and compiles slower
     remat: str = "none"  # what the backward pass recomputes: none | dots (all but matrix products) | full
 
     @property
@@ -154,9 +155,10 @@ class Config:
 # Keys that a later call on the same workdir may change: they alter how long and how the run is executed, not which
 # model it is or what it sees at a given step.
 CHANGEABLE = (
-    "train.steps train.tokens train.log_every train.microbatches objective.head_rows model.remat "
-    "mesh.data mesh.fsdp mesh.tensor evaluate.every evaluate.batches evaluate.draws checkpoint.every checkpoint.keep"
-).split()
+    *("train.steps", "train.tokens", "train.log_every", "train.microbatches", "objective.head_rows"),
+    *("model.remat", "model.scan_unroll", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("evaluate.every", "evaluate.batches", "evaluate.draws", "checkpoint.every", "checkpoint.keep"),
+)
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -258,71 +260,78 @@ def _checked(value, annotation, path: str):
     return value
 
 
-def _validate(c: Config) -> None:
-    """Refuse what cannot work, naming the value, the rule and the flag. Mesh against devices: see `mesh.make`."""
-
-    def require(ok: bool, message: str) -> None:
-        if not ok:
-            raise UserError(message)
-
-    def choice(path: str, value: str, allowed: tuple[str, ...]) -> None:
-        require(value in allowed, f"--config.{path}={value!r} is not one of {', '.join(allowed)}")
-
-    flat = _flatten(to_dict(c))
-    for key in (
-        "model.layers model.width model.heads model.kv_heads model.ffn model.vocab_size model.max_length "
-        "objective.head_rows data.sequence_length mesh.data mesh.fsdp mesh.tensor train.batch_size train.microbatches "
-        "train.steps train.tokens train.log_every evaluate.batches evaluate.draws checkpoint.every checkpoint.keep"
-    ).split():
-        require(flat[key] is None or flat[key] > 0, f"--config.{key}={flat[key]} must be positive")
-    for key in ("model.rope_theta", "model.norm_eps", "model.init_std", "optimizer.peak_learning_rate",
-                "optimizer.adam_eps", "optimizer.clip_norm"):  # fmt: skip
-        require(0 < flat[key] < float("inf"), f"--config.{key}={flat[key]} must be a positive number")
-    for key in ("optimizer.beta1", "optimizer.beta2"):
-        require(0 <= flat[key] < 1, f"--config.{key}={flat[key]} must be in [0, 1)")
-    require(c.optimizer.weight_decay >= 0, f"--config.optimizer.weight_decay={c.optimizer.weight_decay} is negative")
-    require(c.evaluate.every >= 0, f"--config.evaluate.every={c.evaluate.every} is negative; 0 evaluates at the end only")
-    require(0 <= c.seed < 2**31, f"--config.seed={c.seed} must be in [0, 2**31)")
-
-    m = c.model
-    choice("model.dtype", m.dtype, ("bfloat16", "float32"))
-    choice("model.remat", m.remat, ("none", "dots", "full"))
-    require(m.width % m.heads == 0,
-            f"--config.model.heads={m.heads} does not divide model.width={m.width}; "
-            f"heads that do: {', '.join(map(str, _divisors(m.width)))}")  # fmt: skip
-    require(m.head_size % 2 == 0,
-            f"--config.model.heads={m.heads} gives heads of {m.head_size} channels, and rotary embedding needs an even "
-            f"number; choose heads so that model.width={m.width} / heads is even")  # fmt: skip
-    require(m.heads % m.key_value_heads == 0,
-            f"--config.model.kv_heads={m.kv_heads} does not divide model.heads={m.heads}; "
-            f"allowed: {', '.join(map(str, _divisors(m.heads)))}")  # fmt: skip
-
-    o = c.objective
-    choice("objective.name", o.name, ("diffusion", "autoregressive"))
-    choice("objective.time_sampling", o.time_sampling, ("stratified", "iid"))
-    require(0 <= o.eps < 1, f"--config.objective.eps={o.eps} must be in [0, 1)")
-    require(0 <= o.random_length_fraction <= 1,
-            f"--config.objective.random_length_fraction={o.random_length_fraction} must be in [0, 1]")  # fmt: skip
-    causal_wanted = o.name == "autoregressive"
-    require(m.causal == causal_wanted,
-            f"objective.name={o.name} needs a {'causal' if causal_wanted else 'bidirectional'} model; "
-            f"set --config.model.causal={causal_wanted} or change --config.objective.name")  # fmt: skip
-
-    d = c.data
-    require(d.sequence_length <= m.max_length,
-            f"--config.data.sequence_length={d.sequence_length} is longer than model.max_length={m.max_length}; "
-            "lower the one or raise the other")  # fmt: skip
-    require(0 < d.holdout_fraction < 1, f"--config.data.holdout_fraction={d.holdout_fraction} must be between 0 and 1")
-
-    t = c.train
-    require((t.steps is None) != (t.tokens is None),
-            f"give one of --config.train.steps and --config.train.tokens, not {'both' if t.steps else 'neither'}; "
-            "set the other to None")  # fmt: skip
-    require(c.steps > 0, f"--config.train.tokens={t.tokens} is less than one step of {c.tokens_per_step} tokens "
-            "(train.batch_size x data.sequence_length)")  # fmt: skip
-    require(t.batch_size % t.microbatches == 0,
-            f"--config.train.batch_size={t.batch_size} is not a multiple of train.microbatches={t.microbatches}")  # fmt: skip
+def _validate(config: Config) -> None:
+    """Refuse what cannot work, naming the value, the rule and the flag. Mesh against devices: see `mesh.check`."""
+    _check_ranges(_flatten(to_dict(config)))
+    _check_model(config.model)
+    _check_run(config)
 
 
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+POSITIVE = (
+    *("model.layers", "model.width", "model.heads", "model.kv_heads", "model.ffn", "model.vocab_size"),
+    *("model.max_length", "model.scan_unroll", "model.rope_theta", "model.norm_eps", "model.init_std"),
+    *("objective.head_rows", "data.sequence_length", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("optimizer.peak_learning_rate", "optimizer.adam_eps", "optimizer.clip_norm"),
+    *("train.batch_size", "train.microbatches", "train.steps", "train.tokens", "train.log_every"),
+    *("evaluate.batches", "evaluate.draws", "checkpoint.every", "checkpoint.keep"),
+)
+CHOICES = {
+    "model.dtype": ("bfloat16", "float32"),
+    "model.remat": ("none", "dots", "full"),
+    "objective.name": ("diffusion", "autoregressive"),
+    "objective.time_sampling": ("stratified", "iid"),
+}
+
+
+def _check_ranges(flat: dict[str, Any]) -> None:
+    """One key at a time."""
+    for key in POSITIVE:
+        _require(flat[key] is None or 0 < flat[key] < float("inf"), key, flat[key], "it must be positive")
+    for key, allowed in CHOICES.items():
+        _require(flat[key] in allowed, key, flat[key], f"it must be one of {', '.join(allowed)}")
+    for key in ("optimizer.beta1", "optimizer.beta2", "objective.eps"):
+        _require(0 <= flat[key] < 1, key, flat[key], "it must be in [0, 1)")
+    for key in ("optimizer.weight_decay", "evaluate.every"):
+        _require(0 <= flat[key] < float("inf"), key, flat[key], "it must not be negative")
+    fraction = flat["objective.random_length_fraction"]
+    _require(0 <= fraction <= 1, "objective.random_length_fraction", fraction, "it must be in [0, 1]")
+    fraction = flat["data.holdout_fraction"]
+    _require(0 < fraction < 1, "data.holdout_fraction", fraction, "it must lie between 0 and 1")
+    _require(0 <= flat["seed"] < 2**31, "seed", flat["seed"], "it must be in [0, 2**31)")
+
+
+def _check_model(m: ModelConfig) -> None:
+    """Heads against width and each other."""
+    _require(m.width % m.heads == 0, "model.heads", m.heads,
+             f"it must divide model.width={m.width}: {_divisors(m.width)}")  # fmt: skip
+    _require(m.head_size % 2 == 0, "model.heads", m.heads,
+             f"rotary embedding needs model.width={m.width} / heads, now {m.head_size}, to be even")  # fmt: skip
+    _require(m.heads % m.key_value_heads == 0, "model.kv_heads", m.kv_heads,
+             f"it must divide model.heads={m.heads}: {_divisors(m.heads)}")  # fmt: skip
+
+
+def _check_run(c: Config) -> None:
+    """Keys that must fit each other."""
+    causal = c.objective.name == "autoregressive"
+    _require(c.model.causal == causal, "model.causal", c.model.causal,
+             f"objective.name={c.objective.name} needs {causal}; change one of the two")  # fmt: skip
+    _require(c.data.sequence_length <= c.model.max_length, "data.sequence_length", c.data.sequence_length,
+             f"it must not exceed model.max_length={c.model.max_length}; lower the one or raise the other")  # fmt: skip
+    given = [f"{key}={value}" for key, value in (("steps", c.train.steps), ("tokens", c.train.tokens)) if value]
+    if len(given) != 1:
+        raise UserError(
+            f"give one of --config.train.steps and --config.train.tokens, not {' and '.join(given) or 'none'}"
+        )
+    _require(c.steps > 0, "train.tokens", c.train.tokens,
+             f"one step is {c.tokens_per_step} tokens (train.batch_size x data.sequence_length)")  # fmt: skip
+    _require(c.train.batch_size % c.train.microbatches == 0, "train.batch_size", c.train.batch_size,
+             f"it must be a multiple of train.microbatches={c.train.microbatches}")  # fmt: skip
+
+
+def _require(ok: bool, key: str, value: Any, rule: str) -> None:
+    if not ok:
+        raise UserError(f"--config.{key}={value}: {rule}")
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

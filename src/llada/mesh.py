@@ -24,7 +24,7 @@ ACTIVATIONS = {
     "BL": P(BATCH, None),
     "BLD": P(BATCH, None, None),
     "BLHC": P(BATCH, None, "tensor", None),
-    "BLF": P(BATCH, None, "tensor"),
+    "NF": P(BATCH, "tensor"),
     "BL_rows": P(BATCH, "tensor"),
     "BLD_rows": P(BATCH, "tensor", None),
     "VD_gathered": P(None, None),
@@ -53,7 +53,7 @@ def make(mesh: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
     if data * rest != len(devices):
         raise UserError(
             f"mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} x mesh.tensor={mesh.tensor} does not make the "
-            f"{len(devices)} device(s) of this machine; leave --config.mesh.data=None or make the product {len(devices)}"
+            f"{len(devices)} device(s) of this machine; leave --config.mesh.data=None, or make it {len(devices)}"
         )
     return jax.make_mesh((data, mesh.fsdp, mesh.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 

@@ -3,7 +3,8 @@
 RMSNorm, SwiGLU, rotary embedding, no bias; t is not an input (LLaDA section 2.1, Table 5). The model ends at the
 normalised hidden states; the vocabulary matrix is handed out beside them, so that an objective can turn hidden states
 into nats without ever holding all logits. Everything outside this file sees a nested dict and the functions below.
-Shapes: B sequences, L tokens, D width, H query heads, K key/value heads, C channels, F feed-forward, V vocabulary.
+Shapes: B sequences, L tokens, D width, H query heads, K key/value heads, C channels, F feed-forward, V vocabulary,
+N = B L rows.
 """
 
 import functools
@@ -37,22 +38,25 @@ class Block(nn.Module):
         ones = nn.initializers.ones_init()
 
         y = layers.rms_norm(x_BLD, self.param("attention_norm", ones, (D,)), c.norm_eps)
-        q_BLHC = jnp.einsum("bld,dhc->blhc", y, self.param("query", normal, (D, H, C)).astype(dtype))
-        k_BLKC = jnp.einsum("bld,dkc->blkc", y, self.param("key", normal, (D, K, C)).astype(dtype))
-        v_BLKC = jnp.einsum("bld,dkc->blkc", y, self.param("value", normal, (D, K, C)).astype(dtype))
+        q_BLHC = layers.project(y, self.param("query", normal, (D, H, C)).astype(dtype))
+        k_BLKC = layers.project(y, self.param("key", normal, (D, K, C)).astype(dtype))
+        v_BLKC = layers.project(y, self.param("value", normal, (D, K, C)).astype(dtype))
         if c.qk_norm:
             q_BLHC = layers.rms_norm(q_BLHC, self.param("query_norm", ones, (C,)), c.norm_eps)
             k_BLKC = layers.rms_norm(k_BLKC, self.param("key_norm", ones, (C,)), c.norm_eps)
         q_BLHC = layers.rotate(constrain(q_BLHC, "BLHC"), angles)
         k_BLKC = layers.rotate(constrain(k_BLKC, "BLHC"), angles)
         mixed_BLHC = layers.attend(q_BLHC, k_BLKC, constrain(v_BLKC, "BLHC"), c.causal, lengths_B)
-        x_BLD += jnp.einsum("blhc,hcd->bld", mixed_BLHC, self.param("output", branch_end, (H, C, D)).astype(dtype))
+        x_BLD += layers.project(mixed_BLHC, self.param("output", branch_end, (H, C, D)).astype(dtype), contracted=2)
         x_BLD = constrain(x_BLD, "BLD")
 
         y = layers.rms_norm(x_BLD, self.param("ffn_norm", ones, (D,)), c.norm_eps)
-        gate_BLF = constrain(y @ self.param("gate", normal, (D, F)).astype(dtype), "BLF")
-        up_BLF = constrain(y @ self.param("up", normal, (D, F)).astype(dtype), "BLF")
-        x_BLD += (jax.nn.silu(gate_BLF) * up_BLF) @ self.param("down", branch_end, (F, D)).astype(dtype)
+        # On flat rows throughout: see `layers.project`.
+        y_ND = y.reshape(-1, D)
+        gate_NF = constrain(y_ND @ self.param("gate", normal, (D, F)).astype(dtype), "NF")
+        up_NF = constrain(y_ND @ self.param("up", normal, (D, F)).astype(dtype), "NF")
+        y_ND = (jax.nn.silu(gate_NF) * up_NF) @ self.param("down", branch_end, (F, D)).astype(dtype)
+        x_BLD += y_ND.reshape(x_BLD.shape)
         return constrain(x_BLD, "BLD"), None
 
 
@@ -84,6 +88,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=c.layers,
+            unroll=c.scan_unroll,
         )
         x_BLD, _ = stack(c, name="layers")(x_BLD, angles, lengths_B)
         return layers.rms_norm(x_BLD, self.param("final_norm", nn.initializers.ones_init(), (c.width,)), c.norm_eps)
@@ -112,9 +117,7 @@ def logits(config: ModelConfig, params: Parameters, tokens_BL: jax.Array, length
 
 def unembed(hidden_BLD: jax.Array, head_VD: jax.Array) -> jax.Array:
     """`logits_BLV` in float32 from hidden states in the compute dtype."""
-    return jnp.einsum(
-        "bld,vd->blv", hidden_BLD, head_VD.astype(hidden_BLD.dtype), preferred_element_type=jnp.float32
-    )
+    return jnp.einsum("bld,vd->blv", hidden_BLD, head_VD.astype(hidden_BLD.dtype), preferred_element_type=jnp.float32)
 
 
 @functools.cache

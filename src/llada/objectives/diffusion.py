@@ -16,6 +16,7 @@ from llada.objectives import noise as noise_lib
 from llada.objectives.contract import LossTerms, Predictor, SpecialTokens, is_valid, token_count
 from llada.objectives.vocabulary_head import weighted_nats
 
+
 class Corruption(NamedTuple):
     """x_t, which of its tokens were replaced, and the weight of their nats in the bound."""
 

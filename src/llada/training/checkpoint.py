@@ -97,7 +97,7 @@ class Checkpoints:
         if not steps:
             raise UserError(f"no checkpoint in {self.directory}; train first: llada train --config=... --workdir=...")
         if step is not None and step not in steps:
-            raise UserError(f"--step={step} is not saved in {self.directory}; saved steps: {', '.join(map(str, steps))}")
+            raise UserError(f"--step={step} is not saved in {self.directory}; saved: {', '.join(map(str, steps))}")
         return steps[-1] if step is None else step
 
     def tokenizer_model(self, step: int | None = None) -> bytes:

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from llada import accounting
 from llada import mesh as mesh_lib
@@ -152,7 +151,8 @@ class _Run:
             self.evaluate()
         count = accounting.parameters(self.config.model)
         totals = metrics_lib.run_totals(self.config, self.step)
-        windows = [line for line in metrics_lib.read(self.workdir / "metrics.jsonl") if "speed/tokens_per_second" in line]
+        lines = metrics_lib.read(self.workdir / "metrics.jsonl")
+        losses = [line["train/loss_nats_per_token"] for line in lines if "train/loss_nats_per_token" in line]
         self.meter.state()
         _, evaluated = self.last_evaluation
         summary = {
@@ -163,7 +163,7 @@ class _Run:
             "tokens": totals["train/tokens"],
             "flops_6nd": totals["train/flops_6nd"],
             "flops_exact": totals["train/flops_exact"],
-            "train_nats_per_token": windows[-1]["train/loss_nats_per_token"] if windows else None,
+            "train_nats_per_token": losses[-1] if losses else None,
             "eval_nats_per_token": evaluated["eval/nats_per_token"],
             "eval_stderr": evaluated["eval/stderr"],
             "eval_bits_per_byte": evaluated["eval/bits_per_byte"],
@@ -200,7 +200,7 @@ class _Run:
         epochs = c.steps * c.tokens_per_step / d.train_tokens
         self.progress.say(
             f"{c.objective.name}: {count.total:,} parameters ({count.non_embedding:,} without embeddings), "
-            f"{c.steps:,} steps x {c.tokens_per_step:,} tokens = {c.steps * c.tokens_per_step:,} ({epochs:.2f} epochs); "
+            f"{c.steps:,} steps x {c.tokens_per_step:,} tokens ({epochs:.2f} epochs); "
             f"corpus {d.source}: {d.train_documents:,} documents, {d.train_tokens:,} tokens, "
             f"unigram entropy {d.unigram_entropy_nats:.3f} nats/token; "
             f"mesh {dict(self.mesh.shape)} on {jax.devices()[0].device_kind}"

@@ -1,6 +1,6 @@
 """A work directory: what is in it, when it may be continued, and opening one for inference.
 
-    config.json  tokenizer.model  data/  checkpoints/  metrics.jsonl  summary.json  events.out.tfevents.*
+config.json  tokenizer.model  data/  checkpoints/  metrics.jsonl  summary.json  events.out.tfevents.*
 """
 
 import json
@@ -62,7 +62,7 @@ def claim(workdir: Path, config: Config) -> None:
 
 
 def tokenizer_for(workdir: Path, config: Config) -> Tokenizer:
-    """The run's tokenizer: the workdir's own copy, else `data.tokenizer`, else one trained on the training documents."""
+    """The run's tokenizer: the workdir's copy, else `data.tokenizer`, else one trained on the training documents."""
     path = workdir / "tokenizer.model"
     if path.exists():
         tokenizer = Tokenizer.load(path)

@@ -1,0 +1,272 @@
+"""The equations of the paper against brute force: three ordinary tokens, three positions, a real Transformer.
+
+Small enough that every mask, every order and every text can be enumerated, so the expected values here are sums written
+down from the paper, in float64, and nothing is compared with itself.
+"""
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from numpy.polynomial import Polynomial
+
+from llada.config import ModelConfig, ObjectiveConfig
+from llada.evaluation import validation
+from llada.model import transformer
+from llada.objectives import autoregressive, diffusion
+from llada.objectives.contract import SpecialTokens
+from llada.objectives.noise import Noise
+
+L = 3
+MASK = 3  # ids 0, 1, 2 are ordinary
+SPECIAL = SpecialTokens(mask=MASK, eos=0)
+# A wide init makes predictions far from uniform: a wrong weight or a wrong mask then shows.
+DIFFUSION = ModelConfig(
+    layers=2, width=8, heads=2, ffn=16, vocab_size=4, max_length=L, init_std=0.7, dtype="float32", scan_unroll=2
+)
+CAUSAL = ModelConfig(**{**vars(DIFFUSION), "causal": True})
+HEAD_ROWS = 32
+TEXTS = np.array(list(itertools.product(range(3), repeat=L)), np.int32)  # all 27
+CANVASES = np.array(list(itertools.product(range(4), repeat=L)), np.int32)  # all 64, masks included
+
+
+@pytest.fixture(scope="module")
+def params():
+    return transformer.init(DIFFUSION, jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def log_p(params):
+    """`log_p[canvas][i, v]` = log p(x_i = v | canvas), float64, for each of the 64 canvases."""
+    logits = jax.jit(functools.partial(transformer.logits, DIFFUSION))(params, CANVASES)
+    logits = np.asarray(logits, np.float64)
+    table = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    assert np.exp(table).max() > 0.9  # far from uniform, or the tests below prove little
+    return table.reshape(4, 4, 4, L, 4)
+
+
+def conditional_nats(log_p, x0, masked) -> float:
+    """Sum of -log p(x0_i | x_t) over the masked i, x_t being x0 with `masked` replaced."""
+    canvas = tuple(MASK if i in masked else int(x0[i]) for i in range(L))
+    return -sum(log_p[canvas][i, x0[i]] for i in masked)
+
+
+def bound(log_p, x0) -> float:
+    """LLaDA Eq. (6): E over l ~ U{1..L} and the C(L, l) sets of l positions, of L/l x nats."""
+    total = 0.0
+    for size in range(1, L + 1):
+        sets = list(itertools.combinations(range(L), size))
+        total += L / size * np.mean([conditional_nats(log_p, x0, masked) for masked in sets]) / L
+    return total
+
+
+def order_nats(log_p, x0, order) -> float:
+    """-log of the chain-rule product that reveals positions in `order`."""
+    return sum(-log_p[_revealed(x0, order[:k])][order[k], x0[order[k]]] for k in range(L))
+
+
+def _revealed(x0, positions):
+    return tuple(int(x0[i]) if i in positions else MASK for i in range(L))
+
+
+def test_bounds_over_counts_over_times_and_over_orders_are_equal_and_above_the_exact_likelihood(log_p):
+    """Eqs. (3), (6) and (15) are one number; by Jensen it is at least -log of the order-averaged likelihood."""
+    gaps = []
+    for x0 in TEXTS:
+        eq6 = bound(log_p, x0)
+        # Eq. (3): integral over t of 1/t sum over masks of t^k (1-t)^(L-k) x nats; the t part is Beta(k, L-k+1).
+        eq3 = 0.0
+        for size in range(1, L + 1):
+            beta = math.factorial(size - 1) * math.factorial(L - size) / math.factorial(L)
+            eq3 += beta * sum(conditional_nats(log_p, x0, masked) for masked in itertools.combinations(range(L), size))
+        orders = [order_nats(log_p, x0, order) for order in itertools.permutations(range(L))]
+        np.testing.assert_allclose(eq3, eq6, atol=1e-5)
+        np.testing.assert_allclose(np.mean(orders), eq6, atol=1e-4)
+        exact = -np.log(np.mean(np.exp(-np.array(orders))))
+        assert eq6 >= exact - 1e-4
+        gaps.append(eq6 - exact)
+    assert max(gaps) > 0.1  # strictly above: this model's orders disagree
+
+
+class Draws(NamedTuple):
+    text: np.ndarray  # (rows,) index into TEXTS
+    exact: np.ndarray  # (rows,) enumerated bound
+    nats: dict[str, np.ndarray]  # estimator -> (draws, rows)
+
+
+@pytest.fixture(scope="module")
+def draws(params, log_p) -> Draws:
+    repeats, M = 128, 16
+    text = np.tile(np.arange(len(TEXTS)), repeats)
+    rows = jnp.arange(len(text))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def estimate(x0_BL, row_B, estimator):
+        predict = functools.partial(transformer.hidden, DIFFUSION, params)
+        head = transformer.head(DIFFUSION, params)
+        return validation.bound_draws(predict, head, x0_BL, row_B, M, MASK, estimator, 4096)
+
+    nats = {name: np.asarray(estimate(TEXTS[text], rows, name), np.float64) for name in validation.ESTIMATORS}
+    part = slice(100, 111)
+    np.testing.assert_allclose(  # a row's draws depend on its id, not on the batch it is in
+        estimate(TEXTS[text[part]], rows[part], "l_of_L"), nats["l_of_L"][:, part], rtol=1e-4, atol=1e-4
+    )
+    return Draws(text, np.array([bound(log_p, x0) for x0 in TEXTS])[text], nats)
+
+
+@pytest.mark.parametrize("estimator", validation.ESTIMATORS)
+def test_each_evaluation_draw_is_an_unbiased_estimate_of_the_enumerated_bound(draws, estimator):
+    """Per text over all draws, and per draw over all texts: within 4 standard errors of the enumeration."""
+    error_MB = draws.nats[estimator] - draws.exact
+    error_B = error_MB.mean(axis=0)  # the draws of a row share a shift; rows are independent
+    for text in range(len(TEXTS)):
+        assert_mean_is_zero(error_B[draws.text == text])
+    for error in error_MB:
+        assert_mean_is_zero(error)
+    assert_mean_is_zero(error_B)
+    assert abs(error_B.mean()) < 0.02 * draws.exact.mean()
+
+
+def test_masking_a_fixed_count_has_lower_variance_than_masking_with_a_probability(draws):
+    """Why evaluation uses Eq. (6): the variance of a row's estimate, averaged over texts, single draws and means."""
+    for average in (lambda nats_MB: nats_MB[:1], lambda nats_MB: nats_MB):
+        variance = {}
+        for name, nats_MB in draws.nats.items():
+            row = average(nats_MB).mean(axis=0)
+            variance[name] = np.mean([row[draws.text == text].var() for text in range(len(TEXTS))])
+        assert variance["l_of_L"] < 0.5 * variance["bernoulli"]
+
+
+class Training(NamedTuple):
+    nats: np.ndarray  # (steps,)
+    token_count: np.ndarray
+    head_nats: np.ndarray
+    head_count: np.ndarray
+    gradient: np.ndarray  # (steps, parameters)
+
+
+EPS = 1e-3
+STEPS = 2000
+
+
+@pytest.fixture(scope="module")
+def training(params):
+    """`diffusion.loss` and its gradient on the batch of all 27 texts, at 2000 steps' noise."""
+
+    @functools.cache
+    def run(time_sampling: str, fraction: float) -> Training:
+        config = ObjectiveConfig(
+            eps=EPS, time_sampling=time_sampling, random_length_fraction=fraction, head_rows=HEAD_ROWS
+        )
+        B = len(TEXTS)
+
+        def loss(params, step):
+            predict = functools.partial(transformer.hidden, DIFFUSION, params)
+            head = transformer.head(DIFFUSION, params)
+            terms = diffusion.loss(predict, head, TEXTS, Noise(7, step, jnp.arange(B), B), SPECIAL, config)
+            return terms.nats, terms
+
+        def step(s):
+            gradient, terms = jax.grad(loss, has_aux=True)(params, s)
+            return *terms, ravel_pytree(gradient)[0]
+
+        out = jax.jit(lambda steps: jax.lax.map(step, steps))(jnp.arange(STEPS))
+        return Training(*(np.asarray(a, np.float64) for a in out))
+
+    return run
+
+
+def enumerated_loss(params, fraction: float):
+    """The expectation of `diffusion.loss` on TEXTS as a differentiable sum over lengths n and masks of n positions.
+
+    p is uniform on [eps, 1], so a mask of k of n has coefficient 1/(1-eps) x integral of p^(k-1) (1-p)^(n-k).
+    """
+    p = Polynomial([0, 1])
+    lengths, masks, coefficients = [], [], []
+    for n in range(1, L + 1):
+        probability = fraction / L + (1 - fraction) * (n == L)
+        for k in range(1, n + 1):
+            integral = (p ** (k - 1) * (1 - p) ** (n - k)).integ()
+            weight = (integral(1) - integral(EPS)) / (1 - EPS)
+            for masked in itertools.combinations(range(n), k):
+                lengths.append(n)
+                masks.append([i in masked for i in range(L)])
+                coefficients.append(probability * weight)
+    masks, coefficients = np.array(masks), np.array(coefficients, np.float32)
+    canvas = np.where(masks[:, None, :], MASK, TEXTS[None])
+    target = np.broadcast_to(TEXTS, canvas.shape)
+    logits = transformer.logits(
+        DIFFUSION, params, canvas.reshape(-1, L), jnp.repeat(jnp.array(lengths), len(TEXTS))
+    )
+    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), target.reshape(-1, L, 1), axis=-1).reshape(canvas.shape)
+    return jnp.sum(coefficients[:, None, None] * masks[:, None, :] * nats)
+
+
+@pytest.mark.parametrize(
+    ("time_sampling", "fraction"), [("iid", 0.0), ("stratified", 0.0), ("stratified", 0.5)], ids=str
+)
+def test_training_loss_and_its_gradient_are_unbiased(training, params, log_p, time_sampling, fraction):
+    """Eq. (3) with the published eps, whole and randomly cut: value, token count, head rows and every gradient leaf."""
+    run = training(time_sampling, fraction)
+    value, gradient = jax.jit(jax.value_and_grad(functools.partial(enumerated_loss, fraction=fraction)))(params)
+    assert_mean_is_zero(run.nats - float(value))
+    mean_length = (1 - fraction) * L + fraction * (1 + L) / 2
+    assert_mean_is_zero(run.token_count - len(TEXTS) * mean_length)
+    assert_mean_is_zero(run.head_count - len(TEXTS) * mean_length * (1 + EPS) / 2)
+    if fraction == 0:
+        # The enumeration itself, against the float64 one: eps moves the bound by less than a percent.
+        np.testing.assert_allclose(value, sum(bound(log_p, x0) for x0 in TEXTS), rtol=1e-2)
+
+    rng = np.random.default_rng(0)
+    exact, unravel = ravel_pytree(gradient)
+    exact = np.asarray(exact, np.float64)
+    leaf_of = np.asarray(ravel_pytree(jax.tree.unflatten(
+        jax.tree.structure(gradient), [jnp.full(g.shape, i) for i, g in enumerate(jax.tree.leaves(gradient))]
+    ))[0])  # fmt: skip
+    for leaf in range(leaf_of.max() + 1):
+        here = leaf_of == leaf
+        assert np.linalg.norm(exact[here]) > 0
+        # Along the true gradient a wrong weight shows; along random directions a wrong direction does.
+        for direction in (exact[here], *rng.normal(size=(3, here.sum()))):
+            assert_mean_is_zero((run.gradient[:, here] - exact[here]) @ direction)
+    error = run.gradient.mean(axis=0) - exact
+    assert np.linalg.norm(error) < 0.1 * np.linalg.norm(exact)
+
+
+def test_stratified_times_lower_the_variance_of_the_batch_loss(training):
+    """The reason for the default: same expectation (above), smaller variance over steps."""
+    assert training("stratified", 0.0).nats.var() < 0.95 * training("iid", 0.0).nats.var()
+
+
+def test_autoregressive_nats_are_the_chain_rule_and_their_probabilities_sum_to_one():
+    """Eq. (1): exact and normalised over all 4^3 rows; each factor sees the end-of-text token and the tokens before."""
+    params = transformer.init(CAUSAL, jax.random.key(2))
+
+    @jax.jit
+    def nats_of(rows):
+        predict = functools.partial(transformer.hidden, CAUSAL, params)
+        head = transformer.head(CAUSAL, params)
+        return autoregressive.row_nats(predict, head, rows, None, SPECIAL, HEAD_ROWS)
+
+    total, nats_BL = nats_of(CANVASES)
+    nats_BL = np.asarray(nats_BL, np.float64)
+    probability = np.exp(-nats_BL.sum(axis=1))
+    np.testing.assert_allclose(probability.sum(), 1, atol=1e-4)
+    assert probability.max() > 5 / 64
+    np.testing.assert_allclose(total, nats_BL.sum(), rtol=1e-5)
+    for i in range(L):  # shorter inputs hold nothing but what the factor may see
+        inputs = np.concatenate([np.full((64, 1), SPECIAL.eos), CANVASES[:, :i]], axis=1)
+        log_q = jax.nn.log_softmax(transformer.logits(CAUSAL, params, inputs)[:, -1])
+        np.testing.assert_allclose(nats_BL[:, i], -log_q[np.arange(64), CANVASES[:, i]], atol=1e-4)
+
+
+def assert_mean_is_zero(samples: np.ndarray) -> None:
+    """Within 4 standard errors. The noise is a fixed function of its seed: a pass stays a pass."""
+    stderr = samples.std(ddof=1) / math.sqrt(len(samples))
+    assert abs(samples.mean()) <= 4 * stderr + 1e-6, (samples.mean(), stderr)
