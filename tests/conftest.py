@@ -1,8 +1,65 @@
-"""Shared by all tests: float32 products are float32 on every backend, so that one tolerance holds everywhere.
+"""Shared by all tests: exact float32 products, a tiny corpus, and one trained run of each family.
 
-GPUs and TPUs otherwise round float32 operands to fewer bits.
+GPUs and TPUs otherwise round float32 operands to fewer bits, and one tolerance would not hold everywhere.
 """
 
+import random
+import tempfile
+from types import SimpleNamespace
+
 import jax
+import pytest
+
+from llada.config import default_config, from_config_dict
+from llada.training import loop
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# The same step is built by many tests and compiled by one.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="llada-compiled-"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """40 documents of made-up sentences: enough for some 500 rows of 32 tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    nouns, verbs = "cat dog bird fish tree stone river cloud".split(), "sees hears likes follows finds".split()
+    for i in range(40):
+        sentences = [f"the {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)} .\n" for _ in range(60)]
+        (folder / f"{i:02}.txt").write_text(f"chapter {i}\n" + "".join(sentences))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus):
+    """`tiny(family, {"model.layers": 3})`: a checked Config of 12 steps, seconds to train."""
+
+    def build(family: str, changes: dict | None = None):
+        c = default_config()
+        c.model.update(dict(layers=2, width=32, heads=2, ffn=48, vocab_size=320, max_length=32, dtype="float32"))
+        c.data.update(dict(source=f"text:{corpus}/*.txt", sequence_length=32, holdout_fraction=0.2))
+        if family == "arm":
+            c.objective.name, c.model.causal, c.objective.random_length_fraction = "autoregressive", True, 0.0
+        else:
+            c.objective.random_length_fraction = 0.25  # often enough to matter in twelve steps
+        c.optimizer.peak_learning_rate = 1e-2
+        c.train.update(dict(batch_size=8, steps=12, log_every=3))
+        c.evaluate.update(dict(every=6, batches=2, draws=2))
+        c.checkpoint.update(dict(every=4, keep=3))
+        for key, value in (changes or {}).items():
+            group, name = key.split(".")
+            c[group][name] = value
+        return from_config_dict(c)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    """`trained["llada"]`, `trained["arm"]`: workdir and summary of an uninterrupted run. Leave them as they are."""
+    runs = {}
+    for family in ("llada", "arm"):
+        workdir = tmp_path_factory.mktemp("runs") / family
+        runs[family] = SimpleNamespace(workdir=workdir, summary=loop.train(tiny(family), workdir))
+    return runs

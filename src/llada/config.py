@@ -319,9 +319,8 @@ def _check_run(c: Config) -> None:
              f"it must not exceed model.max_length={c.model.max_length}; lower the one or raise the other")  # fmt: skip
     given = [f"{key}={value}" for key, value in (("steps", c.train.steps), ("tokens", c.train.tokens)) if value]
     if len(given) != 1:
-        raise UserError(
-            f"give one of --config.train.steps and --config.train.tokens, not {' and '.join(given) or 'none'}"
-        )
+        got = " and ".join(given) or "none"
+        raise UserError(f"give one of --config.train.steps and --config.train.tokens, not {got}")
     _require(c.steps > 0, "train.tokens", c.train.tokens,
              f"one step is {c.tokens_per_step} tokens (train.batch_size x data.sequence_length)")  # fmt: skip
     _require(c.train.batch_size % c.train.microbatches == 0, "train.batch_size", c.train.batch_size,

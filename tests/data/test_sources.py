@@ -87,3 +87,14 @@ def test_holdout_depends_on_the_text_alone_and_is_nested():
     # The split is part of every published result: these must never change.
     chosen = [index for index in range(150) if is_holdout(f"document {index}", 0.1)]
     assert chosen == [40, 44, 59, 70, 81, 100, 105, 108, 117, 118, 120, 123, 129, 148]
+
+
+def test_a_long_file_becomes_sections_that_add_up_to_it(tmp_path):
+    """One book must be able to lie on both sides of the split."""
+    text = "".join(f"line {i} of a long book\n" for i in range(8_000))
+    (tmp_path / "book.txt").write_text(text)
+    sections = list(documents(f"text:{tmp_path}/book.txt"))
+    assert "".join(sections) == text
+    assert len(sections) > 8 and all(section.endswith("\n") for section in sections)
+    (tmp_path / "book.txt").write_text("x" * 100_000)  # no line end anywhere
+    assert list(documents(f"text:{tmp_path}/book.txt")) == ["x" * 100_000]

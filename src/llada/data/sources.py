@@ -14,6 +14,8 @@ from pathlib import Path
 
 from llada.errors import UserError
 
+_LONG_CHARACTERS = 65_536
+_SECTION_CHARACTERS = 16_384
 _STDLIB_SKIPPED = ["__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests", "turtledemo"]
 
 
@@ -22,7 +24,8 @@ def documents(source: str) -> Iterator[str]:
 
       "stdlib"     every .py file of the running Python's standard library, without its tests; one document each
       "text:GLOB"  files matching GLOB ("~" and "**" work): .jsonl is one document per line, in the string field
-                   "text"; anything else is one document, plain UTF-8
+                   "text"; anything else is plain UTF-8: one document, or, above 64 Ki characters, sections of
+                   about 16 Ki that end with a line
 
     Files are opened one at a time, so a damaged file is reported when its turn comes.
     Raises UserError for an unknown source, a source without text, binary or non-UTF-8 files, bad JSONL lines.
@@ -79,9 +82,21 @@ def _read(path: Path) -> Iterator[str]:
         if path.suffix.lower() == ".jsonl":
             yield from _read_jsonl(path)
         else:
-            yield _decode(path.read_bytes(), path, 0)
+            yield from _sections(_decode(path.read_bytes(), path, 0))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check --config.data.source") from error
+
+
+def _sections(text: str) -> Iterator[str]:
+    """A text whole, or, where it is long, cut at line ends: else one book would be all training or all hold-out."""
+    if len(text) <= _LONG_CHARACTERS:
+        yield text
+        return
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + _SECTION_CHARACTERS) + 1 or len(text)
+        yield text[start:end]
+        start = end
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:

@@ -52,6 +52,7 @@ def train(config: Config, workdir: Path) -> dict:
                 run.advance()
             run.settle()
             if stop and run.step < config.steps:
+                run.save()
                 raise Interrupted(stop[0], run.step)
             return run.finish()
         finally:
@@ -105,13 +106,15 @@ class _Run:
             return
         values = {name: float(value) for name, value in jax.device_get(self.pending).items()}
         self.pending = None
-        if not (math.isfinite(values["loss_nats_per_token"]) and math.isfinite(values["grad_norm"])):
+        # The norm after the step is among them: a finite loss may still have led to parameters that must not be saved.
+        if not all(map(math.isfinite, values.values())):
             self.checkpoints.wait()
+            good = self.checkpoints.latest()
             raise Diverged(
-                f"step {self.step}: loss {values['loss_nats_per_token']} nats/token, gradient norm "
-                f"{values['grad_norm']}; nothing later was saved. Last good checkpoint: step "
-                f"{self.checkpoints.latest()} in {self.checkpoints.directory}. "
-                "Lower --config.optimizer.peak_learning_rate in a new workdir, or look at the data of this step"
+                f"step {self.step} is not finite: loss {values['loss_nats_per_token']} nats/token, gradient norm "
+                f"{values['grad_norm']}, parameter norm {values['parameter_norm']}. Last good checkpoint: "
+                f"{'none' if good is None else f'step {good}'} in {self.checkpoints.directory}; nothing later was "
+                "saved. Try a lower --config.optimizer.peak_learning_rate in a new workdir"
             )
         self.meter.add(values)
         if self.step % self.config.train.log_every == 0 or self.step == self.config.steps:

@@ -21,6 +21,7 @@ METRICS = {
     "train/head_nats_per_row": "plain cross-entropy of the rows that met the vocabulary head (masked tokens)",
     "train/head_fraction": "those rows as a share of the tokens",
     "train/grad_norm": "global gradient norm before clipping",
+    "train/parameter_norm": "global norm of the parameters after the step",
     "train/learning_rate": "of the window's last step",
     "train/tokens": "tokens read since step 0",
     "train/flops_6nd": "FLOPs since step 0, 6 N D with N non-embedding",

@@ -69,15 +69,17 @@ def train_step(state: TrainState, batch_BL: jax.Array, config: Config, special: 
 
     gradients = jax.tree.map(lambda g: g / terms.token_count, gradients)
     updates, optimizer_state = optimizer.make(config).update(gradients, state.optimizer_state, state.params)
+    params = optax.apply_updates(state.params, updates)
     metrics = {
         "loss_nats_per_token": terms.nats / terms.token_count,
         "head_nats_per_row": terms.head_nats / jnp.maximum(terms.head_count, 1),
         "head_fraction": terms.head_count / terms.token_count,
-        "grad_norm": optax.global_norm(gradients),
+        "grad_norm": optax.tree.norm(gradients),
+        "parameter_norm": optax.tree.norm(params),
         "learning_rate": optimizer.learning_rate(config)(state.step),
         "token_count": terms.token_count,
     }
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
+    return TrainState(state.step + 1, params, optimizer_state), metrics
 
 
 def compile_step(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh):

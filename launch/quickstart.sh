@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Trains a small LLaDA and an ARM of the same size on the same tokens, evaluates both, writes samples, curves, report.
+# Usage: bash launch/quickstart.sh [RUN_DIR]      Ctrl-C and a second call continue where it stopped.
+set -euo pipefail
+run_dir="${1:-runs/quickstart}"
+case "$run_dir" in /*) ;; *) run_dir="$PWD/$run_dir" ;; esac
+cd "$(dirname "$0")/.."
+source launch/setup.sh
+make_environment requirements.txt requirements-plots.txt
+
+say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
+
+say llada train --config=experiments/quickstart.py:llada --workdir="$run_dir/llada"
+# The ARM gets LLaDA's tokenizer: nats per token compare only over the same tokens.
+say llada train --config=experiments/quickstart.py:arm --workdir="$run_dir/arm" \
+  --config.data.tokenizer="$run_dir/llada/tokenizer.model"
+say llada evaluate --workdir="$run_dir/llada" --draws=8 --batches=16
+say llada evaluate --workdir="$run_dir/arm" --batches=16
+say llada compare --llada="$run_dir/llada" --arm="$run_dir/arm" --out="$run_dir"

@@ -1,0 +1,151 @@
+"""Meshes of 1, 2, 4 and 8 devices against each other: the same noise bit for bit, the same numbers to rounding.
+
+The checks run in a process of their own that pretends to have eight CPU devices; the tests read its verdicts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+MESHES = {  # name -> (data, fsdp, tensor, microbatches)
+    "1 device": (1, 1, 1, 1),
+    "1 device, 4 microbatches": (1, 1, 1, 4),
+    "2 data": (2, 1, 1, 1),
+    "4 fsdp": (1, 4, 1, 1),
+    "8 data": (8, 1, 1, 1),
+    "2 x 2 x 2": (2, 2, 2, 1),
+    "2 x 2 x 2, 2 microbatches": (2, 2, 2, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", list(MESHES))
+def test_noise_and_initial_parameters_have_the_same_bits_on_every_mesh(verdicts, name):
+    reference, here = verdicts["1 device"], verdicts[name]
+    assert here["noise"] == reference["noise"]
+    assert here["init"] == reference["init"]
+    assert here["head_fractions"] == reference["head_fractions"]  # which tokens were masked, step by step
+
+
+@pytest.mark.parametrize("name", list(MESHES))
+def test_three_steps_give_the_same_loss_and_parameters_on_every_mesh(verdicts, name):
+    reference, here = verdicts["1 device"], verdicts[name]
+    assert here["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+    assert here["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-4)
+    assert here["parameters_apart"] < 2e-4  # Adam divides by small second moments: rounding is amplified
+
+
+@pytest.mark.parametrize("name", ["2 x 2 x 2"])
+def test_the_arm_is_sharded_as_well(verdicts, name):
+    assert verdicts[f"ARM {name}"]["losses"] == pytest.approx(verdicts["ARM 1 device"]["losses"], rel=1e-5)
+
+
+def test_parameters_lie_where_the_table_says(verdicts):
+    """On 2 x 2 x 2 every matrix is split over fsdp and tensor: a device holds a quarter."""
+    assert verdicts["shares"] == {"embedding": 0.25, "head": 0.25, "query": 0.25, "down": 0.25, "final_norm": 1.0}
+
+
+def test_a_checkpoint_moves_between_meshes_unchanged(verdicts):
+    assert verdicts["moved"]
+
+
+def main():
+    """Print one JSON line with what every mesh gave."""
+    import functools
+    import hashlib
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from llada import config as config_lib
+    from llada import mesh as mesh_lib
+    from llada.objectives import noise as noise_lib
+    from llada.objectives.contract import SpecialTokens
+    from llada.training import step as step_lib
+    from llada.training.checkpoint import Checkpoints
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    B, L, V = 8, 16, 64
+    rows = np.random.default_rng(0).integers(4, V, (3, B, L)).astype(np.int32)
+
+    def build(causal, data, fsdp, tensor, microbatches):
+        c = config_lib.default_config()
+        c.model.update(dict(layers=2, width=16, heads=4, kv_heads=2, ffn=32, vocab_size=V, max_length=L))
+        c.model.update(dict(dtype="float32", causal=causal, init_std=0.2))
+        c.objective.update(dict(name="autoregressive" if causal else "diffusion", random_length_fraction=0.5))
+        c.objective.head_rows = 24  # not a divisor of anything
+        c.data.sequence_length = L
+        c.train.update(dict(batch_size=B, microbatches=microbatches, steps=10))
+        c.mesh.update(dict(data=data, fsdp=fsdp, tensor=tensor))
+        return config_lib.from_config_dict(c)
+
+    def bits(tree):
+        return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(tree))).hexdigest()
+
+    def noise():
+        n = noise_lib.Noise(5, jnp.int32(7), jnp.arange(B), B)
+        draws = [noise_lib.times(n, kind) for kind in ("iid", "stratified")]
+        masks = noise_lib.uniform(n, noise_lib.MASK, (L,))
+        return [mesh_lib.constrain(x, "B") for x in (*draws, noise_lib.lengths(n, L, 0.5))], mesh_lib.constrain(
+            masks, "BL"
+        )
+
+    def run(causal, sizes):
+        config = build(causal, *sizes)
+        mesh = mesh_lib.make(config.mesh, jax.devices()[: sizes[0] * sizes[1] * sizes[2]])
+        mesh_lib.check(config, mesh)
+        with jax.set_mesh(mesh):
+            places = step_lib.state_placements(config, mesh)
+            state = jax.jit(functools.partial(step_lib.init_state, config), out_shardings=places)()
+            out = {"noise": bits(jax.jit(noise)()), "init": bits(state.params)}
+            train_step = step_lib.compile_step(config, SpecialTokens(mask=3, eos=1), mesh)
+            seen = []
+            for batch_BL in rows:
+                state, metrics = train_step(state, jax.device_put(batch_BL, mesh_lib.placement(mesh, "BL")))
+                seen.append(jax.tree.map(float, metrics))
+        out["losses"] = [m["loss_nats_per_token"] for m in seen]
+        out["grad_norms"] = [m["grad_norm"] for m in seen]
+        out["head_fractions"] = [m["head_fraction"] for m in seen]
+        return out, state, config, mesh
+
+    results, states = {}, {}
+    for name, sizes in MESHES.items():
+        results[name], *states[name] = run(False, sizes)
+        mine, reference = (jax.tree.map(np.asarray, states[n][0].params) for n in (name, "1 device"))
+        apart = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), mine, reference)
+        results[name]["parameters_apart"] = max(jax.tree.leaves(apart))
+    for name in ("1 device", "2 x 2 x 2"):
+        results[f"ARM {name}"] = run(True, MESHES[name])[0]
+
+    state, config, mesh = states["2 x 2 x 2"]
+    flat = state.params | state.params["layers"]
+    names = ("embedding", "head", "query", "down", "final_norm")
+    results["shares"] = {n: flat[n].addressable_shards[0].data.size / flat[n].size for n in names}
+
+    folder = Path(tempfile.mkdtemp())
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(state, config, {}, b"")
+    checkpoints.wait()
+    _, one_config, one_mesh = states["1 device"]
+    moved = checkpoints.restore(one_config, one_mesh, 3).state
+    results["moved"] = bits(moved) == bits(state) and len(moved.params["head"].sharding.device_set) == 1
+    checkpoints.close()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""A run as a whole: resumes bit for bit, reads identical rows for both families, stops when it must."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from llada.config import from_config_dict
+from llada.errors import UserError
+from llada.training import loop, metrics
+from llada.training.checkpoint import Checkpoints
+
+TIMINGS = ("speed/tokens_per_second", "time/seconds", "speed/mfu_percent")
+
+
+def final_state(config, workdir):
+    """Every leaf of the last checkpoint, on the host."""
+    from llada import mesh as mesh_lib
+
+    checkpoints = Checkpoints(workdir)
+    restored = checkpoints.restore(config, mesh_lib.make(config.mesh), checkpoints.latest())
+    checkpoints.close()
+    return jax.tree.map(np.asarray, restored.state), restored.cursor
+
+
+def record(workdir):
+    """metrics.jsonl without what depends on the clock."""
+    lines = metrics.read(workdir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def assert_same_run(config, a, b):
+    (state_a, cursor_a), (state_b, cursor_b) = final_state(config, a), final_state(config, b)
+    jax.tree.map(np.testing.assert_array_equal, state_a, state_b)
+    assert cursor_a["rows_digest"] == cursor_b["rows_digest"] != ""
+    assert record(a) == record(b)
+
+
+@pytest.mark.parametrize("family", ["llada", "arm"])
+def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(tiny, trained, family, tmp_path, monkeypatch):
+    """SIGINT in the middle of a logging window, away from any planned checkpoint; then the same call again."""
+    config = tiny(family)
+    said = metrics.Meter.add
+
+    def interrupt(meter, values):
+        said(meter, values)
+        if meter.timed_tokens == 4 * config.tokens_per_step:  # the first step is not timed: this is after step 5
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Meter, "add", interrupt)
+        with pytest.raises(loop.Interrupted, match="SIGINT"):
+            loop.train(config, tmp_path)
+    stopped_at = Checkpoints(tmp_path).latest()
+    assert 5 <= stopped_at < config.steps
+    assert not (tmp_path / "summary.json").exists()
+    loop.train(config, tmp_path)
+    assert_same_run(config, tmp_path, trained[family].workdir)
+
+
+def test_a_killed_run_continues_from_its_last_checkpoint_bit_for_bit(tiny, trained, tmp_path):
+    """SIGKILL as soon as step 4 is committed."""
+    config = tiny("llada")
+    (tmp_path / "config.json").write_text(json.dumps(config_tree(config)))
+    program = (
+        "import json, pathlib, sys; from llada.config import load; from llada.training import loop;"
+        "loop.train(load(pathlib.Path(sys.argv[1]) / 'config.json'), pathlib.Path(sys.argv[1]))"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoints" / "4").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    loop.train(config, tmp_path)
+    assert_same_run(config, tmp_path, trained["llada"].workdir)
+
+
+def config_tree(config):
+    from llada.config import to_dict
+
+    return to_dict(config)
+
+
+def test_both_families_read_identical_rows_in_identical_order(trained):
+    llada, arm = (trained[family].summary for family in ("llada", "arm"))
+    assert llada["rows_digest"] == arm["rows_digest"]
+    assert llada["corpus_digest"] == arm["corpus_digest"]
+    assert llada["tokens"] == arm["tokens"]
+
+
+def test_the_summary_holds_what_the_interface_promises(trained):
+    promised = [
+        "step",
+        "objective",
+        "parameters",
+        "non_embedding_parameters",
+        "tokens",
+        "flops_6nd",
+        "flops_exact",
+        "train_nats_per_token",
+        "eval_nats_per_token",
+        "eval_stderr",
+        "eval_bits_per_byte",
+        "tokens_per_second",
+        "seconds",
+    ]
+    for run in trained.values():
+        summary = json.loads((run.workdir / "summary.json").read_text())
+        assert summary == run.summary
+        assert set(promised) <= summary.keys()
+        assert summary["eval_nats_per_token"] < np.log(320) + 0.5
+        assert list(run.workdir.glob("events.out.tfevents.*"))
+
+
+def test_training_learns(trained):
+    """Twelve steps are few, but the loss falls from ln V."""
+    for run in trained.values():
+        losses = [line["train/loss_nats_per_token"] for line in record(run.workdir) if "train/grad_norm" in line]
+        assert losses[-1] < losses[0] - 0.2
+
+
+def test_a_finished_run_called_again_changes_nothing(tiny, trained):
+    before = (trained["llada"].workdir / "metrics.jsonl").read_bytes()
+    assert loop.train(tiny("llada"), trained["llada"].workdir) == trained["llada"].summary
+    assert (trained["llada"].workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(tiny, tmp_path):
+    """The rate jumps to 1e30 after step 4: loss and gradient of step 5 are finite, the parameters it leaves are not."""
+    config = tiny("llada", {"optimizer.schedule": "0:0 33.4%:0 33.4%:1e30", "checkpoint.every": 2})
+    with pytest.raises(loop.Diverged, match=r"step 5 is not finite: loss 5.* gradient norm .* checkpoint: step 4 in"):
+        loop.train(config, tmp_path)
+    assert Checkpoints(tmp_path).steps() == [2, 4]
+
+
+def test_a_workdir_of_another_experiment_is_refused_and_left_alone(tiny, trained):
+    workdir = trained["llada"].workdir
+    before = (workdir / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"another experiment \(model\.layers: 2 -> 3\)"):
+        loop.train(tiny("llada", {"model.layers": 3}), workdir)
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_an_unwritable_workdir_is_refused(tiny, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        loop.train(tiny("llada"), tmp_path / "file" / "run")
+
+
+def test_more_steps_continue_a_finished_run(tiny, trained, tmp_path):
+    """A run of 6 steps lengthened to 12 under a schedule in tokens equals a run of 12."""
+    changes = {"optimizer.schedule": "0:1"}
+    loop.train(tiny("llada", changes | {"train.steps": 6}), tmp_path / "grown")
+    config = tiny("llada", changes)
+    loop.train(config, tmp_path / "grown")
+    loop.train(config, tmp_path / "straight")
+    grown, straight = (final_state(config, tmp_path / name)[0] for name in ("grown", "straight"))
+    jax.tree.map(np.testing.assert_array_equal, grown, straight)
+
+
+def test_config_survives_json(tiny):
+    for family in ("llada", "arm"):
+        config = tiny(family)
+        assert from_config_dict(json.loads(json.dumps(config_tree(config)))) == config
