@@ -184,20 +184,26 @@ def training(params):
     return run
 
 
+P = Polynomial([0, 1])  # the probability of masking, uniform on [eps, 1]
+
+
+def mean_over_p(polynomial: Polynomial) -> float:
+    integral = polynomial.integ()
+    return (integral(1) - integral(EPS)) / (1 - EPS)
+
+
 def enumerated_loss(params, fraction):
     """The expectation of `diffusion.loss` on TEXTS as a differentiable sum over lengths n and masks of n positions.
 
-    p is uniform on [eps, 1], so a mask of k of n has coefficient 1/(1-eps) x integral of p^(k-1) (1-p)^(n-k).
+    A mask of k of n positions has probability p^k (1-p)^(n-k) and weight 1/p.
     """
-    p = Polynomial([0, 1])
     lengths, masks, weights = [], [], []
     for n in range(1, L + 1):
         for k in range(1, n + 1):
-            integral = (p ** (k - 1) * (1 - p) ** (n - k)).integ()
             for masked in itertools.combinations(range(n), k):
                 lengths.append(n)
                 masks.append([i in masked for i in range(L)])
-                weights.append((integral(1) - integral(EPS)) / (1 - EPS))
+                weights.append(mean_over_p(P ** (k - 1) * (1 - P) ** (n - k)))
     lengths, masks = np.array(lengths), np.array(masks)
     coefficients = np.array(weights) * (fraction / L + (1 - fraction) * (lengths == L))
     canvas = np.where(masks[:, None, :], MASK, TEXTS)
@@ -226,6 +232,11 @@ def test_training_loss_and_its_gradient_are_unbiased(
     assert_mean_is_zero(run.token_count - len(TEXTS) * mean_length)
     assert_mean_is_zero(run.head_count - len(TEXTS) * mean_length * (1 + EPS) / 2)
     if fraction == 0:
+        unweighted = sum(
+            mean_over_p(P**k * (1 - P) ** (L - k)) * conditional_nats(log_p, x0, masked)
+            for x0 in TEXTS for k in range(1, L + 1) for masked in itertools.combinations(range(L), k)
+        )  # fmt: skip
+        assert_mean_is_zero(run.head_nats - unweighted)
         # The enumeration itself, against the float64 one: eps moves the bound by less than a percent.
         np.testing.assert_allclose(value, sum(bound(log_p, x0) for x0 in TEXTS), rtol=1e-2)
 

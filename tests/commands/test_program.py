@@ -92,8 +92,9 @@ def test_wrong_corpora_and_tokenizers_get_one_line(tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"abc\0\xff")
     (tmp_path / "few.txt").write_text("a few words\n")
     (tmp_path / "text.txt").write_text("the cat sees the dog and the tree\n" * 500)
+    model = str(tmp_path / "plain")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "plain"), vocab_size=40, minloglevel=2
+        input=str(tmp_path / "text.txt"), model_prefix=model, vocab_size=18, minloglevel=2
     )
     for arguments, words in (
         ([f"--config.data.source=text:{tmp_path}/empty.txt"], ["empty", "--config.data.source"]),
