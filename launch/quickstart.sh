@@ -14,6 +14,6 @@ say llada train --config=experiments/quickstart.py:llada --workdir="$run_dir/lla
 # The ARM gets LLaDA's tokenizer: nats per token compare only over the same tokens.
 say llada train --config=experiments/quickstart.py:arm --workdir="$run_dir/arm" \
   --config.data.tokenizer="$run_dir/llada/tokenizer.model"
-say llada evaluate --workdir="$run_dir/llada" --draws=8 --batches=16
-say llada evaluate --workdir="$run_dir/arm" --batches=16
+say llada evaluate --workdir="$run_dir/llada" --draws=8 --batches=64
+say llada evaluate --workdir="$run_dir/arm" --batches=64
 say llada compare --llada="$run_dir/llada" --arm="$run_dir/arm" --out="$run_dir"

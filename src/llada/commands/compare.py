@@ -15,7 +15,9 @@ ARM = flags.DEFINE_string("arm", None, "workdir of the finished ARM run")
 OUT = flags.DEFINE_string("out", None, "directory for report.md and curves.png")
 PROMPT = flags.DEFINE_string("prompt", "def __init__(self, ", "text that both models continue")
 INFILL = flags.DEFINE_string("infill", "    for [MASK:2] in range([MASK:4]):\n", "text whose [MASK:N] the LLaDA fills")
-GEN_LENGTH = flags.DEFINE_integer("gen_length", 64, "tokens to generate")
+GEN_LENGTH = flags.DEFINE_integer(
+    "gen_length", None, "tokens after the prompt; default what the context leaves, at most 64"
+)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "of the samples; 0 is greedy")
 
 

@@ -1,4 +1,4 @@
-"""llada sample --workdir=DIR (--prompt=TEXT | --prompt_ids=12,7 | --infill='x = [MASK:4](y)') [--gen_length=64 ...]
+"""llada sample --workdir=DIR (--prompt=TEXT | --prompt_ids=12,7 | --infill='x = [MASK:4](y)') [--gen_length=48 ...]
 
 Text from a trained model. A LLaDA starts from masks and fills a quota of them per step; an ARM continues the prompt
 token by token. --infill fills the marks [MASK] (one token) and [MASK:N] (N tokens) anywhere in a text.
@@ -18,7 +18,7 @@ REQUEST = (
     flags.DEFINE_string("prompt", None, "text to continue; may be empty"),
     flags.DEFINE_string("prompt_ids", None, "the same as token ids: 12,7,99"),
     flags.DEFINE_string("infill", None, "text with [MASK] or [MASK:N] where tokens are to be filled in"),
-    flags.DEFINE_integer("gen_length", 64, "tokens to generate after a prompt"),
+    flags.DEFINE_integer("gen_length", None, "tokens after the prompt; default what the context leaves, at most 64"),
     flags.DEFINE_integer("steps", None, "steps of the reverse process; default one per token"),
     flags.DEFINE_integer("block_length", None, "fill block by block, left to right; default one block"),
     flags.DEFINE_float("temperature", 0.0, "0: most likely tokens; 1: the model's own law"),

@@ -17,14 +17,14 @@ from llada.objectives.contract import SpecialTokens
 class Request(NamedTuple):
     """What to write: continue `prompt` or `prompt_ids` by `gen_length` tokens, or fill the marks of `infill`.
 
-    `steps`, `block_length`, `cfg_scale`, `remasking` belong to the reverse process: see `sampler.SamplerConfig`. None
+    `gen_length` None is what the context leaves, at most 64. `steps`, `block_length`, `cfg_scale`, `remasking` belong to the reverse process: see `sampler.SamplerConfig`. None
     is one step per token, one block, no guidance, low-confidence remasking.
     """
 
     prompt: str | None = None
     prompt_ids: str | None = None
     infill: str | None = None
-    gen_length: int = 64
+    gen_length: int | None = None
     steps: int | None = None
     block_length: int | None = None
     temperature: float = 0.0
@@ -87,4 +87,5 @@ def _canvas(config: Config, tokenizer: Tokenizer, request: Request) -> tuple[np.
         ids = canvas_lib.parse_ids(request.prompt_ids, tokenizer.vocab_size)
         if tokenizer.mask_id in ids:
             raise UserError(f"--prompt_ids holds the mask token {tokenizer.mask_id}; use --infill to fill gaps")
-    return canvas_lib.from_prompt(ids, request.gen_length, tokenizer.mask_id, longest), len(ids)
+    length = min(64, max(1, longest - len(ids))) if request.gen_length is None else request.gen_length
+    return canvas_lib.from_prompt(ids, length, tokenizer.mask_id, longest), len(ids)

@@ -156,7 +156,7 @@ embeddings x tokens, and a count of all matrix products. Tokens per second are o
 
 ## How to go on
 
-    llada sample --workdir={runs[0].workdir} --prompt='def main():' --gen_length=64 --temperature=0.7
+    llada sample --workdir={runs[0].workdir} --prompt='def main():' --temperature=0.7
     llada sample --workdir={runs[0].workdir} --infill='for i in [MASK:6]:'
     llada evaluate --workdir={runs[0].workdir} --draws=64
     llada train --config=experiments/quickstart.py:llada --workdir=runs/longer --config.train.steps=20000
