@@ -3,8 +3,8 @@
 python benchmarks/time_sampling.py --workdir=runs/quickstart/llada
 
 The same batches meet many draws of (t, masks); what varies is the noise of the objective alone. Prints one line a batch
-size: variance of the batch loss and trace of the gradient's covariance, as ratios stratified / iid (medians and quartiles
-over batches), and asserts that the two mean losses agree.
+size: variance of the batch loss and trace of the gradient's covariance, as ratios stratified / iid (medians and
+quartiles over batches), and asserts that the two mean losses agree.
 """
 
 import dataclasses

@@ -17,8 +17,8 @@ from llada.objectives.contract import SpecialTokens
 class Request(NamedTuple):
     """What to write: continue `prompt` or `prompt_ids` by `gen_length` tokens, or fill the marks of `infill`.
 
-    `gen_length` None is what the context leaves, at most 64. `steps`, `block_length`, `cfg_scale`, `remasking` belong to the reverse process: see `sampler.SamplerConfig`. None
-    is one step per token, one block, no guidance, low-confidence remasking.
+    `gen_length` None is what the context leaves, at most 64. `steps`, `block_length`, `cfg_scale`, `remasking` are for
+    the reverse process (`sampler.SamplerConfig`): None is one step per token, one block, no guidance, low confidence.
     """
 
     prompt: str | None = None
