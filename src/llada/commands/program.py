@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, flags.Error) as error:
         print(f"llada {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"llada {name}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _usage() -> str:
