@@ -80,10 +80,10 @@ def test_the_two_plateau_schedule_has_the_papers_values():
 
 def test_overrides_reach_every_kind_of_key():
     overrides = {
-        "seed": "3", "model.kv_heads": "2", "mesh.data": "None", "optimizer.peak_learning_rate": "1e-4",
+        "seed": "3", "model.kv_heads": "1", "mesh.data": "None", "optimizer.peak_learning_rate": "1e-4",
         "model.tie_embeddings": "true", "data.source": "text:/a/*.txt", "train.tokens": "1e6",
     }  # fmt: skip
     config = read("quickstart", **overrides)
-    assert config.seed == 3 and config.model.kv_heads == 2 and config.mesh.data is None
+    assert config.seed == 3 and config.model.kv_heads == 1 and config.mesh.data is None
     assert config.optimizer.peak_learning_rate == 1e-4 and config.model.tie_embeddings
     assert config.train.tokens == 1_000_000 and config.train.steps is None  # naming one takes back the other

@@ -34,8 +34,8 @@ def refused(*arguments, cwd=None) -> str:
 WRONG_CONFIGS = {
     "unknown key": (["--config.model.wdth=64"], ["config.model.wdth", "did you mean", "model.width", "heads"]),
     "unknown group": (["--config.modle.width=64"], ["config.modle", "did you mean --config.model"]),
-    "heads that do not divide": (["--config.model.heads=7"], ["model.heads=7", "model.width=", "1, 2, 4"]),
-    "kv_heads that do not divide": (["--config.model.kv_heads=3"], ["model.kv_heads=3", "model.heads="]),
+    "heads that do not divide": (["--config.model.heads=7"], ["model.heads=7", "model.width=", "1, 2, 3, 4"]),
+    "kv_heads that do not divide": (["--config.model.kv_heads=2"], ["model.kv_heads=2", "model.heads="]),
     "not a number": (["--config.train.steps=many"], ["train.steps=many", "whole number"]),
     "not a whole number": (["--config.model.layers=2.5"], ["model.layers=2.5", "whole number"]),
     "a group given a value": (["--config.model=8"], ["config.model", "group of keys"]),

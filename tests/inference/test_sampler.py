@@ -32,7 +32,7 @@ def canvas_BL():
 
 
 def read_plainly(params, canvas_L, settings):
-    """One row, greedy, low-confidence remasking, as the paper tells it (LLaDA Algorithm 5, integer quota)."""
+    """One row, greedy, low-confidence remasking (LLaDA Algorithm 5, integer quota), guided by Eq. (16) if asked."""
     tokens = canvas_L.copy()
     positions = np.flatnonzero(canvas_L == MASK)
     blocks = [positions[i : i + settings.block_length] for i in range(0, len(positions), settings.block_length)]

@@ -16,7 +16,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of llada train")
 STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default the latest")
 DRAWS = flags.DEFINE_integer("draws", None, "Monte Carlo draws per row; default: the run's", lower_bound=1)
 BATCHES = flags.DEFINE_integer("batches", None, "batches of held-out rows; default: the run's", lower_bound=1)
-ESTIMATOR = flags.DEFINE_string("estimator", None, "l_of_L (Eq. (6), default) or bernoulli (Eq. (4), higher variance)")
+ESTIMATOR = flags.DEFINE_string("estimator", None, "l_of_L (Eq. (6), default) or bernoulli (Eq. (4): heavy-tailed)")
 TASK = flags.DEFINE_enum("task", "validation", ["validation"], "what to evaluate on: the run's held-out rows")
 
 

@@ -50,7 +50,8 @@ def bound_draws(
 
     `l_of_L`: LLaDA Eq. (6), l ~ U{1..L} masked without replacement, weight L/l. `bernoulli`: LLaDA Eq. (4), every
     token with probability t, weight 1/t. Over the draws of a row, l (or t) is stratified: draw m takes the m-th of M
-    equal slices of [0, 1), shifted by one uniform number per row; each draw alone keeps its law.
+    equal slices of [0, 1), shifted by one uniform number per row; each draw alone keeps its law. Weights 1/t are
+    heavy-tailed: `bernoulli` is there for reference, and its standard error from few rows is not to be trusted.
     """
     B, L = x0_BL.shape
     shift_B = noise_lib.uniform(noise_lib.Noise(_SEED, 0, row_B, B), noise_lib.EVALUATION_TIME)
