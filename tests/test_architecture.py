@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.metadata
 import re
+import sys
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -159,7 +160,13 @@ def test_the_install_is_small_and_has_no_tensorflow_or_torch():
     assert not names & {"tensorflow", "torch", "tensorflow-cpu", "clu"}
 
 
-def test_every_pin_is_installed_as_pinned():
-    pins = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M)
-    assert len(pins) >= 50
-    assert not [f"{n}=={v}" for n, v in pins if importlib.metadata.version(n) != v]
+def test_the_installed_versions_are_the_pins_or_within_the_ranges():
+    """Pins on Python 3.11, where requirements.txt belongs; elsewhere the ranges of setup.cfg."""
+    if sys.version_info[:2] == (3, 11):
+        pins = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M)
+        assert len(pins) >= 50
+        assert not [f"{name}=={version}" for name, version in pins if importlib.metadata.version(name) != version]
+    for line in importlib.metadata.requires("llada-jax"):
+        requirement = Requirement(line)
+        if "extra" not in str(requirement.marker):
+            assert importlib.metadata.version(requirement.name) in requirement.specifier, line

@@ -121,7 +121,7 @@ def draws(params, log_p) -> Draws:
 
 @pytest.mark.parametrize("estimator", validation.ESTIMATORS)
 def test_each_evaluation_draw_is_an_unbiased_estimate_of_the_enumerated_bound(draws, estimator):
-    """Eq. (4) and Eq. (6), per text over all draws and per draw over all texts: within 4 standard errors of enumeration."""
+    """Eq. (4) and Eq. (6), per text over all draws and per draw over all texts: within 4 standard errors."""
     error_MB = draws.nats[estimator] - draws.exact
     error_B = error_MB.mean(axis=0)  # the draws of a row share a shift; rows are independent
     for text in range(len(TEXTS)):

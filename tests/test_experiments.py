@@ -36,7 +36,7 @@ def test_parameter_counts_and_train_step(name):
     config = read(name)
     state = jax.eval_shape(functools.partial(init_state, config))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
-    tables = 2 * config.model.vocab_size * config.model.width
+    tables = (1 if config.model.tie_embeddings else 2) * config.model.vocab_size * config.model.width
     assert (count, count - tables) == accounting.parameters(config.model)
     if name in COUNTS:
         assert (count, count - tables) == COUNTS[name]
