@@ -14,7 +14,9 @@ LLADA = flags.DEFINE_string("llada", None, "workdir of the finished LLaDA run")
 ARM = flags.DEFINE_string("arm", None, "workdir of the finished ARM run")
 OUT = flags.DEFINE_string("out", None, "directory for report.md and curves.png")
 PROMPT = flags.DEFINE_string("prompt", "def __init__(self, ", "text that both models continue")
-INFILL = flags.DEFINE_string("infill", "    for [MASK:2] in range([MASK:4]):\n", "text whose [MASK:N] the LLaDA fills")
+INFILL = flags.DEFINE_string(
+    "infill", "    if self.[MASK:2] is None:\n        return [MASK:2]\n", "text whose [MASK:N] the LLaDA fills"
+)
 GEN_LENGTH = flags.DEFINE_integer(
     "gen_length", None, "tokens after the prompt; default what the context leaves, at most 64"
 )
@@ -63,5 +65,5 @@ def run() -> int:
     for sample in samples:
         console.print(f"[bold]{sample.title}[/bold]")
         console.print(sample.text, markup=False, highlight=False)
-    console.print(f"report: {out / 'report.md'}   curves: {out / 'curves.png'}", highlight=False)
+    console.print(f"report: {out / 'report.md'}   curves: {out / 'curves.png'}", highlight=False, soft_wrap=True)
     return 0
