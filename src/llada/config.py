@@ -38,7 +38,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     dtype: str = "bfloat16"  # of the matrix products; parameters, norms, softmax and loss are float32
-    scan_unroll: int = 1  # layers per turn of the scan; all of them runs faster on CPU and GPU and compiles slower
+    scan_unroll: int = 1  # layers per turn of the scan; more of them trade compile time for speed
     remat: str = "none"  # what the backward pass recomputes: none | dots (all but matrix products) | full
 
     @property
@@ -200,13 +200,8 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def save(config: Config, path: Path) -> None:
-    """Write `config` as JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-
-
 def load(path: Path) -> Config:
-    """Read what `save` wrote."""
+    """Read a `config.json`: `to_dict` as JSON."""
     return from_config_dict(json.loads(path.read_text()))
 
 

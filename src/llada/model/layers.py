@@ -37,7 +37,7 @@ def rotate(x_BLHC: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 def project(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
     """Contract the last `contracted` axes of `x` with the first ones of `kernel`: one matrix product over flat rows.
 
-    On CPU the weight gradient of a product with two row axes (B, L) is twice as slow as the flat one; elsewhere the
+    On CPU the weight gradient of a product with two row axes (B, L) is slower than the flat one; elsewhere the
     two are the same.
     """
     rows, size = x.shape[: x.ndim - contracted], math.prod(kernel.shape[:contracted])
