@@ -41,7 +41,9 @@ def draws_of_the_loss(run, x0_RL) -> np.ndarray:
         time_key, mask_key = jax.random.split(jax.random.fold_in(jax.random.key(0), index))
         t_R = (index // DRAWS.value + jax.random.uniform(time_key, (R,))) / SLICES.value
         uniform_RL = jax.random.uniform(mask_key, (R, L))
-        corruption = diffusion.forward_process(x0_RL, t_R, uniform_RL, None, run.special.mask, objective.eps)
+        corruption = diffusion.forward_process(
+            x0_RL, t_R, uniform_RL, jnp.ones(x0_RL.shape, bool), run.tokenizer.mask_id, objective.eps
+        )
         _, nats_RL = diffusion.bound_terms(predict, head_VD, x0_RL, None, corruption, objective.head_rows)
         return corruption.weight_B * jnp.sum(nats_RL, axis=1) / L
 

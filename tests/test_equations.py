@@ -111,7 +111,7 @@ def draws(params, log_p) -> Draws:
         head = transformer.head(DIFFUSION, params)
         return validation.bound_draws(predict, head, x0_BL, row_B, M, MASK, estimator, 4096)
 
-    nats = {name: np.asarray(estimate(TEXTS[text], rows, name), np.float64) for name in validation.ESTIMATORS}
+    nats = {name: np.asarray(estimate(TEXTS[text], rows, name), np.float64) for name in diffusion.ESTIMATORS}
     part = slice(100, 111)
     np.testing.assert_allclose(  # a row's draws depend on its id, not on the batch it is in
         estimate(TEXTS[text[part]], rows[part], "l_of_L"), nats["l_of_L"][:, part], rtol=1e-4, atol=1e-4
@@ -119,7 +119,7 @@ def draws(params, log_p) -> Draws:
     return Draws(text, np.array([bound(log_p, x0) for x0 in TEXTS])[text], nats)
 
 
-@pytest.mark.parametrize("estimator", validation.ESTIMATORS)
+@pytest.mark.parametrize("estimator", diffusion.ESTIMATORS)
 def test_each_evaluation_draw_is_an_unbiased_estimate_of_the_enumerated_bound(draws, estimator):
     """Eq. (4) and Eq. (6), per text over all draws and per draw over all texts: within 4 standard errors."""
     error_MB = draws.nats[estimator] - draws.exact

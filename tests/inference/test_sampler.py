@@ -5,15 +5,20 @@ import numpy as np
 import pytest
 
 from llada.config import ModelConfig
+from llada.errors import UserError
 from llada.inference import sampler
+from llada.inference.ancestral import ancestral
 from llada.inference.sampler import SamplerConfig
 from llada.model import transformer
 from llada.objectives.autoregressive import shift_right
 from llada.objectives.contract import SpecialTokens
 
 V, MASK, EOS = 12, 3, 1
-SPECIAL = SpecialTokens(mask=MASK, eos=EOS)
+SPECIAL = SpecialTokens(mask=MASK, eos=EOS, eot=4)
 MODEL = ModelConfig(layers=2, width=16, heads=2, ffn=24, vocab_size=V, max_length=24, init_std=0.5, dtype="float32")
+# One layer: keys and values depend on a position's own token only, so no cache is stale before its position changes.
+SHALLOW = ModelConfig(**{**vars(MODEL), "layers": 1})
+CAUSAL = ModelConfig(**{**vars(MODEL), "causal": True, "kv_heads": 1})
 FORBIDDEN = np.isin(np.arange(V), [0, 2, MASK])
 
 
@@ -47,30 +52,62 @@ def read_plainly(params, canvas_L, settings):
                 without = np.asarray(transformer.logits(MODEL, params, blind[None]), np.float64)[0]
                 logits = without + (settings.cfg_scale + 1) * (logits - without)
             logits[:, FORBIDDEN] = -np.inf
+            if settings.eos == "no_logits":
+                logits[:, list(SPECIAL.ends)] = -np.inf
             probability = np.exp(logits - logits.max(axis=1, keepdims=True))
             probability /= probability.sum(axis=1, keepdims=True)
+            guess = probability.argmax(axis=1)
+            confidence = probability.max(axis=1)
+            if settings.eos == "no_confidence":
+                confidence[np.isin(guess, SPECIAL.ends)] = 0
             still = [i for i in block if tokens[i] == MASK]
-            still.sort(key=lambda i: -probability[i].max())
-            for i in still[: base + (step < extra)]:
-                tokens[i] = probability[i].argmax()
+            still.sort(key=lambda i: -confidence[i])
+            kept = still[: base + (step < extra)]
+            if settings.confidence_threshold is not None:
+                kept = still[:1] + [i for i in still[1:] if confidence[i] >= settings.confidence_threshold]
+            tokens[kept] = guess[kept]
     return tokens
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        SamplerConfig(steps=10, block_length=10),
-        SamplerConfig(steps=4, block_length=10),
-        SamplerConfig(steps=9, block_length=4),
-        SamplerConfig(steps=5, block_length=10, cfg_scale=1.5),
-    ],
-    ids=["one token a step", "quotas 3 3 2 2", "blocks of 4, 4, 2", "guided"],
-)
-def test_greedy_sampling_equals_the_plain_reading_token_for_token(params, canvas_BL, settings):
+PLAIN = {
+    "one token a step": SamplerConfig(steps=10, block_length=10),
+    "quotas 3 3 2 2": SamplerConfig(steps=4, block_length=10),
+    "blocks of 4, 4, 2": SamplerConfig(steps=9, block_length=4),
+    "autoregressive order": SamplerConfig(steps=10, block_length=1),
+    "guided": SamplerConfig(steps=5, block_length=10, cfg_scale=1.5),
+    "no end tokens": SamplerConfig(steps=10, block_length=5, eos="no_logits"),
+    "end tokens last": SamplerConfig(steps=10, block_length=5, eos="no_confidence"),
+    "threshold": SamplerConfig(steps=10, block_length=5, confidence_threshold=0.3),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_greedy_sampling_equals_the_plain_reading_token_for_token(params, canvas_BL, name):
+    settings = PLAIN[name]
     got = sampler.reverse_process(MODEL, params, canvas_BL, settings, SPECIAL, FORBIDDEN)
     wanted = [read_plainly(params, row, settings) for row in canvas_BL]
     np.testing.assert_array_equal(got.tokens_BL, wanted)
-    assert got.forward_passes == settings.steps * (2 if settings.cfg_scale else 1)
+    if settings.confidence_threshold is None:
+        sizes = [min(settings.block_length, 10 - start) for start in range(0, 10, settings.block_length)]
+        passes = sum(min(size, settings.steps // len(sizes)) for size in sizes)  # a full block needs no further step
+        assert got.forward_passes == passes * (2 if settings.cfg_scale else 1)
+    else:
+        assert got.forward_passes < settings.steps
+
+
+def test_the_end_token_rules_change_this_models_texts(params, canvas_BL):
+    """Or the two cases above would prove nothing."""
+    found = {
+        eos: sampler.reverse_process(
+            MODEL, params, canvas_BL, SamplerConfig(steps=10, block_length=5, eos=eos), SPECIAL, FORBIDDEN
+        )
+        for eos in sampler.EOS
+    }
+    assert np.isin(found["keep"].tokens_BL[canvas_BL == MASK], SPECIAL.ends).any()
+    assert (found["keep"].step_BL != found["no_confidence"].step_BL).any()
+    hot = SamplerConfig(steps=10, block_length=5, eos="no_logits", temperature=5.0)
+    got = sampler.reverse_process(MODEL, params, np.repeat(canvas_BL, 20, 0), hot, SPECIAL, FORBIDDEN)
+    assert not np.isin(got.tokens_BL[np.repeat(canvas_BL, 20, 0) == MASK], SPECIAL.ends).any()
 
 
 @pytest.mark.parametrize("remasking", sampler.REMASKING)
@@ -78,23 +115,47 @@ def test_context_stays_and_forbidden_ids_are_never_written(params, canvas_BL, re
     settings = SamplerConfig(steps=6, block_length=5, temperature=3.0, remasking=remasking)
     for seed in range(5):
         got = sampler.reverse_process(MODEL, params, canvas_BL, settings, SPECIAL, FORBIDDEN, seed)
-        tokens, steps = np.asarray(got.tokens_BL), np.asarray(got.step_BL)
         given = canvas_BL != MASK
-        np.testing.assert_array_equal(tokens[given], canvas_BL[given])
-        assert not FORBIDDEN[tokens[~given]].any()
-        assert (steps[given] == -1).all() and set(steps[~given]) == set(range(6))
-        for row in range(2):  # ten masks, two blocks, quotas 2 2 1 each: left block first
-            filled = steps[row][~given[row]]
-            assert filled[:5].max() < filled[5:].min()
+        np.testing.assert_array_equal(got.tokens_BL[given], canvas_BL[given])
+        assert not FORBIDDEN[got.tokens_BL[~given]].any()
+        assert (got.step_BL[given] == -1).all() and set(got.step_BL[~given]) <= set(range(6))
+        for row in range(2):  # ten masks, two blocks: left block first
+            filled = got.step_BL[row][~given[row]]
+            assert filled[:5].max() <= 2 < filled[5:].min()
+            if remasking != "random_binomial":
+                assert np.bincount(filled).tolist() == [2, 2, 1, 2, 2, 1]
 
 
-def test_a_sample_does_not_depend_on_the_rows_behind_it(params, canvas_BL):
-    settings = SamplerConfig(steps=10, block_length=10, temperature=1.0)
-    both = sampler.reverse_process(MODEL, params, canvas_BL, settings, SPECIAL, FORBIDDEN, 7)
-    alone = sampler.reverse_process(MODEL, params, canvas_BL[:1], settings, SPECIAL, FORBIDDEN, 7)
-    np.testing.assert_array_equal(both.tokens_BL[0], alone.tokens_BL[0])
-    other = sampler.reverse_process(MODEL, params, canvas_BL[:1], settings, SPECIAL, FORBIDDEN, 8)
-    assert (np.asarray(other.tokens_BL) != np.asarray(alone.tokens_BL)).any()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SamplerConfig(steps=6, block_length=6, temperature=1.0),
+        SamplerConfig(steps=4, block_length=3, temperature=1.0, remasking="random", cfg_scale=0.7),
+        SamplerConfig(steps=6, block_length=6, temperature=0.8, remasking="random_binomial"),
+        SamplerConfig(steps=6, block_length=3, temperature=1.0, cache="dual", confidence_threshold=0.5),
+        SamplerConfig(steps=6, block_length=2, temperature=1.0, cache="prefix"),
+    ],
+    ids=["pure", "guided blocks", "binomial", "dual cache, threshold", "prefix cache"],
+)
+def test_a_sample_does_not_depend_on_its_batch(params, settings):
+    """Prompts of different lengths padded into one batch, each again alone and unpadded: the same tokens.
+
+    No empty prompt: on a canvas of masks alone all positions have the same logits, and rounding alone ranks them.
+    """
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(5, V, n).astype(np.int32) for n in (1, 3, 10, 7)]
+    rows = [np.concatenate([prompt, np.full(6, MASK, np.int32)]) for prompt in prompts]
+    lengths_B, seed_B = np.array([len(row) for row in rows]), np.array([7, 8, 9, 7])
+    canvas_BL = np.full((4, 16), 5, np.int32)
+    for row, canvas_L in zip(rows, canvas_BL, strict=True):
+        canvas_L[: len(row)] = row
+    together = sampler.reverse_process(MODEL, params, canvas_BL, settings, SPECIAL, FORBIDDEN, seed_B, lengths_B)
+    for b, row in enumerate(rows):
+        alone = sampler.reverse_process(MODEL, params, row[None], settings, SPECIAL, FORBIDDEN, seed_B[b : b + 1])
+        np.testing.assert_array_equal(together.tokens_BL[b, : len(row)], alone.tokens_BL[0])
+        np.testing.assert_array_equal(together.step_BL[b, : len(row)], alone.step_BL[0])
+    other = sampler.reverse_process(MODEL, params, rows[2][None], settings, SPECIAL, FORBIDDEN, 100)
+    assert (other.tokens_BL[0] != together.tokens_BL[2, : len(rows[2])]).any()
 
 
 def test_sampling_at_temperature_one_follows_the_models_law(params):
@@ -106,7 +167,7 @@ def test_sampling_at_temperature_one_follows_the_models_law(params):
     logits = np.asarray(transformer.logits(MODEL, params, canvas[:1]))[0, 2].astype(np.float64)
     law = np.where(FORBIDDEN, 0, np.exp(logits - logits.max()))
     law /= law.sum()
-    counts = np.bincount(np.asarray(got.tokens_BL)[:, 2], minlength=V)
+    counts = np.bincount(got.tokens_BL[:, 2], minlength=V)
     expected = law * len(canvas)
     used = expected > 5
     assert used.sum() >= 3
@@ -114,15 +175,98 @@ def test_sampling_at_temperature_one_follows_the_models_law(params):
     assert chi_square < 30  # nine ids at most: P < 5e-4
 
 
-def test_the_arms_greedy_text_equals_the_plain_reading(params):
-    causal = ModelConfig(**{**vars(MODEL), "causal": True})
-    prompt = np.array([[5, 6, 7]], np.int32)
-    canvas = np.concatenate([prompt, np.full((1, 8), MASK, np.int32)], axis=1)
-    got = sampler.ancestral(causal, params, canvas, 3, SPECIAL, FORBIDDEN, temperature=0.0)
-    tokens = prompt[0].tolist()
-    for _ in range(8):
-        inputs = shift_right(np.array([[*tokens, 0]], np.int32), EOS)
-        logits = np.asarray(transformer.logits(causal, params, inputs))[0, -1]
-        tokens.append(int(np.where(FORBIDDEN, -np.inf, logits).argmax()))
-    assert np.asarray(got.tokens_BL)[0].tolist() == tokens
-    assert got.forward_passes == 8
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.2])
+def test_caches_change_nothing_where_nothing_is_approximated(params, canvas_BL, cache, cfg_scale):
+    """One layer (no state depends on other tokens), or one step per block (no pass is a cached one)."""
+    shallow = transformer.init(SHALLOW, jax.random.key(5))
+    deep = dict(steps=5, block_length=2)
+    for config, weights, options in ((SHALLOW, shallow, dict(steps=9, block_length=4)), (MODEL, params, deep)):
+        texts = [
+            sampler.reverse_process(
+                config,
+                weights,
+                canvas_BL,
+                SamplerConfig(cache=kind, cfg_scale=cfg_scale, temperature=0.7, **options),
+                SPECIAL,
+                FORBIDDEN,
+                3,
+                np.array([16, 16]) if kind == cache else None,
+            )
+            for kind in ("none", cache)
+        ]
+        np.testing.assert_array_equal(texts[0].tokens_BL, texts[1].tokens_BL)
+        assert texts[0].forward_passes == texts[1].forward_passes
+
+
+@pytest.mark.parametrize("config", [MODEL, CAUSAL], ids=["bidirectional", "causal, grouped"])
+def test_a_fresh_cache_gives_the_states_of_a_whole_pass(config):
+    """Some positions computed anew against the cache of the same tokens; one query off the canvas changes nothing."""
+    weights = transformer.init(config, jax.random.key(2))
+    tokens_BL = np.random.default_rng(3).integers(0, V, (3, 10)).astype(np.int32)
+    lengths_B = np.array([10, 7, 9])
+    whole, cache = transformer.prefill(config, weights, tokens_BL, lengths_B)
+    np.testing.assert_allclose(whole, transformer.hidden(config, weights, tokens_BL, lengths_B), atol=5e-6)
+    position_BQ = np.array([[2, 5, 10], [0, 6, 10], [8, 1, 10]])
+    tokens_BQ = np.take_along_axis(tokens_BL, np.minimum(position_BQ, 9), axis=1)
+    some, renewed = transformer.extend(config, weights, tokens_BQ, position_BQ, cache, lengths_B, keep_cache=True)
+    expected = np.take_along_axis(np.asarray(whole), position_BQ[:, :2, None], axis=1)
+    np.testing.assert_allclose(some[:, :2], expected, atol=5e-6)
+    for before, after in zip(cache, renewed, strict=True):
+        np.testing.assert_allclose(before, after, atol=5e-6)
+
+
+def test_the_arms_greedy_text_equals_the_plain_reading():
+    """Cached, with prompts of different lengths in one batch, an empty one among them; text stops at an end token."""
+    weights = transformer.init(CAUSAL, jax.random.key(9))
+    prompts, ended = [[], [5, 6, 7], [8, 9, 10, 11, 5]], 0
+    canvas_BL = np.full((3, 13), MASK, np.int32)
+    for row, prompt in zip(canvas_BL, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    got = ancestral(CAUSAL, weights, canvas_BL, np.array([0, 3, 5]), SPECIAL, FORBIDDEN, temperature=0.0)
+    for b, prompt in enumerate(prompts):
+        tokens = list(prompt)
+        for _ in range(8):
+            inputs = np.asarray(shift_right(np.array([[*tokens, 0]], np.int32), EOS))
+            logits = np.asarray(transformer.logits(CAUSAL, weights, inputs))[0, -1]
+            tokens.append(int(np.where(FORBIDDEN, -np.inf, logits).argmax()))
+            if tokens[-1] in SPECIAL.ends:
+                tokens += [EOS] * (len(prompt) + 8 - len(tokens))
+                ended += 1
+                break
+        assert got.tokens_BL[b, : len(prompt) + 8].tolist() == tokens
+    assert got.forward_passes == 8 and 0 < ended < 3
+
+
+def test_the_arms_samples_do_not_depend_on_their_batch():
+    weights = transformer.init(CAUSAL, jax.random.key(9))
+    canvas_BL = np.full((2, 12), MASK, np.int32)
+    canvas_BL[0, :2], canvas_BL[1, :5] = [5, 6], [7, 8, 9, 10, 11]
+    both = ancestral(CAUSAL, weights, canvas_BL, np.array([2, 5]), SPECIAL, FORBIDDEN, 1.0, np.array([3, 3]))
+    for b, end in ((0, 9), (1, 12)):
+        alone = ancestral(
+            CAUSAL, weights, canvas_BL[b : b + 1, :end], np.array([end - 7]), SPECIAL, FORBIDDEN, 1.0, np.array([3])
+        )
+        np.testing.assert_array_equal(both.tokens_BL[b, :end], alone.tokens_BL[0])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(steps=0), ["--steps=0"]),
+        (dict(block_length=0), ["--block_length=0"]),
+        (dict(steps=7, block_length=4), ["--steps=7", "3 block(s)"]),
+        (dict(temperature=float("nan")), ["--temperature=nan"]),
+        (dict(cfg_scale=-0.5), ["--cfg_scale=-0.5"]),
+        (dict(cache="both"), ["--cache=both", "none, prefix, dual"]),
+        (dict(eos="never"), ["--eos=never", "no_logits"]),
+        (dict(confidence_threshold=0.0), ["--confidence_threshold=0.0"]),
+        (dict(confidence_threshold=0.9, remasking="random"), ["--confidence_threshold=0.9", "low_confidence"]),
+        (dict(eos="no_confidence", remasking="random_binomial"), ["--eos=no_confidence", "low_confidence"]),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(params, canvas_BL, changes, words):
+    settings = SamplerConfig(**{"steps": 10, "block_length": 10, **changes})
+    with pytest.raises(UserError) as caught:
+        sampler.reverse_process(MODEL, params, canvas_BL, settings, SPECIAL, FORBIDDEN)
+    assert all(word in str(caught.value) for word in words), caught.value

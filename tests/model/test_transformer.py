@@ -141,7 +141,7 @@ def test_rotary_scores_depend_on_relative_position_only():
     """The same query and key at every pair of 40 positions: scores are constant along diagonals, and differ across."""
     length, C = 40, 8
     rng = np.random.default_rng(0)
-    angles = layers.rotary_angles(length, C, 10_000.0)
+    angles = layers.rotary_angles(jnp.arange(length), C, 10_000.0)
     q, k = (jnp.array(np.tile(rng.normal(size=C), (1, length, 1, 1)), jnp.float32) for _ in range(2))
     scores = np.asarray(layers.rotate(q, angles)[0, :, 0] @ layers.rotate(k, angles)[0, :, 0].T)
     for shift in range(1 - length, length):

@@ -11,6 +11,7 @@ import pytest
 
 from llada.objectives import diffusion
 from llada.objectives import noise as noise_lib
+from llada.objectives.contract import is_valid
 from llada.objectives.noise import Noise
 
 PURPOSES = (
@@ -20,6 +21,8 @@ PURPOSES = (
     noise_lib.EVALUATION_TIME,
     noise_lib.EVALUATION_MASK,
     noise_lib.SAMPLING,
+    noise_lib.LIKELIHOOD_TIME,
+    noise_lib.LIKELIHOOD_MASK,
 )
 MASK_ID = 99
 
@@ -111,7 +114,7 @@ def test_forward_process_masks_each_token_with_probability_p_and_weighs_by_its_i
     grid_BL = jnp.tile((jnp.arange(L) + 0.5) / L, (4, 1))
     drawn_BL = noise_lib.uniform(Noise(0, 0, jnp.arange(4), 4), noise_lib.MASK, (L,))
     for uniform_BL, tolerance in ((grid_BL, 0.5 / L), (drawn_BL, 4 * np.sqrt(p_B * (1 - p_B) / L))):
-        corruption = diffusion.forward_process(x0_BL, t_B, uniform_BL, None, MASK_ID, eps)
+        corruption = diffusion.forward_process(x0_BL, t_B, uniform_BL, jnp.ones(x0_BL.shape, bool), MASK_ID, eps)
         ratio = np.mean(corruption.masked_BL, axis=1)
         assert np.all(np.abs(ratio - p_B) <= tolerance + 1e-6)
         np.testing.assert_array_equal(corruption.xt_BL, np.where(corruption.masked_BL, MASK_ID, x0_BL))
@@ -126,7 +129,7 @@ def test_mask_exactly_masks_l_of_the_valid_tokens_and_every_set_equally_often():
     x0_BL = jnp.arange(B * L).reshape(B, L) + 100
     drawn_BL = noise_lib.uniform(Noise(0, 0, jnp.arange(B), B), noise_lib.MASK, (L,))
     for uniform_BL in (drawn_BL, jnp.zeros((B, L)), jnp.round(drawn_BL)):
-        corruption = diffusion.mask_exactly(x0_BL, count_B, uniform_BL, length_B, MASK_ID)
+        corruption = diffusion.mask_exactly(x0_BL, count_B, uniform_BL, is_valid(x0_BL, length_B), MASK_ID)
         np.testing.assert_array_equal(corruption.masked_BL.sum(axis=1), count_B)
         assert not np.any(corruption.masked_BL & (np.arange(L) >= length_B[:, None]))
         np.testing.assert_array_equal(corruption.xt_BL, np.where(corruption.masked_BL, MASK_ID, x0_BL))
@@ -134,9 +137,9 @@ def test_mask_exactly_masks_l_of_the_valid_tokens_and_every_set_equally_often():
 
     N = 12_000
     uniform_BL = noise_lib.uniform(Noise(0, 1, jnp.arange(N), N), noise_lib.MASK, (L,))
-    masked_BL = diffusion.mask_exactly(
-        jnp.zeros((N, L), jnp.int32), jnp.full(N, 2), uniform_BL, jnp.full(N, 4), MASK_ID
-    ).masked_BL
+    x0_BL = jnp.zeros((N, L), jnp.int32)
+    valid_BL = is_valid(x0_BL, jnp.full(N, 4))
+    masked_BL = diffusion.mask_exactly(x0_BL, jnp.full(N, 2), uniform_BL, valid_BL, MASK_ID).masked_BL
     sets, times = np.unique(np.asarray(masked_BL), axis=0, return_counts=True)
     assert len(sets) == math.comb(4, 2)
     assert np.abs(times / N - 1 / 6).max() < 4 * math.sqrt(1 / 6 * 5 / 6 / N)
@@ -146,10 +149,10 @@ def test_only_replaced_tokens_count_as_masked():
     """A mask id that is in the data stays a token of the data, and positions beyond a length are left alone."""
     x0_BL = jnp.full((2, 8), MASK_ID).at[:, ::2].set(1)
     uniform_BL = jnp.tile(jnp.linspace(0, 0.99, 8), (2, 1))
-    lengths_B = jnp.array([8, 3])
+    valid_BL = is_valid(x0_BL, jnp.array([8, 3]))
     for corruption in (
-        diffusion.forward_process(x0_BL, jnp.full(2, 0.5), uniform_BL, lengths_B, MASK_ID, 0.0),
-        diffusion.mask_exactly(x0_BL, jnp.array([4, 3]), uniform_BL, lengths_B, MASK_ID),
+        diffusion.forward_process(x0_BL, jnp.full(2, 0.5), uniform_BL, valid_BL, MASK_ID, 0.0),
+        diffusion.mask_exactly(x0_BL, jnp.array([4, 3]), uniform_BL, valid_BL, MASK_ID),
     ):
         expected = np.array([[True] * 4 + [False] * 4, [True] * 3 + [False] * 5])
         np.testing.assert_array_equal(corruption.masked_BL, expected)

@@ -51,7 +51,7 @@ def run() -> int:
         ("LLaDA", "LLaDA, infilling", Request(infill=INFILL.value, temperature=0.0)),
     ):
         model = opened[name]
-        text = generate(model.config, model.params, model.tokenizer, request).text
+        text = generate(model.config, model.params, model.tokenizer, [request])[0].text
         given = (request.prompt or request.infill).rstrip("\n")
         samples.append(comparison.Sampled(f"{title}, temperature {request.temperature:g}", given, text))
     (out / "report.md").write_text(comparison.report(runs, samples, out))

@@ -37,7 +37,12 @@ def run() -> int:
     corpus = workdir_lib.corpus_for(Path(WORKDIR.value), config, opened.tokenizer)
     with jax.set_mesh(opened.mesh):
         validator = Validator(
-            config, opened.special, opened.tokenizer.token_bytes_V, corpus.holdout_NL, opened.mesh, ESTIMATOR.value
+            config,
+            opened.tokenizer.special,
+            opened.tokenizer.token_bytes_V,
+            corpus.holdout_NL,
+            opened.mesh,
+            ESTIMATOR.value,
         )
         result = validator(opened.params)
     kind = "NLL" if result.estimator == "exact" else "bound"

@@ -11,6 +11,7 @@ from llada.errors import UserError
 COMMANDS = {
     "train": "pre-train a model; continues by itself where the workdir holds a checkpoint",
     "evaluate": "held-out bound (LLaDA) or NLL (ARM), with its standard error",
+    "likelihood": "log p(answer | prompt): a bound with its standard error (LLaDA), or exact (ARM)",
     "sample": "text from a trained model: continue a prompt or fill gaps",
     "compare": "curves and a report of a LLaDA and its ARM twin",
 }
@@ -47,5 +48,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    lines = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
     return f"llada COMMAND --flags   (llada COMMAND --help lists them)\n\n{lines}"

@@ -1,10 +1,13 @@
 """llada sample --workdir=DIR (--prompt=TEXT | --prompt_ids=12,7 | --infill='x = [MASK:4](y)') [--gen_length=48 ...]
 
 Text from a trained model. A LLaDA starts from masks and fills a quota of them per step; an ARM continues the prompt
-token by token. --infill fills the marks [MASK] (one token) and [MASK:N] (N tokens) anywhere in a text.
+token by token. --infill fills the marks [MASK] (one token) and [MASK:N] (N tokens) anywhere in a text. --watch draws
+the masks becoming words; --html=FILE writes a page that replays it.
 """
 
 import json
+import sys
+import time
 
 from absl import flags
 
@@ -12,31 +15,105 @@ from llada.errors import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of llada train")
 STEP = flags.DEFINE_integer("step", None, "checkpoint to sample from; default the latest")
-JSON = flags.DEFINE_bool("json", False, "print ids, text, forward_passes and seconds as JSON")
-# One flag per field of `generation.Request`, under the same name.
-REQUEST = (
-    flags.DEFINE_string("prompt", None, "text to continue; may be empty"),
-    flags.DEFINE_string("prompt_ids", None, "the same as token ids: 12,7,99"),
-    flags.DEFINE_string("infill", None, "text with [MASK] or [MASK:N] where tokens are to be filled in"),
+JSON = flags.DEFINE_bool("json", False, "print a line of JSON per text: ids, text, forward_passes, seconds ...")
+WATCH = flags.DEFINE_bool("watch", False, "draw the text in the terminal while its masks become words")
+HTML = flags.DEFINE_string("html", None, "write a page that replays how the text came to be")
+# What to write; each may be given several times, and then the texts are written as one batch.
+ASKED = (
+    flags.DEFINE_multi_string("prompt", None, "text to continue; may be empty"),
+    flags.DEFINE_multi_string("prompt_ids", None, "the same as token ids: 12,7,99"),
+    flags.DEFINE_multi_string("infill", None, "text with [MASK] or [MASK:N] where tokens are to be filled in"),
+)
+SAMPLES = flags.DEFINE_integer("samples", 1, "texts for each of them, with the seeds that follow --seed", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "of the sampling noise", lower_bound=0, upper_bound=2**31 - 1)
+# One flag per further field of `generation.Request`, under the same name.
+OPTIONS = (
     flags.DEFINE_integer("gen_length", None, "tokens after the prompt; default what the context leaves, at most 64"),
     flags.DEFINE_integer("steps", None, "steps of the reverse process; default one per token"),
-    flags.DEFINE_integer("block_length", None, "fill block by block, left to right; default one block"),
+    flags.DEFINE_integer("block_length", None, "fill block by block, left to right; default one block; 1: in order"),
     flags.DEFINE_float("temperature", 0.0, "0: most likely tokens; 1: the model's own law"),
     flags.DEFINE_float("cfg_scale", None, "classifier-free guidance w of LLaDA Eq. (16); default none"),
-    flags.DEFINE_string("remasking", None, "which guesses to keep: low_confidence (default) or random"),
-    flags.DEFINE_integer("seed", 0, "of the sampling noise"),
+    flags.DEFINE_string("remasking", None, "what to keep: low_confidence (default), random or random_binomial"),
+    flags.DEFINE_string(
+        "eos", None, "end tokens: keep (default), no_logits (never written), no_confidence (kept last)"
+    ),
+    flags.DEFINE_string("cache", None, "approximate: prefix or dual; default none"),
+    flags.DEFINE_float("confidence_threshold", None, "approximate: also keep every prediction at least this probable"),
 )
 
 
+_WATCHABLE_SECONDS = 4.0  # a small model writes faster than anybody can see
+
+
 def run() -> int:
-    """Sample once and print."""
+    """Sample and print."""
     if not WORKDIR.value:
         raise UserError("--workdir is missing; give a workdir of llada train")
-    from llada.inference.generation import Request, generate
+    import jax
+
+    from llada.inference import generation, replay
     from llada.training import workdir as workdir_lib
 
+    options = {flag.name: flag.value for flag in OPTIONS}
+    asked = [{flag.name: text} for flag in ASKED for text in flag.value or ()]
+    if not asked:
+        raise UserError("give one of --prompt, --prompt_ids, --infill")
+    seeds = range(SEED.value, SEED.value + SAMPLES.value)
+    requests = [generation.Request(**what, **options, seed=seed) for what in asked for seed in seeds]
+    if len(requests) > 1 and (WATCH.value or HTML.value is not None):
+        flag = "--watch" if WATCH.value else f"--html={HTML.value}"
+        raise UserError(f"{flag} shows one text; {len(requests)} are asked for")
     opened = workdir_lib.load(WORKDIR.value, STEP.value)
-    request = Request(**{flag.name: flag.value for flag in REQUEST})
-    generated = generate(opened.config, opened.params, opened.tokenizer, request)
-    print(json.dumps(generated._asdict(), ensure_ascii=False) if JSON.value else generated.text)
+    model = (opened.config, opened.params, opened.tokenizer)
+    with jax.set_mesh(opened.mesh):
+        if WATCH.value:
+            steps = generation.total_steps(opened.config, opened.tokenizer, requests[0])
+            with replay.Watch(opened.tokenizer, opened.tokenizer.mask_id, steps, _console()) as watch:
+                texts = generation.generate(*model, requests, _paced(watch, steps))
+        else:
+            texts = generation.generate(*model, requests)
+    if HTML.value is not None:
+        replay.write_html(
+            HTML.value, opened.tokenizer, texts[0].ids, texts[0].step, opened.tokenizer.mask_id, _facts(texts[0])
+        )
+    for number, generated in enumerate(texts, 1):
+        if JSON.value:
+            print(json.dumps(generated._asdict(), ensure_ascii=False))
+        elif not WATCH.value:
+            print(f"--- {number}\n{generated.text}" if len(texts) > 1 else generated.text)
     return 0
+
+
+def _console():
+    """Where to draw: standard error when standard output is for JSON."""
+    from rich.console import Console
+
+    return Console(stderr=JSON.value)
+
+
+def _paced(watch, steps: int):
+    """An observer that draws, and waits where steps come faster than eyes follow."""
+    start = time.monotonic()
+
+    def observe(tokens_L, step_L, step):
+        watch(tokens_L, step_L, int(step))
+        if sys.stdout.isatty():
+            nonlocal start
+            start = time.monotonic() if step == 0 else start
+            time.sleep(max(0.0, start + (step + 1) * _WATCHABLE_SECONDS / steps - time.monotonic()))
+
+    return observe
+
+
+def _facts(generated) -> dict[str, str]:
+    """What the page says about the text."""
+    asked = {flag.name: str(flag.value) for flag in OPTIONS if flag.value is not None}
+    return {
+        "model": WORKDIR.value,
+        **asked,
+        "seed": str(SEED.value),
+        "tokens written": str(generated.gen_length),
+        "forward passes": str(generated.forward_passes),
+        "seconds": f"{generated.seconds:.2f}",
+        "tokens per second": f"{generated.tokens_per_second:.0f}",
+    }

@@ -16,9 +16,11 @@ import numpy as np
 import sentencepiece
 
 from llada.errors import UserError
+from llada.objectives.contract import SpecialTokens
 
 _MASK_NAMES = ("<mask>", "[MASK]", "<|mdm_mask|>")
 _EOS_NAMES = ("</s>", "<eos>", "<|endoftext|>")
+_EOT_NAMES = ("<|eot_id|>", "<eot>")
 _PAD_NAMES = ("<pad>", "[PAD]")
 
 # SentencePiece writes every space as this character, and so reads the character itself as a space.
@@ -31,9 +33,10 @@ _SENTENCE_CHARACTERS = 1_024
 
 
 class Tokenizer:
-    """A loaded SentencePiece model. Fields: vocab_size, mask_id, eos_id, pad_id (ints), sha256 of the model file
-    (hex), and token_bytes_V (int32): the UTF-8 bytes of text each id stands for, 0 for control ids. For models trained
-    here sum(token_bytes_V[encode(text)]) is exactly the text's length in bytes, the denominator of bits per byte.
+    """A loaded SentencePiece model. Fields: vocab_size, mask_id, eos_id, pad_id (ints), eot_id (the end of a dialogue
+    turn, or None), sha256 of the model file (hex), and token_bytes_V (int32): the UTF-8 bytes of text each id stands
+    for, 0 for control ids. For models trained here sum(token_bytes_V[encode(text)]) is exactly the text's length in
+    bytes, the denominator of bits per byte.
     """
 
     def __init__(self, model: bytes, name: str):
@@ -45,6 +48,7 @@ class Tokenizer:
         self.mask_id = self._control_id(_MASK_NAMES, "mask token", name)
         self.eos_id = self._control_id(_EOS_NAMES, "end-of-text token", name)
         self.pad_id = next((self._id_of[pad] for pad in _PAD_NAMES if pad in self._id_of), self.eos_id)
+        self.eot_id = next((self._id_of[eot] for eot in _EOT_NAMES if eot in self._id_of), None)
         self.token_bytes_V = np.array([self._byte_count(token) for token in range(self.vocab_size)], np.int32)
         self._space_mark_ids = [self._id_of.get(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
 
@@ -96,6 +100,11 @@ class Tokenizer:
         tokenizer = cls(writer.getvalue(), str(path))
         write_atomically(Path(path), writer.getvalue())
         return tokenizer
+
+    @property
+    def special(self) -> SpecialTokens:
+        """Ids that objectives and samplers need."""
+        return SpecialTokens(mask=self.mask_id, eos=self.eos_id, eot=self.eot_id)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; never a control id."""

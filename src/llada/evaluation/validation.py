@@ -19,7 +19,6 @@ from llada.objectives import autoregressive, diffusion
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import Predictor, SpecialTokens
 
-ESTIMATORS = ("l_of_L", "bernoulli")
 _SEED = 0  # not the run's: runs with different seeds are evaluated on the same masks
 
 
@@ -46,12 +45,10 @@ def bound_draws(
     estimator: str,
     head_rows: int,
 ) -> jax.Array:
-    """`nats_MB`: M = `draws` unbiased estimates of each row's bound, in nats per row.
+    """`nats_MB`: M = `draws` unbiased estimates of each row's bound, in nats per row; LLaDA Eq. (4) or (6).
 
-    `l_of_L`: LLaDA Eq. (6), l ~ U{1..L} masked without replacement, weight L/l. `bernoulli`: LLaDA Eq. (4), every
-    token with probability t, weight 1/t. Over the draws of a row, l (or t) is stratified: draw m takes the m-th of M
-    equal slices of [0, 1), shifted by one uniform number per row; each draw alone keeps its law. Weights 1/t are
-    heavy-tailed: `bernoulli` is there for reference, and its standard error from few rows is not to be trusted.
+    Over the draws of a row, l (or t) is stratified: draw m takes the m-th of M equal slices of [0, 1), shifted by one
+    uniform number per row; each draw alone keeps its law (`diffusion.corrupt`).
     """
     B, L = x0_BL.shape
     shift_B = noise_lib.uniform(noise_lib.Noise(_SEED, 0, row_B, B), noise_lib.EVALUATION_TIME)
@@ -59,14 +56,9 @@ def bound_draws(
     def draw(_, m):
         u_B = (shift_B + m / draws) % 1.0
         uniform_BL = noise_lib.uniform(noise_lib.Noise(_SEED, m, row_B, B), noise_lib.EVALUATION_MASK, (L,))
-        if estimator == "l_of_L":
-            count_B = jnp.minimum(1 + (u_B * L).astype(jnp.int32), L)
-            corruption = diffusion.mask_exactly(x0_BL, count_B, uniform_BL, None, mask_id)
-        else:
-            corruption = diffusion.forward_process(x0_BL, u_B, uniform_BL, None, mask_id, eps=0.0)
+        corruption = diffusion.corrupt(x0_BL, u_B, uniform_BL, jnp.ones((B, L), bool), mask_id, estimator)
         _, nats_BL = diffusion.bound_terms(predict, head_VD, x0_BL, None, corruption, head_rows)
-        # t may be exactly 0: then nothing is masked, and 0 x inf must be 0.
-        return None, jnp.where(jnp.any(corruption.masked_BL, axis=1), corruption.weight_B * jnp.sum(nats_BL, axis=1), 0)
+        return None, corruption.weight_B * jnp.sum(nats_BL, axis=1)
 
     return jax.lax.scan(draw, None, jnp.arange(draws))[1]
 
@@ -86,8 +78,8 @@ class Validator:
         exact = config.objective.name == "autoregressive"
         if exact and estimator not in (None, "exact"):
             raise UserError(f"--estimator={estimator} is for diffusion models; this ARM's likelihood is exact")
-        if not exact and estimator not in (None, *ESTIMATORS):
-            raise UserError(f"--estimator={estimator} is not one of {', '.join(ESTIMATORS)}")
+        if not exact and estimator not in (None, *diffusion.ESTIMATORS):
+            raise UserError(f"--estimator={estimator} is not one of {', '.join(diffusion.ESTIMATORS)}")
         self.estimator = "exact" if exact else estimator or "l_of_L"
         self.draws = 1 if exact else config.evaluate.draws
         self.mesh = mesh

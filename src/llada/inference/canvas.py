@@ -14,14 +14,14 @@ _MARK = re.compile(r"\[MASK(?::(\d+))?\]")
 
 
 def from_prompt(prompt_ids: list[int], gen_length: int, mask_id: int, max_length: int) -> np.ndarray:
-    """(1, L) int32: the prompt, then `gen_length` masks. UserError if it is longer than the model's context."""
+    """(L,) int32: the prompt, then `gen_length` masks. UserError if it is longer than the model's context."""
     if gen_length < 1:
         raise UserError(f"--gen_length={gen_length} must be at least 1")
     return _checked([*prompt_ids, *[mask_id] * gen_length], max_length)
 
 
 def from_infill(text: str, tokenizer: Tokenizer, max_length: int) -> np.ndarray:
-    """(1, L) int32: the text's tokens with masks where its marks stand. UserError without marks or if too long."""
+    """(L,) int32: the text's tokens with masks where its marks stand. UserError without marks or if too long."""
     ids, end = [], 0
     for mark in _MARK.finditer(text):
         ids += [*tokenizer.encode(text[end : mark.start()]), *[tokenizer.mask_id] * int(mark[1] or 1)]
@@ -31,15 +31,15 @@ def from_infill(text: str, tokenizer: Tokenizer, max_length: int) -> np.ndarray:
     return _checked([*ids, *tokenizer.encode(text[end:])], max_length)
 
 
-def parse_ids(text: str, vocab_size: int) -> list[int]:
-    """Token ids from "12,7,99"; UserError for anything else or ids out of range."""
+def parse_ids(flag: str, text: str, vocab_size: int) -> list[int]:
+    """Token ids from "12,7,99"; UserError naming `flag` for anything else or ids out of range."""
     try:
         ids = [int(word) for word in text.replace(",", " ").split()]
     except ValueError as error:
-        raise UserError(f"--prompt_ids={text!r} is not a list of integers such as 12,7,99") from error
+        raise UserError(f"{flag}={text!r} is not a list of integers such as 12,7,99") from error
     bad = [i for i in ids if not 0 <= i < vocab_size]
     if bad:
-        raise UserError(f"--prompt_ids has {bad[0]}; ids of this model are 0 to {vocab_size - 1}")
+        raise UserError(f"{flag} has {bad[0]}; ids of this model are 0 to {vocab_size - 1}")
     return ids
 
 
@@ -48,13 +48,15 @@ def forbidden_ids(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     forbidden_V = np.ones(vocab_size, bool)
     forbidden_V[: tokenizer.vocab_size] = tokenizer.token_bytes_V == 0
     forbidden_V[tokenizer.eos_id] = False
+    if tokenizer.eot_id is not None:
+        forbidden_V[tokenizer.eot_id] = False
     return forbidden_V
 
 
-def until_eos(ids: list[int], eos_id: int, prompt_length: int) -> list[int]:
-    """The ids up to the first end-of-text token after the prompt."""
+def until_end(ids: list[int], ends: tuple[int, ...], prompt_length: int) -> list[int]:
+    """The ids up to the first end token after the prompt."""
     for i in range(prompt_length, len(ids)):
-        if ids[i] == eos_id:
+        if ids[i] in ends:
             return ids[:i]
     return ids
 
@@ -65,4 +67,4 @@ def _checked(ids: list[int], max_length: int) -> np.ndarray:
             f"the canvas has {len(ids)} tokens and the model's context is model.max_length={max_length}; "
             "shorten --prompt or --gen_length"
         )
-    return np.array([ids], np.int32)
+    return np.array(ids, np.int32)

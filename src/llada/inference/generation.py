@@ -1,24 +1,33 @@
-"""One request for text, answered by either family: canvas, sampler, text."""
+"""Requests for text, answered by either family: canvases, batches, sampler, text.
 
-import time
+Requests that can share one compiled loop run as one batch, padded to the longest; what a request gets does not depend
+on the others.
+"""
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError
 from llada.inference import canvas as canvas_lib
 from llada.inference import sampler
+from llada.inference.ancestral import ancestral
 from llada.model import transformer
-from llada.objectives.contract import SpecialTokens
+
+BATCH = 16  # requests that run together
 
 
 class Request(NamedTuple):
     """What to write: continue `prompt` or `prompt_ids` by `gen_length` tokens, or fill the marks of `infill`.
 
-    `gen_length` None is what the context leaves, at most 64. `steps`, `block_length`, `cfg_scale`, `remasking` are for
-    the reverse process (`sampler.SamplerConfig`): None is one step per token, one block, no guidance, low confidence.
+    `gen_length` None is what the context leaves, at most 64. The fields from `steps` on, without `temperature` and
+    `seed`, are for the reverse process (`sampler.SamplerConfig`): None is one step per token, one block, no guidance,
+    low confidence, end tokens as they come, no cache, no threshold.
     """
 
     prompt: str | None = None
@@ -30,61 +39,149 @@ class Request(NamedTuple):
     temperature: float = 0.0
     cfg_scale: float | None = None
     remasking: str | None = None
+    eos: str | None = None
+    cache: str | None = None
+    confidence_threshold: float | None = None
     seed: int = 0
 
 
 class Generated(NamedTuple):
-    """`ids` is the whole canvas; `text` ends before the first end-of-text token after the prompt."""
+    """`ids` is the whole canvas; `text` ends before the first end token after the prompt; `step` says at which step
+    each of `ids` was written, -1 where it was given. Passes and seconds are those of the batch it was in.
+    """
 
     ids: list[int]
     text: str
+    step: list[int]
+    gen_length: int
     forward_passes: int
     seconds: float
+    compile_seconds: float
+    tokens_per_second: float
 
 
-def generate(config: Config, params: transformer.Parameters, tokenizer: Tokenizer, request: Request) -> Generated:
-    """Answer `request`; UserError for what cannot be answered. `seconds` includes compilation."""
-    causal = config.objective.name == "autoregressive"
-    if causal:
-        for name in ("infill", "steps", "block_length", "cfg_scale", "remasking"):
-            if getattr(request, name) is not None:
-                raise UserError(f"--{name} needs a diffusion model; this one is an ARM, which writes left to right")
-    canvas_BL, prompt_length = _canvas(config, tokenizer, request)
-    forbidden_V = canvas_lib.forbidden_ids(tokenizer, config.model.vocab_size)
-    special = SpecialTokens(mask=tokenizer.mask_id, eos=tokenizer.eos_id)
-    start = time.perf_counter()
-    if causal:
-        sample = sampler.ancestral(
-            config.model, params, canvas_BL, prompt_length, special, forbidden_V, request.temperature, request.seed
-        )
+class _Job(NamedTuple):
+    """A request ready to run. Jobs that agree in settings (None for an ARM) and `together` may share a batch."""
+
+    request: Request
+    canvas_L: np.ndarray
+    prompt_length: int
+    settings: sampler.SamplerConfig | None
+    together: tuple
+
+
+def generate(
+    config: Config,
+    params: transformer.Parameters,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request],
+    observe: sampler.Observer | None = None,
+) -> list[Generated]:
+    """Answer the requests, in their order. UserError for one that cannot be answered, before any is run.
+
+    `observe` sees the first row of every batch after each step. `seconds` excludes compilation.
+    """
+    jobs = [_job(config, tokenizer, request) for request in requests]
+    groups: dict[tuple, list[int]] = {}
+    for index, job in enumerate(jobs):
+        groups.setdefault((job.settings, job.together), []).append(index)
+    answers: dict[int, Generated] = {}
+    for indices in groups.values():
+        # Neighbours in length share a batch, so that little of it is padding.
+        indices.sort(key=lambda i: len(jobs[i].canvas_L))
+        for start in range(0, len(indices), BATCH):
+            batch = indices[start : start + BATCH]
+            found = _run(config, params, tokenizer, [jobs[i] for i in batch], observe)
+            answers |= dict(zip(batch, found, strict=True))
+    return [answers[index] for index in range(len(jobs))]
+
+
+def total_steps(config: Config, tokenizer: Tokenizer, request: Request) -> int:
+    """The last step that a request can take, counted from 1. UserError as in `generate`."""
+    job = _job(config, tokenizer, request)
+    return int(np.sum(job.canvas_L == tokenizer.mask_id)) if job.settings is None else job.settings.steps
+
+
+def _padded(jobs: list[_Job]) -> list[_Job]:
+    """The jobs, the last repeated until they divide over the devices of the mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    count = len(jobs) if mesh.empty else mesh_lib.local_batch(len(jobs), mesh)
+    return jobs + [jobs[-1]] * (count - len(jobs))
+
+
+def _run(config, params, tokenizer, jobs: list[_Job], observe) -> list[Generated]:
+    """One batch."""
+    asked, jobs = jobs, _padded(jobs)
+    lengths_B = np.array([len(job.canvas_L) for job in jobs])
+    canvas_BL = np.full((len(jobs), lengths_B.max()), tokenizer.pad_id, np.int32)
+    for row_L, job in zip(canvas_BL, jobs, strict=True):
+        row_L[: len(job.canvas_L)] = job.canvas_L
+    seed_B = np.array([job.request.seed for job in jobs])
+    special = tokenizer.special
+    common = (special, canvas_lib.forbidden_ids(tokenizer, config.model.vocab_size))
+    if jobs[0].settings is None:
+        prompt_B = np.array([job.prompt_length for job in jobs])
+        temperature = jobs[0].request.temperature
+        sample = ancestral(config.model, params, canvas_BL, prompt_B, *common, temperature, seed_B, observe)
     else:
-        count = int(np.sum(canvas_BL == tokenizer.mask_id))
-        settings = sampler.SamplerConfig(
-            steps=count if request.steps is None else request.steps,
-            block_length=count if request.block_length is None else request.block_length,
-            temperature=request.temperature,
-            cfg_scale=request.cfg_scale or 0.0,
-            remasking=request.remasking or "low_confidence",
+        padded = None if lengths_B.min() == lengths_B.max() else lengths_B
+        sample = sampler.reverse_process(
+            config.model, params, canvas_BL, jobs[0].settings, *common, seed_B, padded, observe
         )
-        sample = sampler.reverse_process(config.model, params, canvas_BL, settings, special, forbidden_V, request.seed)
-    ids = np.asarray(sample.tokens_BL)[0].tolist()
-    shown = ids if request.infill is not None else canvas_lib.until_eos(ids, tokenizer.eos_id, prompt_length)
-    return Generated(ids, tokenizer.decode(shown), sample.forward_passes, time.perf_counter() - start)
+    counts = [int(np.sum(job.canvas_L == tokenizer.mask_id)) for job in asked]
+    found = []
+    for b, job in enumerate(asked):
+        ids, step = (x[b, : lengths_B[b]].tolist() for x in (sample.tokens_BL, sample.step_BL))
+        whole = job.request.infill is not None
+        shown = ids if whole else canvas_lib.until_end(ids, special.ends, job.prompt_length)
+        found.append(
+            Generated(
+                ids=ids,
+                text=tokenizer.decode(shown),
+                step=step,
+                gen_length=counts[b],
+                forward_passes=sample.forward_passes,
+                seconds=sample.seconds,
+                compile_seconds=sample.compile_seconds,
+                tokens_per_second=sum(counts) / sample.seconds,
+            )
+        )
+    return found
+
+
+def _job(config: Config, tokenizer: Tokenizer, request: Request) -> _Job:
+    """Check one request. UserError if it cannot be answered."""
+    canvas_L, prompt_length = _canvas(config, tokenizer, request)
+    count = int(np.sum(canvas_L == tokenizer.mask_id))
+    options = ("steps", "block_length", "cfg_scale", "remasking", "eos", "cache", "confidence_threshold")
+    given = {name: getattr(request, name) for name in options if getattr(request, name) is not None}
+    if config.model.causal:
+        if given:
+            raise UserError(f"--{next(iter(given))} needs a diffusion model; this one is an ARM, written left to right")
+        sampler.check_temperature(request.temperature)
+        return _Job(request, canvas_L, prompt_length, None, (request.temperature, count))
+    settings = sampler.SamplerConfig(
+        **{"steps": count, "block_length": count, **given}, temperature=request.temperature
+    )
+    sampler.check(settings, count)
+    return _Job(request, canvas_L, prompt_length, settings, (-(-count // settings.block_length),))
 
 
 def _canvas(config: Config, tokenizer: Tokenizer, request: Request) -> tuple[np.ndarray, int]:
-    """The canvas and the length of its prompt."""
+    """The canvas `(L,)` and the length of its prompt."""
     given = [name for name in ("prompt", "prompt_ids", "infill") if getattr(request, name) is not None]
     if len(given) != 1:
         names = " and ".join(f"--{name}" for name in given)
         raise UserError(f"give one of --prompt, --prompt_ids, --infill, not {names or 'none'}")
     longest = config.model.max_length
     if request.infill is not None:
+        if config.model.causal:
+            raise UserError("--infill needs a diffusion model; this one is an ARM, which writes left to right")
         return canvas_lib.from_infill(request.infill, tokenizer, longest), 0
     if request.prompt is not None:
         ids = tokenizer.encode(request.prompt)
     else:
-        ids = canvas_lib.parse_ids(request.prompt_ids, tokenizer.vocab_size)
+        ids = canvas_lib.parse_ids("--prompt_ids", request.prompt_ids, tokenizer.vocab_size)
         if tokenizer.mask_id in ids:
             raise UserError(f"--prompt_ids holds the mask token {tokenizer.mask_id}; use --infill to fill gaps")
     length = min(64, max(1, longest - len(ids))) if request.gen_length is None else request.gen_length

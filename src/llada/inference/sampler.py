@@ -1,12 +1,15 @@
-"""Sampling: the reverse process of masked diffusion, and ancestral sampling of the ARM. One compiled loop each.
+"""The reverse process of masked diffusion: one compiled loop from masks to text (LLaDA section 2.4, Appendix A.3).
 
-The reverse process starts from a canvas whose open positions hold the mask token and fills a quota of them per step
-(LLaDA section 2.4, Algorithms 4 and 5 in the integer-quota form of the published code). Noise is keyed by (seed, step,
-sequence), so a sample does not depend on the batch it is in.
-Shapes: B sequences, L canvas positions, V vocabulary.
+It starts from a canvas whose open positions hold the mask token and, step by step, predicts those of the current block
+and keeps some of the predictions. Noise is keyed by (the sequence's seed, step, position), so a sample does not depend
+on the batch it is in. Caches and the confidence threshold are approximations of that process and say so.
+Shapes: B sequences, L canvas positions, K positions of a block, Q positions computed in a cached pass, V vocabulary.
 """
 
 import functools
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,22 +19,38 @@ import numpy as np
 
 from llada.config import ModelConfig
 from llada.errors import UserError
+from llada.inference import guidance
+from llada.inference.choice import choose
 from llada.model import transformer
 from llada.objectives import noise as noise_lib
-from llada.objectives.autoregressive import shift_right
 from llada.objectives.contract import SpecialTokens
 
-REMASKING = ("low_confidence", "random")
+REMASKING = ("low_confidence", "random", "random_binomial")
+CACHES = ("none", "prefix", "dual")
+EOS = ("keep", "no_logits", "no_confidence")
+
+# Called after every step with the first sequence: (tokens_L, step_L, step).
+Observer = Callable[[np.ndarray, np.ndarray, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """How to run the reverse process. One block as long as the answer is pure diffusion; shorter ones go left to right.
+    """How to run the reverse process.
 
-    steps         forward passes (twice as many with guidance); a multiple of the number of blocks
-    temperature   0 takes the most likely token; else logits / temperature + Gumbel noise
-    cfg_scale     w of classifier-free guidance without labels: LLaDA Eq. (16); 0 is off
-    remasking     which predictions to keep: low_confidence keeps the most probable ones, random any
+    steps          over all blocks, a multiple of their number; each block gets as many
+    block_length   open positions per block; blocks are filled left to right, later ones in view as masks. All of them
+                   at once is pure diffusion, 1 is autoregressive order
+    temperature    0 takes the most likely token; else a draw from softmax(logits / temperature)
+    cfg_scale      w of classifier-free guidance without labels: LLaDA Eq. (16); 0 is off
+    remasking      which predictions a step keeps:
+                     low_confidence   an equal quota per step, the most probable ones (Algorithm 5)
+                     random           the same quota, any of them (the published code's "random")
+                     random_binomial  each with probability 1 - s/t (Algorithm 4 of the paper)
+    eos            keep; no_logits: end tokens are never written; no_confidence: they are kept last in their block
+    Approximations of the above:
+    cache          none; dual: within a block, other positions keep the keys and values of the block's first pass;
+                   prefix: positions before the block do (Fast-dLLM, arXiv 2505.22618)
+    confidence_threshold  besides its quota a step keeps every prediction at least this probable (Fast-dLLM)
     """
 
     steps: int
@@ -39,24 +58,39 @@ class SamplerConfig:
     temperature: float = 0.0
     cfg_scale: float = 0.0
     remasking: str = "low_confidence"
+    eos: str = "keep"
+    cache: str = "none"
+    confidence_threshold: float | None = None
 
 
 class Sample(NamedTuple):
-    """`tokens_BL`; `step_BL`, the step at which each position was filled (-1: given); forward passes of the model."""
+    """`tokens_BL`; `step_BL`, the step at which each position was filled (-1: given); forward passes of the model.
 
-    tokens_BL: jax.Array
-    step_BL: jax.Array
+    A pass counts once per batch, twice with guidance; a cached pass over part of the canvas counts like a whole one.
+    `seconds` of the compiled loop, and `compile_seconds` before it (about 0 where the shapes were seen before).
+    """
+
+    tokens_BL: np.ndarray
+    step_BL: np.ndarray
     forward_passes: int
+    seconds: float
+    compile_seconds: float
 
 
 def check(settings: SamplerConfig, open_count: int) -> None:
     """UserError unless `settings` can fill `open_count` positions."""
-    if settings.remasking not in REMASKING:
-        raise UserError(f"--remasking={settings.remasking} is not one of {', '.join(REMASKING)}")
-    if settings.temperature < 0:
-        raise UserError(f"--temperature={settings.temperature} is negative; 0 is greedy, 1 samples the model's law")
-    if settings.cfg_scale < 0:
-        raise UserError(f"--cfg_scale={settings.cfg_scale} is negative; 0 is off")
+    for name, allowed in (("remasking", REMASKING), ("cache", CACHES), ("eos", EOS)):
+        if getattr(settings, name) not in allowed:
+            raise UserError(f"--{name}={getattr(settings, name)} is not one of {', '.join(allowed)}")
+    check_temperature(settings.temperature)
+    if not 0 <= settings.cfg_scale < float("inf"):
+        raise UserError(f"--cfg_scale={settings.cfg_scale} must not be negative; 0 is off")
+    threshold = settings.confidence_threshold
+    if threshold is not None and not 0 < threshold <= 1:
+        raise UserError(f"--confidence_threshold={threshold} must be a probability above 0, at most 1")
+    if settings.remasking != "low_confidence" and (threshold is not None or settings.eos == "no_confidence"):
+        flag = "--eos=no_confidence" if threshold is None else f"--confidence_threshold={threshold}"
+        raise UserError(f"{flag} ranks by confidence; --remasking={settings.remasking} does not: use low_confidence")
     if not 1 <= settings.block_length <= open_count:
         raise UserError(f"--block_length={settings.block_length} must be between 1 and the {open_count} open positions")
     blocks = -(-open_count // settings.block_length)
@@ -69,6 +103,14 @@ def check(settings: SamplerConfig, open_count: int) -> None:
         raise UserError(f"--steps={settings.steps} is more than the {open_count} positions to fill; lower it")
 
 
+def check_temperature(temperature: float) -> None:
+    """UserError unless it is a finite number of at least 0."""
+    if not 0 <= temperature < float("inf"):
+        raise UserError(
+            f"--temperature={temperature} must be 0 (greedy), 1 (the model's own law) or another number >= 0"
+        )
+
+
 def reverse_process(
     config: ModelConfig,
     params: transformer.Parameters,
@@ -76,110 +118,201 @@ def reverse_process(
     settings: SamplerConfig,
     special: SpecialTokens,
     forbidden_V: np.ndarray,
-    seed: int = 0,
+    seed_B: np.ndarray | int = 0,
+    lengths_B: np.ndarray | None = None,
+    observe: Observer | None = None,
 ) -> Sample:
     """Fill every position of `canvas_BL` that holds the mask token; the others are context and stay.
 
-      canvas_BL    int32; every row has the same number of mask tokens
+      canvas_BL    int32; each row has masks for equally many blocks
       forbidden_V  bool, ids that must not be written (the mask token always among them)
+      seed_B       of each row's noise; a number stands for rows of that seed and the next ones
+      lengths_B    positions from there on are padding, not canvas; None: there is none
     Raises UserError for settings that cannot fill the canvas.
     """
-    counts = np.sum(np.asarray(canvas_BL) == special.mask, axis=1)
-    if counts.min() != counts.max():
-        raise UserError(f"the rows of a canvas need equally many masks, not {counts.min()} to {counts.max()}")
-    check(settings, int(counts[0]))
+    canvas_BL = np.asarray(canvas_BL, np.int32)
+    B, L = canvas_BL.shape
+    ends_B = np.full(B, L) if lengths_B is None else np.asarray(lengths_B)
+    open_BL = (canvas_BL == special.mask) & (np.arange(L) < ends_B[:, None])
+    counts_B = open_BL.sum(axis=1)
+    blocks_B = -(-counts_B // settings.block_length) if settings.block_length > 0 else counts_B
+    if blocks_B.min() != blocks_B.max():
+        raise UserError(f"rows of one batch need equally many blocks, not {blocks_B.min()} to {blocks_B.max()}")
+    check(settings, int(counts_B.max()))
     forbidden_V = np.asarray(forbidden_V) | (np.arange(config.vocab_size) == special.mask)
-    tokens_BL, step_BL = _reverse_process(config, settings, special.mask, params, canvas_BL, forbidden_V, seed)
-    return Sample(tokens_BL, step_BL, settings.steps * (2 if settings.cfg_scale else 1))
+    if settings.eos == "no_logits":
+        forbidden_V = forbidden_V | np.isin(np.arange(config.vocab_size), special.ends)
+    # Positions from a block's start to the canvas's end: what a pass over the prefix cache has to compute.
+    suffix = int(np.max(ends_B - open_BL.argmax(axis=1)))
+    sample = timed(
+        _reverse_process,
+        *(config, settings, special, int(blocks_B.max()), suffix, observe),
+        *(params, canvas_BL, open_BL, seeds(seed_B, B), forbidden_V, None if lengths_B is None else ends_B),
+    )
+    return sample._replace(forward_passes=sample.forward_passes * (2 if settings.cfg_scale else 1))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _reverse_process(config, settings, mask_id, params, canvas_BL, forbidden_V, seed):
-    B, L = canvas_BL.shape
-    open_BL = canvas_BL == mask_id
-    ordinal_BL = jnp.cumsum(open_BL, axis=1) - 1
-    block_BL = ordinal_BL // settings.block_length
-    blocks = jnp.max(jnp.where(open_BL, block_BL, 0)) + 1
-    steps_per_block = settings.steps // blocks
+def timed(loop, *arguments) -> Sample:
+    """The Sample of a jitted loop that returns (tokens_BL, step_BL, passes), compiled before the clock starts."""
+    start = time.perf_counter()
+    loop.lower(*arguments).compile()
+    compiled = time.perf_counter()
+    tokens_BL, step_BL, passes = jax.device_get(loop(*arguments))
+    return Sample(tokens_BL, step_BL, int(passes), time.perf_counter() - compiled, compiled - start)
 
-    def predict(tokens_BL):
-        logits_BLV = transformer.logits(config, params, tokens_BL)
-        if settings.cfg_scale:
-            # Eq. (16): the unconditional branch sees the context masked.
-            hidden_context_BL = jnp.where(open_BL, tokens_BL, mask_id)
-            without_BLV = transformer.logits(config, params, hidden_context_BL)
-            logits_BLV = without_BLV + (settings.cfg_scale + 1) * (logits_BLV - without_BLV)
-        return jnp.where(forbidden_V, -jnp.inf, logits_BLV)
 
-    def step(s, carry):
-        tokens_BL, step_BL = carry
-        logits_BLV = predict(tokens_BL)
-        noise_key_B = _sequence_keys(seed, s, B)
-        guess_BL = _draw(logits_BLV, settings.temperature, noise_key_B)
-        if settings.remasking == "random":
-            score_BL = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (L,)))(noise_key_B)
+def seeds(seed_B: np.ndarray | int, B: int) -> np.ndarray:
+    """A seed for each of B rows: those given, or the number given and the next ones."""
+    return np.asarray(seed_B + np.arange(B) if np.ndim(seed_B) == 0 else seed_B, np.uint32)
+
+
+class _State(NamedTuple):
+    """What a step changes: the canvas, when its positions were filled, steps done in this block, passes so far."""
+
+    tokens_BL: jax.Array
+    step_BL: jax.Array
+    done: jax.Array
+    passes: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _reverse_process(config, settings, special, blocks, suffix, observe, params, canvas_BL, *rows):
+    process = _Process(config, settings, special, blocks, suffix, observe, params, *rows)
+    never_BL = jnp.full(canvas_BL.shape, -1, jnp.int32)
+    start = _State(canvas_BL, never_BL, jnp.int32(0), jnp.int32(0))
+    state = jax.lax.fori_loop(0, blocks, process.fill_block, start)
+    return state.tokens_BL, state.step_BL, state.passes
+
+
+class _Process:
+    """The loop's body while it is being traced."""
+
+    def __init__(
+        self, config, settings, special, blocks, suffix, observe, params, open_BL, seed_B, forbidden_V, lengths_B
+    ):
+        self.config, self.settings, self.special, self.observe = config, settings, special, observe
+        self.params, self.head_VD = params, transformer.head(config, params)
+        self.open_BL, self.seed_B, self.forbidden_V, self.lengths_B = open_BL, seed_B, forbidden_V, lengths_B
+        self.L, K, self.suffix = open_BL.shape[1], settings.block_length, suffix
+        self.steps_per_block = settings.steps // blocks
+        # Open positions of each row from left to right; slots that a short last block leaves over point off the canvas.
+        order_BL = jnp.argsort(~open_BL, axis=1, stable=True)
+        order_BS = jnp.pad(order_BL, ((0, 0), (0, blocks * K)))[:, : blocks * K]
+        used_BS = jnp.arange(blocks * K) < jnp.sum(open_BL, axis=1, keepdims=True)
+        self.slots_BS = jnp.where(used_BS, order_BS, self.L)
+
+    def fill_block(self, block, state):
+        """Steps until no position of the block is masked."""
+        K = self.settings.block_length
+        position_BK = jax.lax.dynamic_slice_in_dim(self.slots_BS, block * K, K, axis=1)
+        state = state._replace(done=jnp.int32(0))
+        if self.settings.cache == "none":
+            return self.loop(lambda tokens_BL: self.whole_canvas(tokens_BL)[0], block, position_BK, state)
+        # The block's first pass is a whole one: it renews the cache and counts as a step.
+        hidden_BLD, cache = self.whole_canvas(state.tokens_BL, keep_cache=True)
+        state = self.step(_take(hidden_BLD, position_BK), block, position_BK, state)
+        if self.settings.cache == "dual":
+            return self.loop_cached(K, cache, block, position_BK, state)
+        # What lies behind a prefix shrinks from block to block; shapes are static, so there is a loop for each halving.
+        sizes = [self.suffix]
+        while sizes[-1] > K:
+            sizes.append(max(K, -(-sizes[-1] // 2)))
+        ends_B = self.L if self.lengths_B is None else self.lengths_B
+        needed = jnp.max(ends_B - position_BK[:, 0])
+        loops = [functools.partial(self.loop_cached, size, cache, block, position_BK) for size in sizes]
+        return jax.lax.switch(jnp.sum(needed <= jnp.array(sizes)) - 1, loops, state)
+
+    def loop_cached(self, size, cache, block, position_BK, state):
+        """Steps that compute `size` positions of each row: the block's own, or those from its start on."""
+        if self.settings.cache == "dual":
+            position_BQ, place_BK = position_BK, jnp.broadcast_to(jnp.arange(size), position_BK.shape)
         else:
-            # log p of the guess under the clean model: noise in the ranking is a known flaw of other samplers.
-            chosen_BL = jnp.take_along_axis(logits_BLV, guess_BL[..., None], axis=-1)[..., 0]
-            score_BL = chosen_BL - jax.nn.logsumexp(logits_BLV, axis=-1)
-        eligible_BL = (tokens_BL == mask_id) & open_BL & (block_BL == s // steps_per_block)
-        remaining_B = jnp.sum(eligible_BL, axis=1)
-        steps_left = steps_per_block - s % steps_per_block
-        quota_B = (remaining_B + steps_left - 1) // steps_left
-        rank_BL = jnp.argsort(jnp.argsort(jnp.where(eligible_BL, -score_BL, jnp.inf), axis=1), axis=1)
-        keep_BL = eligible_BL & (rank_BL < quota_B[:, None])
-        return jnp.where(keep_BL, guess_BL, tokens_BL), jnp.where(keep_BL, s, step_BL)
+            position_BQ = position_BK[:, :1] + jnp.arange(size)
+            place_BK = position_BK - position_BK[:, :1]
+        position_BQ, lengths_B = self.both(position_BQ), self.both(self.lengths_B)
 
-    never_BL = jnp.full((B, L), -1, jnp.int32)
-    return jax.lax.fori_loop(0, settings.steps, step, (jnp.asarray(canvas_BL, jnp.int32), never_BL))
+        def hidden(tokens_BL):
+            tokens_BQ = _take(self.branches(tokens_BL), position_BQ)
+            hidden_BQD, _ = transformer.extend(self.config, self.params, tokens_BQ, position_BQ, cache, lengths_B)
+            return guidance.mixed(hidden_BQD, self.settings.cfg_scale)
 
+        return self.loop(hidden, block, position_BK, state, place_BK)
 
-def ancestral(
-    config: ModelConfig,
-    params: transformer.Parameters,
-    canvas_BL: np.ndarray,
-    prompt_length: int,
-    special: SpecialTokens,
-    forbidden_V: np.ndarray,
-    temperature: float = 1.0,
-    seed: int = 0,
-) -> Sample:
-    """Continue the ARM's prompt, the first `prompt_length` tokens of each row, to the end of the canvas.
+    def loop(self, hidden, block, position_BK, state, place_BK=None):
+        """Steps from `hidden(tokens_BL)`, where the block's positions stand at `place_BK`, until the block is full."""
+        place_BK = position_BK if place_BK is None else place_BK
+        unfinished = lambda state: jnp.any(self.masked(state.tokens_BL, position_BK))  # noqa: E731
+        step = lambda state: self.step(_take(hidden(state.tokens_BL), place_BK), block, position_BK, state)  # noqa: E731
+        return jax.lax.while_loop(unfinished, step, state)
 
-    One forward pass over the canvas per token; no key/value cache. Arguments as in `reverse_process`.
-    """
-    if temperature < 0:
-        raise UserError(f"--temperature={temperature} is negative; 0 is greedy, 1 samples the model's law")
-    tokens_BL, step_BL = _ancestral(config, special, temperature, params, canvas_BL, prompt_length, forbidden_V, seed)
-    return Sample(tokens_BL, step_BL, canvas_BL.shape[1] - prompt_length)
+    def step(self, hidden_BKD, block, position_BK, state):
+        """Choose a token for each masked position of the block and keep some of them."""
+        masked_BK = self.masked(state.tokens_BL, position_BK)
+        step = block * self.steps_per_block + state.done
+        keys_BK = position_keys(self.seed_B, step, position_BK)
+        chosen = choose(
+            hidden_BKD, self.head_VD, masked_BK, self.forbidden_V, self.settings.temperature, _fold(keys_BK, 0)
+        )
+        steps_left = self.steps_per_block - state.done
+        keep_BK = _kept(self.settings, self.special, chosen, masked_BK, steps_left, _fold(keys_BK, 1))
+        at = (jnp.arange(len(position_BK))[:, None], jnp.where(keep_BK, position_BK, self.L))
+        tokens_BL = state.tokens_BL.at[at].set(chosen.token_BK, mode="drop")
+        step_BL = state.step_BL.at[at].set(step, mode="drop")
+        if self.observe is not None:
+            jax.experimental.io_callback(self.observe, None, tokens_BL[0], step_BL[0], step, ordered=True)
+        return _State(tokens_BL, step_BL, state.done + 1, state.passes + 1)
 
+    def whole_canvas(self, tokens_BL, keep_cache=False):
+        """Hidden states of every position, branches mixed, and the cache of both branches if kept."""
+        run = transformer.prefill if keep_cache else lambda *given: (transformer.hidden(*given), None)
+        hidden_BLD, cache = run(self.config, self.params, self.branches(tokens_BL), self.both(self.lengths_B))
+        return guidance.mixed(hidden_BLD, self.settings.cfg_scale), cache
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _ancestral(config, special, temperature, params, canvas_BL, prompt_length, forbidden_V, seed):
-    B, L = canvas_BL.shape
+    def branches(self, tokens_BL):
+        """The rows to run: twice as many with guidance."""
+        return guidance.branches(tokens_BL, self.open_BL, self.special.mask, self.settings.cfg_scale)
 
-    def step(position, carry):
-        tokens_BL, step_BL = carry
-        hidden_BLD = transformer.hidden(config, params, shift_right(tokens_BL, special.eos))
-        here_B1D = jax.lax.dynamic_slice_in_dim(hidden_BLD, position, 1, axis=1)
-        logits_B1V = transformer.unembed(here_B1D, transformer.head(config, params))
-        logits_B1V = jnp.where(forbidden_V, -jnp.inf, logits_B1V)
-        token_B = _draw(logits_B1V, temperature, _sequence_keys(seed, position, B))[:, 0]
-        return tokens_BL.at[:, position].set(token_B), step_BL.at[:, position].set(position - prompt_length)
+    def both(self, x):
+        """One row per row to run."""
+        return guidance.both(x, self.settings.cfg_scale)
 
-    never_BL = jnp.full((B, L), -1, jnp.int32)
-    return jax.lax.fori_loop(prompt_length, L, step, (jnp.asarray(canvas_BL, jnp.int32), never_BL))
-
-
-def _sequence_keys(seed, step, B):
-    key = noise_lib.step_key(seed, step, noise_lib.SAMPLING)
-    return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(B))
+    def masked(self, tokens_BL, position_BK):
+        """Which positions of the block are still to be filled."""
+        return (_take(tokens_BL, position_BK) == self.special.mask) & (position_BK < self.L)
 
 
-def _draw(logits_BLV, temperature, key_B):
-    """Tokens (B, L) by Gumbel-max; `mode="high"` because coarse Gumbel noise truncates the tail (arXiv 2409.02908)."""
-    if temperature == 0:
-        return jnp.argmax(logits_BLV, axis=-1).astype(jnp.int32)
-    shape = logits_BLV.shape[1:]
-    gumbel_BLV = jax.vmap(lambda key: jax.random.gumbel(key, shape, mode="high"))(key_B)
-    return jnp.argmax(logits_BLV / temperature + gumbel_BLV, axis=-1).astype(jnp.int32)
+def _kept(settings, special, chosen, masked_BK, steps_left, keys_BK):
+    """Which predictions a step keeps; all that remain when it is the last."""
+    if settings.remasking == "low_confidence":
+        score_BK = chosen.confidence_BK
+        if settings.eos == "no_confidence":
+            ends = jnp.isin(chosen.token_BK, jnp.array(special.ends))
+            score_BK = jnp.where(ends, jnp.finfo(jnp.float32).min, score_BK)
+    else:
+        score_BK = jax.vmap(jax.vmap(jax.random.uniform))(keys_BK)
+    if settings.remasking == "random_binomial":
+        # Algorithm 4 remasks with probability s/t; on an even grid of times 1 - s/t = 1 / steps_left.
+        return masked_BK & (score_BK * steps_left < 1)
+    remaining_B1 = jnp.sum(masked_BK, axis=1, keepdims=True)
+    quota_B1 = (remaining_B1 + steps_left - 1) // steps_left
+    rank_BK = jnp.argsort(jnp.argsort(jnp.where(masked_BK, -score_BK, jnp.inf), axis=1), axis=1)
+    keep_BK = rank_BK < quota_B1
+    if settings.confidence_threshold is not None:
+        keep_BK |= score_BK >= math.log(settings.confidence_threshold)
+    return masked_BK & keep_BK
+
+
+def _take(x_BL, position_BK):
+    """x[b, position[b, k]] of `x_BL` or `x_BLD`; a position off the canvas reads the last one."""
+    position_BK = jnp.minimum(position_BK, x_BL.shape[1] - 1)
+    return jnp.take_along_axis(x_BL, position_BK if x_BL.ndim == 2 else position_BK[..., None], axis=1)
+
+
+def position_keys(seed_B: jax.Array, step: jax.Array, position_BK: jax.Array) -> jax.Array:
+    """A key for each (sequence, step, position) of sampling."""
+    keys_B = jax.vmap(lambda seed: noise_lib.step_key(seed, step, noise_lib.SAMPLING))(seed_B)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_B, position_BK)
+
+
+def _fold(keys_BK, use):
+    return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, use)))(keys_BK)

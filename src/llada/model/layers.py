@@ -1,7 +1,8 @@
 """Normalisation, rotary embedding, attention: the stateless pieces of a block.
 
 Norms, rotary embedding and softmax are float32 whatever the dtype of the matrix products.
-Shapes: B sequences, L tokens, D width, H query heads, K key/value heads, C channels per head.
+Shapes: B sequences, L tokens, Q queries (all L positions, or some), D width, H query heads, K key/value heads,
+C channels per head.
 """
 
 import math
@@ -17,21 +18,23 @@ def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return (x * scale_D).astype(x_BLD.dtype)
 
 
-def rotary_angles(length: int, channels: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine tables `(cos_LC, sin_LC)`, float32, half-split layout (channel i pairs with i + C/2)."""
+def rotary_angles(position: jax.Array, channels: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of positions `(L,)` or `(B, Q)`, float32, a last axis of `channels` added; half-split layout
+    (channel i pairs with i + C/2).
+    """
     frequency = theta ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency[None, :]
-    angle_LC = jnp.concatenate([angle, angle], axis=-1)
-    return jnp.cos(angle_LC), jnp.sin(angle_LC)
+    angle = position.astype(jnp.float32)[..., None] * frequency
+    angle = jnp.concatenate([angle, angle], axis=-1)
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x_BLHC: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Apply rotary position embedding in float32; returned in the dtype of `x`."""
-    cos_LC, sin_LC = angles
+    cos, sin = (table[..., None, :] for table in angles)  # the same for all heads
     x = x_BLHC.astype(jnp.float32)
     left, right = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-right, left], axis=-1)
-    return (x * cos_LC[None, :, None, :] + turned * sin_LC[None, :, None, :]).astype(x_BLHC.dtype)
+    return (x * cos + turned * sin).astype(x_BLHC.dtype)
 
 
 def project(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
@@ -46,29 +49,36 @@ def project(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
 
 
 def attend(
-    query_BLHC: jax.Array, key_BLKC: jax.Array, value_BLKC: jax.Array, causal: bool, lengths_B: jax.Array | None
+    query_BQHC: jax.Array,
+    key_BLKC: jax.Array,
+    value_BLKC: jax.Array,
+    causal: bool,
+    lengths_B: jax.Array | None,
+    position_BQ: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention, grouped where K < H. Keys at positions >= lengths_B (>= 1) are not allowed.
 
     With `lengths_B` None and `causal` False every position sees every other: the mask predictor's plain case.
-    Scores and softmax are float32; weights are normalised after meeting the values, which is the same sum and moves
-    L / C times fewer numbers.
+    `position_BQ` says where the queries stand; None: at 0..L-1. Scores and softmax are float32; weights are normalised
+    after meeting the values, which is the same sum and moves L / C times fewer numbers.
     """
-    B, L, H, C = query_BLHC.shape
-    K = key_BLKC.shape[2]
-    # The heads of a group share keys, so they stand behind each other in one longer query axis (G = H / K).
-    query_BKQC = query_BLHC.reshape(B, L, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, C)
+    B, Q, H, C = query_BQHC.shape
+    L, K = key_BLKC.shape[1:3]
+    G = H // K
+    # The heads of a group share keys, so they stand behind each other in one longer query axis (X = G Q).
+    query_BKXC = query_BQHC.reshape(B, Q, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * Q, C)
     key_BKCL, value_BKLC = key_BLKC.transpose(0, 2, 3, 1), value_BLKC.transpose(0, 2, 1, 3)
-    scores_BKQL = jnp.matmul(query_BKQC, key_BKCL, preferred_element_type=jnp.float32) / math.sqrt(C)
+    scores_BKXL = jnp.matmul(query_BKXC, key_BKCL, preferred_element_type=jnp.float32) / math.sqrt(C)
     position_L = jnp.arange(L)
     if causal:
-        allowed_QL = jnp.tile(position_L[:, None] >= position_L[None, :], (H // K, 1))
-        scores_BKQL = jnp.where(allowed_QL, scores_BKQL, -jnp.inf)
+        stands_BQ = position_L[None, :] if position_BQ is None else position_BQ
+        allowed_BXL = jnp.tile(stands_BQ[:, :, None] >= position_L, (1, G, 1))
+        scores_BKXL = jnp.where(allowed_BXL[:, None], scores_BKXL, -jnp.inf)
     if lengths_B is not None:
         allowed_BL = position_L < lengths_B[:, None]
-        scores_BKQL = jnp.where(allowed_BL[:, None, None, :], scores_BKQL, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.max(scores_BKQL, axis=-1, keepdims=True))
-    weights_BKQL = jnp.exp(scores_BKQL - top)
-    total = jnp.sum(weights_BKQL, axis=-1, keepdims=True)
-    mixed_BKQC = (weights_BKQL.astype(value_BKLC.dtype) @ value_BKLC / total).astype(query_BLHC.dtype)
-    return mixed_BKQC.reshape(B, K, H // K, L, C).transpose(0, 3, 1, 2, 4).reshape(B, L, H, C)
+        scores_BKXL = jnp.where(allowed_BL[:, None, None, :], scores_BKXL, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(scores_BKXL, axis=-1, keepdims=True))
+    weights_BKXL = jnp.exp(scores_BKXL - top)
+    total = jnp.sum(weights_BKXL, axis=-1, keepdims=True)
+    mixed_BKXC = (weights_BKXL.astype(value_BKLC.dtype) @ value_BKLC / total).astype(query_BQHC.dtype)
+    return mixed_BKXC.reshape(B, K, G, Q, C).transpose(0, 3, 1, 2, 4).reshape(B, Q, H, C)

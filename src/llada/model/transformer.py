@@ -3,12 +3,13 @@
 RMSNorm, SwiGLU, rotary embedding, no bias; t is not an input (LLaDA section 2.1, Table 5). The model ends at the
 normalised hidden states; the vocabulary matrix is handed out beside them, so that an objective can turn hidden states
 into nats without ever holding all logits. Everything outside this file sees a nested dict and the functions below.
-Shapes: B sequences, L tokens, D width, H query heads, K key/value heads, C channels, F feed-forward, V vocabulary,
-N = B L rows.
+Shapes: B sequences, L tokens, Q of them computed anew, D width, H query heads, K key/value heads, C channels,
+F feed-forward, V vocabulary, N = B Q rows.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,14 +22,25 @@ from llada.model import layers
 Parameters = dict
 
 
+class Cache(NamedTuple):
+    """Keys (rotated) and values of every position and layer, `(layers, B, L, K, C)` in the compute dtype."""
+
+    key: jax.Array
+    value: jax.Array
+
+
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU, each added to the residual stream."""
 
     config: ModelConfig
+    keep_cache: bool = False
 
     @nn.compact
-    def __call__(self, x_BLD, angles, lengths_B):
-        """Map the residual stream to itself; the second value is what `nn.scan` would stack (nothing)."""
+    def __call__(self, x_BLD, cache, angles, lengths_B, position_BQ):
+        """Map the residual stream to itself; the second value is what `nn.scan` stacks: this layer's cache, if kept.
+
+        With a `cache`, `x` holds only the positions `position_BQ`, whose keys and values replace the cached ones.
+        """
         c = self.config
         D, H, K, C, F = c.width, c.heads, c.key_value_heads, c.head_size, c.ffn
         dtype = jnp.dtype(c.dtype)
@@ -46,7 +58,12 @@ class Block(nn.Module):
             k_BLKC = layers.rms_norm(k_BLKC, self.param("key_norm", ones, (C,)), c.norm_eps)
         q_BLHC = layers.rotate(constrain(q_BLHC, "BLHC"), angles)
         k_BLKC = layers.rotate(constrain(k_BLKC, "BLHC"), angles)
-        mixed_BLHC = layers.attend(q_BLHC, k_BLKC, constrain(v_BLKC, "BLHC"), c.causal, lengths_B)
+        v_BLKC = constrain(v_BLKC, "BLHC")
+        if cache is not None:
+            at = (jnp.arange(len(x_BLD))[:, None], position_BQ)
+            k_BLKC = cache.key.at[at].set(k_BLKC, mode="drop")
+            v_BLKC = cache.value.at[at].set(v_BLKC, mode="drop")
+        mixed_BLHC = layers.attend(q_BLHC, k_BLKC, v_BLKC, c.causal, lengths_B, position_BQ)
         x_BLD += layers.project(mixed_BLHC, self.param("output", branch_end, (H, C, D)).astype(dtype), contracted=2)
         x_BLD = constrain(x_BLD, "BLD")
 
@@ -57,17 +74,18 @@ class Block(nn.Module):
         up_NF = constrain(y_ND @ self.param("up", normal, (D, F)).astype(dtype), "NF")
         y_ND = (jax.nn.silu(gate_NF) * up_NF) @ self.param("down", branch_end, (F, D)).astype(dtype)
         x_BLD += y_ND.reshape(x_BLD.shape)
-        return constrain(x_BLD, "BLD"), None
+        return constrain(x_BLD, "BLD"), Cache(k_BLKC, v_BLKC) if self.keep_cache else None
 
 
 class Transformer(nn.Module):
     """Tokens to normalised hidden states."""
 
     config: ModelConfig
+    keep_cache: bool = False
 
     @nn.compact
-    def __call__(self, tokens_BL, lengths_B=None):
-        """Hidden states `hidden_BLD` in the compute dtype; declares the vocabulary head without using it."""
+    def __call__(self, tokens_BL, lengths_B=None, position_BQ=None, cache=None):
+        """Hidden states `hidden_BLD` in the compute dtype, and the cache if kept; the head is declared, not used."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
         normal = nn.initializers.normal(c.init_std)
@@ -77,7 +95,8 @@ class Transformer(nn.Module):
         # Gathering the bf16 table once is cheaper than letting the partitioner reshard a lookup on a split table.
         table_VD = constrain(embedding_VD.astype(dtype), "VD_gathered")
         x_BLD = constrain(table_VD[tokens_BL], "BLD")
-        angles = layers.rotary_angles(tokens_BL.shape[1], c.head_size, c.rope_theta)
+        position = jnp.arange(tokens_BL.shape[1]) if position_BQ is None else position_BQ
+        angles = layers.rotary_angles(position, c.head_size, c.rope_theta)
         block = Block
         if c.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
@@ -86,12 +105,13 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.layers,
             unroll=c.scan_unroll,
         )
-        x_BLD, _ = stack(c, name="layers")(x_BLD, angles, lengths_B)
-        return layers.rms_norm(x_BLD, self.param("final_norm", nn.initializers.ones_init(), (c.width,)), c.norm_eps)
+        x_BLD, cache = stack(c, self.keep_cache, name="layers")(x_BLD, cache, angles, lengths_B, position_BQ)
+        scale_D = self.param("final_norm", nn.initializers.ones_init(), (c.width,))
+        return layers.rms_norm(x_BLD, scale_D, c.norm_eps), cache
 
 
 def init(config: ModelConfig, key: jax.Array) -> Parameters:
@@ -101,7 +121,31 @@ def init(config: ModelConfig, key: jax.Array) -> Parameters:
 
 def hidden(config: ModelConfig, params: Parameters, tokens_BL: jax.Array, lengths_B: jax.Array | None = None):
     """Normalised last hidden states `hidden_BLD`; positions >= lengths_B are neither seen nor meaningful."""
-    return Transformer(config).apply({"params": params}, tokens_BL, lengths_B)
+    return Transformer(config).apply({"params": params}, tokens_BL, lengths_B)[0]
+
+
+def prefill(config: ModelConfig, params: Parameters, tokens_BL: jax.Array, lengths_B: jax.Array | None = None):
+    """`hidden`, and the Cache of all positions beside it."""
+    return Transformer(config, keep_cache=True).apply({"params": params}, tokens_BL, lengths_B)
+
+
+def extend(
+    config: ModelConfig,
+    params: Parameters,
+    tokens_BQ: jax.Array,
+    position_BQ: jax.Array,
+    cache: Cache,
+    lengths_B: jax.Array | None = None,
+    keep_cache: bool = False,
+):
+    """Hidden states of the tokens at `position_BQ` only, and the renewed Cache if it is to be kept (else None).
+
+    Keys and values of all other positions are the cached ones: exact for a causal model whose cached positions come
+    before, an approximation for the mask predictor, whose every state depends on every token. Queries at positions
+    >= L are padding: nothing sees them.
+    """
+    apply = Transformer(config, keep_cache=keep_cache).apply
+    return apply({"params": params}, tokens_BQ, lengths_B, position_BQ, cache)
 
 
 def head(config: ModelConfig, params: Parameters) -> jax.Array:

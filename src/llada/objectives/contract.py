@@ -11,10 +11,16 @@ Predictor = Callable[[jax.Array, jax.Array | None], jax.Array]
 
 
 class SpecialTokens(NamedTuple):
-    """Ids the objectives need from the tokenizer."""
+    """Ids that objectives and samplers need from the tokenizer; `eot` ends a turn of a dialogue, where there is one."""
 
     mask: int
     eos: int
+    eot: int | None = None
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Every id that ends a text."""
+        return (self.eos,) if self.eot is None else (self.eos, self.eot)
 
 
 class LossTerms(NamedTuple):

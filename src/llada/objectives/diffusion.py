@@ -16,6 +16,8 @@ from llada.objectives import noise as noise_lib
 from llada.objectives.contract import LossTerms, Predictor, SpecialTokens, is_valid, token_count
 from llada.objectives.vocabulary_head import weighted_nats
 
+ESTIMATORS = ("l_of_L", "bernoulli")
+
 
 class Corruption(NamedTuple):
     """x_t, which of its tokens were replaced, and the weight of their nats in the bound."""
@@ -26,27 +28,43 @@ class Corruption(NamedTuple):
 
 
 def forward_process(
-    x0_BL: jax.Array, t_B: jax.Array, uniform_BL: jax.Array, lengths_B: jax.Array | None, mask_id: int, eps: float
+    x0_BL: jax.Array, t_B: jax.Array, uniform_BL: jax.Array, maskable_BL: jax.Array, mask_id: int, eps: float
 ) -> Corruption:
     """Mask every token independently with probability p = (1 - eps) t + eps; the weight is 1/p.
 
     With eps = 0 this is q(x_t | x_0) of the paper; the published code's eps = 1e-3 bounds the weight by 1000 and makes
-    the estimate that of the integral over p in [eps, 1]. Tokens at positions >= lengths_B are left alone.
+    the estimate that of the integral over p in [eps, 1]. Only maskable tokens are masked.
     """
     p_B = (1 - eps) * t_B + eps
-    masked_BL = (uniform_BL < p_B[:, None]) & is_valid(x0_BL, lengths_B)
+    masked_BL = (uniform_BL < p_B[:, None]) & maskable_BL
     return Corruption(jnp.where(masked_BL, mask_id, x0_BL), masked_BL, 1 / p_B)
 
 
 def mask_exactly(
-    x0_BL: jax.Array, count_B: jax.Array, uniform_BL: jax.Array, lengths_B: jax.Array | None, mask_id: int
+    x0_BL: jax.Array, count_B: jax.Array, uniform_BL: jax.Array, maskable_BL: jax.Array, mask_id: int
 ) -> Corruption:
-    """Mask exactly l = `count_B` of the L valid tokens, without replacement; the weight is L/l: LLaDA Eq. (6)."""
-    valid_BL = is_valid(x0_BL, lengths_B)
-    rank_BL = jnp.argsort(jnp.argsort(jnp.where(valid_BL, uniform_BL, 2.0), axis=-1), axis=-1)
+    """Mask exactly l = `count_B` of the L maskable tokens, without replacement; the weight is L/l: LLaDA Eq. (6)."""
+    rank_BL = jnp.argsort(jnp.argsort(jnp.where(maskable_BL, uniform_BL, 2.0), axis=-1), axis=-1)
     masked_BL = rank_BL < count_B[:, None]
-    weight_B = jnp.sum(valid_BL, axis=-1) / count_B
+    weight_B = jnp.sum(maskable_BL, axis=-1) / count_B
     return Corruption(jnp.where(masked_BL, mask_id, x0_BL), masked_BL, weight_B)
+
+
+def corrupt(
+    x0_BL: jax.Array, u_B: jax.Array, uniform_BL: jax.Array, maskable_BL: jax.Array, mask_id: int, estimator: str
+) -> Corruption:
+    """One draw for an unbiased estimate of the bound, from u ~ U[0, 1) and a uniform number per token.
+
+    `l_of_L`: LLaDA Eq. (6), l ~ U{1..L} of the L maskable tokens. `bernoulli`: LLaDA Eq. (4), t = u; weights 1/t are
+    heavy-tailed, so it is there for reference. Where t masks nothing the weight is 0, for 0 x inf must be 0.
+    """
+    if estimator == "l_of_L":
+        size_B = jnp.sum(maskable_BL, axis=-1)
+        count_B = jnp.minimum(1 + (u_B * size_B).astype(jnp.int32), size_B)
+        return mask_exactly(x0_BL, count_B, uniform_BL, maskable_BL, mask_id)
+    corruption = forward_process(x0_BL, u_B, uniform_BL, maskable_BL, mask_id, eps=0.0)
+    weight_B = jnp.where(jnp.any(corruption.masked_BL, axis=-1), corruption.weight_B, 0)
+    return corruption._replace(weight_B=weight_B)
 
 
 def bound_terms(
@@ -84,7 +102,8 @@ def loss(
     lengths_B = noise_lib.lengths(noise, L, config.random_length_fraction)
     t_B = noise_lib.times(noise, config.time_sampling)
     uniform_BL = noise_lib.uniform(noise, noise_lib.MASK, (L,))
-    corruption = forward_process(x0_BL, t_B, uniform_BL, lengths_B, special.mask, config.eps)
+    valid_BL = is_valid(x0_BL, lengths_B)
+    corruption = forward_process(x0_BL, t_B, uniform_BL, valid_BL, special.mask, config.eps)
     nats, nats_BL = bound_terms(predict, head_VD, x0_BL, lengths_B, corruption, config.head_rows)
     return LossTerms(
         nats, token_count(x0_BL, lengths_B), jnp.sum(nats_BL), jnp.sum(corruption.masked_BL, dtype=jnp.float32)

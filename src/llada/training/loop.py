@@ -68,7 +68,7 @@ class _Run:
         self.checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
         self.tokenizer: Tokenizer = workdir_lib.tokenizer_for(workdir, config)
         self.corpus: Corpus = workdir_lib.corpus_for(workdir, config, self.tokenizer)
-        special = workdir_lib.special_tokens(self.tokenizer)
+        special = self.tokenizer.special
         self._describe()
         self.state, cursor = self._restore_or_init()
         self.step: int = int(self.state.step)

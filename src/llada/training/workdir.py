@@ -17,7 +17,6 @@ from llada.data import rows, sources
 from llada.data.tokenizer import Tokenizer, write_atomically
 from llada.errors import UserError
 from llada.model import transformer
-from llada.objectives.contract import SpecialTokens
 from llada.training.checkpoint import Checkpoints
 
 
@@ -29,11 +28,6 @@ class Run(NamedTuple):
     tokenizer: Tokenizer
     step: int
     mesh: jax.sharding.Mesh
-
-    @property
-    def special(self) -> SpecialTokens:
-        """Ids the objectives and samplers need."""
-        return special_tokens(self.tokenizer)
 
     def hidden(self, tokens_BL, lengths_B=None):
         """Hidden states of the model: see `transformer.hidden`."""
@@ -85,11 +79,6 @@ def corpus_for(workdir: Path, config: Config, tokenizer: Tokenizer) -> rows.Corp
     """The run's rows, tokenised once and kept under `workdir/data`."""
     d = config.data
     return rows.prepare(workdir / "data", d.source, tokenizer, d.sequence_length, d.holdout_fraction)
-
-
-def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
-    """Mask and end-of-text ids."""
-    return SpecialTokens(mask=tokenizer.mask_id, eos=tokenizer.eos_id)
 
 
 def read_config(workdir: Path) -> Config:

@@ -1,0 +1,96 @@
+"""From hidden states to a token and its confidence, for the rows that need one.
+
+Only needed rows meet the vocabulary matrix, `ROWS` at a time; the confidence is a logit minus a logsumexp, so no
+softmax over the vocabulary is ever stored.
+Shapes: B sequences, K candidate positions of each, N = B K flat rows of one device, R rows of a block, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llada.mesh import ACTIVATIONS, AXES
+
+ROWS = 256
+
+
+class Choice(NamedTuple):
+    """A token for each row, and log p of it under the clean law: without temperature and without noise.
+
+    Ranking by noised confidences is a known flaw of other samplers (LLaDA issue 42).
+    """
+
+    token_BK: jax.Array
+    confidence_BK: jax.Array
+
+
+def choose(
+    hidden_BKD: jax.Array,
+    head_VD: jax.Array,
+    needed_BK: jax.Array,
+    forbidden_V: jax.Array,
+    temperature: float,
+    keys_BK: jax.Array | None = None,
+) -> Choice:
+    """The most likely token of every needed row (temperature 0), or a draw from softmax(logits / temperature).
+
+    `keys_BK`: a key for each row's noise, needed where temperature > 0. Rows that are not needed hold zeros.
+    """
+    head_VD = head_VD.astype(hidden_BKD.dtype)
+    data_BK2 = jnp.zeros((*needed_BK.shape, 0), jnp.uint32) if temperature == 0 else jax.random.key_data(keys_BK)
+
+    def on_one_device(hidden, head, needed, forbidden, data):
+        N = needed.size
+        token_N, confidence_N = _needed_rows(
+            hidden.reshape(N, -1), head, needed.reshape(N), forbidden, temperature, data.reshape(N, data.shape[-1])
+        )
+        return token_N.reshape(needed.shape), confidence_N.reshape(needed.shape)
+
+    if not jax.sharding.get_abstract_mesh().empty:
+        # Rows are independent: each device does its own, and their loops may differ in length.
+        rows, whole = ACTIVATIONS["BL"], ACTIVATIONS["VD_gathered"]
+        on_one_device = jax.shard_map(
+            on_one_device,
+            in_specs=(ACTIVATIONS["BLD"], whole, rows, ACTIVATIONS["replicated"], ACTIVATIONS["BLD"]),
+            out_specs=(rows, rows),
+            axis_names=set(AXES),
+            check_vma=False,
+        )
+    return Choice(*on_one_device(hidden_BKD, head_VD, needed_BK, forbidden_V, data_BK2))
+
+
+def _needed_rows(hidden_ND, head_VD, needed_N, forbidden_V, temperature, data_N2):
+    N = len(needed_N)
+    if N <= ROWS:
+        return _rows(hidden_ND, head_VD, forbidden_V, temperature, data_N2)
+    # Needed rows first, then as many blocks of them as there are.
+    order_N = jnp.argsort(~needed_N, stable=True)
+    padded = -N % ROWS + N
+    order = jnp.pad(order_N, (0, padded - N))
+
+    def block(i, carry):
+        at_R = jax.lax.dynamic_slice_in_dim(order, i * ROWS, ROWS)
+        found = _rows(hidden_ND[at_R], head_VD, forbidden_V, temperature, data_N2[at_R])
+        return jax.tree.map(lambda all_, x: jax.lax.dynamic_update_slice_in_dim(all_, x, i * ROWS, 0), carry, found)
+
+    blocks = (jnp.sum(needed_N) + ROWS - 1) // ROWS
+    empty = (jnp.zeros(padded, jnp.int32), jnp.zeros(padded, jnp.float32))
+    token, confidence = jax.lax.fori_loop(0, blocks, block, empty)
+    back_N = jnp.argsort(order_N)
+    return token[back_N], confidence[back_N]
+
+
+def _rows(hidden_RD, head_VD, forbidden_V, temperature, data_R2):
+    logits_RV = jnp.einsum("rd,vd->rv", hidden_RD, head_VD, preferred_element_type=jnp.float32)
+    logits_RV = jnp.where(forbidden_V, -jnp.inf, logits_RV)
+    log_z_R = jax.nn.logsumexp(logits_RV, axis=-1)
+    if temperature == 0:
+        return jnp.argmax(logits_RV, axis=-1).astype(jnp.int32), jnp.max(logits_RV, axis=-1) - log_z_R
+
+    def gumbel(data):
+        # mode="high": noise made of one float32 uniform cannot be large, which cuts the tail off (arXiv 2409.02908).
+        return jax.random.gumbel(jax.random.wrap_key_data(data), logits_RV.shape[1:], mode="high")
+
+    token_R = jnp.argmax(logits_RV / temperature + jax.vmap(gumbel)(data_R2), axis=-1).astype(jnp.int32)
+    return token_R, jnp.take_along_axis(logits_RV, token_R[:, None], axis=-1)[:, 0] - log_z_R

@@ -1,0 +1,234 @@
+"""Showing the reverse process: how masks become words, live in a terminal or replayed by a page of HTML.
+
+Steps count from 0 as the sampler's `step_BL` does, -1 for positions that were given; people are shown them from 1. What
+is drawn is text of a model, so nothing in it may act: control characters, terminal escapes, rich's markup and HTML are
+all shown as characters, or as U+FFFD. Letters: L canvas positions.
+"""
+
+import errno
+import functools
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.style import Style
+from rich.text import Text
+
+from llada.data.tokenizer import Tokenizer, write_atomically
+from llada.errors import UserError
+from llada.inference.replay_page import PAGE
+
+# Violet, blue, teal, amber: ordered as viridis is, but with its ends moved to where both backgrounds give contrast.
+_ON_ANY = ("#8a63d2", "#2f86c9", "#1a9c80", "#b98516")  # at least 3:1 on black and on white
+_ON_LIGHT = ("#6b3fb8", "#1f63a8", "#0f766a", "#9a5b00")
+_ON_DARK = ("#b79cf0", "#6fb1f2", "#4fcfb0", "#f0c050")
+_PAGE_SHADES = 32
+
+_MASK_GLYPH, _MASK_STYLE = "░", Style(dim=True)
+_SECONDS_BETWEEN_FRAMES = 0.05
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+# What could steer a terminal or turn a line around: controls but tab and newline, line separators, direction overrides.
+_STEERING = [*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_VISIBLE = dict.fromkeys((code for code in _STEERING if chr(code) not in "\t\n"), "\ufffd")
+
+
+def pieces(tokenizer: Tokenizer, tokens_L: Iterable[int]) -> list[str]:
+    """Return the text of every position; those of text, joined, are `tokenizer.decode` of their ids.
+
+    A character made of byte tokens stands at its last byte, after empty strings; a byte of no complete character is
+    U+FFFD. End-of-text is "∎", other control tokens are their names: "<mask>". Characters are not yet safe to display.
+    """
+    return [part for start, end, text in _spans(tokenizer, tokens_L) for part in [*[""] * (end - start - 1), text]]
+
+
+class Watch:
+    """Draws the canvas while it is filled: `with Watch(...) as watch`, then `watch(tokens_L, step_L, step)` a step.
+
+    Masks are dim blocks, one a token; filled tokens are coloured by their step, those of the newest step reversed; the
+    footer counts and is the legend. At most 20 frames a second; the last state is always drawn. A text higher than the
+    terminal is cropped: the view stays while the first of the newest tokens is in it, else centres on that one; on
+    leaving, the whole text is printed. Where the console is no terminal, one plain frame is printed at the end and
+    nothing before.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, mask_id: int, total_steps: int, console: Console | None = None):
+        """`mask_id` marks open positions; `console` is standard output if not given."""
+        self._tokenizer, self._mask_id, self._total_steps = tokenizer, mask_id, total_steps
+        self._console = console or Console()
+        self._moves = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
+        self._state: tuple[np.ndarray, np.ndarray, int] | None = None
+        self._drawn_at = -_SECONDS_BETWEEN_FRAMES
+        self._top = 0
+
+    def __enter__(self) -> "Watch":
+        """Start drawing."""
+        if self._moves:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Draw the last state, uncropped, and leave it there; also after Ctrl-C or an error."""
+        try:
+            if self._state and self._moves:
+                self._live.update(self._frame(whole=True))
+            elif self._state:
+                # Past rich, which would write tabs as spaces.
+                self._console.file.write(self._plain() + "\n")
+                self._console.file.flush()
+        finally:
+            self._live.stop()
+
+    def __call__(self, tokens_L: np.ndarray, step_L: np.ndarray, step: int) -> None:
+        """Take the canvas after `step`, counted as in `step_L`; -1 is the canvas before the first."""
+        self._state = np.array(tokens_L), np.array(step_L), int(step)
+        now = time.monotonic()
+        if self._live.is_started and now - self._drawn_at >= _SECONDS_BETWEEN_FRAMES:
+            self._drawn_at = now
+            self._live.update(self._frame(whole=False), refresh=True)
+
+    def _frame(self, whole: bool) -> Group:
+        tokens_L, step_L, step = self._state
+        width, room = self._console.width, max(1, self._console.height - 2)
+        text = Text()
+        for piece, token, filled in zip(pieces(self._tokenizer, tokens_L), tokens_L, step_L, strict=True):
+            if token == self._mask_id:
+                text.append(_MASK_GLYPH, _MASK_STYLE)
+            else:
+                text.append(piece.translate(_VISIBLE), self._style(filled, newest=filled == step))
+        lines = text.wrap(self._console, width, overflow="fold")
+        place = ""
+        if len(lines) > room and not whole:
+            newest = self._style(step, newest=True)
+            at = next((i for i, line in enumerate(lines) if any(span.style == newest for span in line.spans)), None)
+            if at is not None and not self._top <= at < self._top + room:
+                self._top = at - room // 2
+            self._top = max(0, min(self._top, len(lines) - room))
+            place = f" · lines {self._top + 1}-{self._top + room} of {len(lines)}"
+            lines = lines[self._top : self._top + room]
+        return Group(*lines, self._footer(place, width))
+
+    def _footer(self, place: str, width: int) -> Text:
+        footer = Text(self._counts() + place, no_wrap=True, overflow="crop")
+        cells = min(24, width - footer.cell_len - len(" · early  late"))
+        if cells >= 4:
+            done = round(cells * (self._state[2] + 1) / self._total_steps)
+            footer.append(" · early ")
+            for i in range(cells):
+                footer.append("━" if i < done else "─", Style(color=_shade(_ON_ANY, i / (cells - 1))))
+            footer.append(" late")
+        return footer
+
+    def _counts(self) -> str:
+        tokens_L, step_L, step = self._state
+        filled = int(np.sum(step_L >= 0))
+        wanted = filled + int(np.sum(tokens_L == self._mask_id))
+        return f"step {step + 1}/{self._total_steps} · {filled} of {wanted} tokens"
+
+    def _plain(self) -> str:
+        tokens_L = self._state[0]
+        shown = zip(pieces(self._tokenizer, tokens_L), tokens_L, strict=True)
+        text = "".join(_MASK_GLYPH if token == self._mask_id else piece.translate(_VISIBLE) for piece, token in shown)
+        return f"{text}\n{self._counts()}"
+
+    def _style(self, filled: int, newest: bool) -> Style:
+        if filled < 0:
+            return Style()
+        colour = _shade(_ON_ANY, filled / max(1, self._total_steps - 1))
+        return Style(color=colour, bold=True, reverse=True) if newest else Style(color=colour)
+
+
+def write_html(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    tokens_L: np.ndarray,
+    step_L: np.ndarray,
+    mask_id: int,
+    facts: dict[str, str],
+) -> None:
+    """Write one page, sufficient in itself, that replays how the canvas `tokens_L` was filled; `facts` is its table.
+
+    Positions that hold `mask_id` stay masked. Raises UserError if `path` cannot be written.
+    """
+    units = [
+        [text.translate(_VISIBLE), [int(i) for i in tokens_L[start:end]], [int(s) for s in step_L[start:end]]]
+        for start, end, text in _spans(tokenizer, tokens_L)
+    ]
+    # Steps are one more than the last index: a slider's place k shows what k steps have filled.
+    data = {"units": units, "mask": int(mask_id), "steps": int(max(step_L, default=-1)) + 1, "facts": [*facts.items()]}
+    # ASCII without "<" can neither end the script element nor open a comment in it.
+    encoded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    page = PAGE.replace("/*SHADES*/", _shade_rules()).replace("DATA", encoded)
+    target = Path(path).expanduser()
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        write_atomically(target, page.encode())
+    except OSError as error:
+        raise UserError(f"--html={path} cannot be written: {error.strerror}; give a file to create") from error
+
+
+def _spans(tokenizer: Tokenizer, tokens_L: Iterable[int]) -> Iterator[tuple[int, int, str]]:
+    """Yield (start, end, text): one span per token, but one for all the byte tokens of a character."""
+    ids = [int(token) for token in tokens_L]
+    spelled = [_BYTE.fullmatch(tokenizer.piece(token)) for token in ids]
+    # A piece of text that only looks like a byte has six.
+    is_byte = [m and tokenizer.token_bytes_V[token] == 1 for m, token in zip(spelled, ids, strict=True)]
+    bytes_L = [int(m[1], 16) if byte else None for m, byte in zip(spelled, is_byte, strict=True)]
+    start = 0
+    while start < len(ids):
+        if bytes_L[start] is None:
+            end, text = start + 1, _token_text(tokenizer, ids[start], first=start == 0)
+        else:
+            end, text = _character(bytes_L, start)
+        yield start, end, text
+        start = end
+
+
+def _character(bytes_L: list[int | None], start: int) -> tuple[int, str]:
+    """The end and text of the UTF-8 character that starts with the byte at `start`, if it is all there."""
+    for end in range(start + 1, min(start + 4, len(bytes_L)) + 1):
+        if bytes_L[end - 1] is None:
+            break
+        try:
+            return end, bytes(bytes_L[start:end]).decode()
+        except UnicodeDecodeError:
+            continue
+    return start + 1, "\ufffd"
+
+
+def _token_text(tokenizer: Tokenizer, token: int, first: bool) -> str:
+    if token == tokenizer.eos_id:
+        return "∎"
+    if tokenizer.token_bytes_V[token] == 0:
+        return f"<{tokenizer.piece(token).strip('<>[]|')}>"
+    # Models of other makers may drop the space before the first word; only decoding knows.
+    return tokenizer.decode([token]) if first else tokenizer.piece(token).replace("\u2581", " ")
+
+
+@functools.cache
+def _shade(stops: tuple[str, ...], fraction: float) -> str:
+    """The colour at `fraction` of the way from the first stop to the last, linear in between; "#rrggbb"."""
+    place = min(max(fraction, 0.0), 1.0) * (len(stops) - 1)
+    left = min(int(place), len(stops) - 2)
+    channels = zip(bytes.fromhex(stops[left][1:]), bytes.fromhex(stops[left + 1][1:]), strict=True)
+    return "#" + "".join(f"{round(a + (b - a) * (place - left)):02x}" for a, b in channels)
+
+
+def _shade_rules() -> str:
+    """CSS of the page's shades, classes s0 (early) to s31 (late), and of its legend, for both colour schemes."""
+
+    def rules(stops):
+        ramp = f":root {{ --ramp: linear-gradient(to right, {', '.join(stops)}) }}"
+        return " ".join(
+            [ramp, *(f".s{i} {{ color: {_shade(stops, i / (_PAGE_SHADES - 1))} }}" for i in range(_PAGE_SHADES))]
+        )
+
+    return f"{rules(_ON_LIGHT)}\n@media (prefers-color-scheme: dark) {{ {rules(_ON_DARK)} }}"
