@@ -31,7 +31,7 @@ DRAWS = flags.DEFINE_integer("draws", 128, "masks per answer; answers with fewer
 CFG_SCALE = flags.DEFINE_float("cfg_scale", 0.0, "classifier-free guidance w of LLaDA Eq. (16); 0 is off")
 ROLLING = flags.DEFINE_bool("rolling", False, "score a long answer window by window, each given what came before it")
 WINDOW = flags.DEFINE_integer("window", None, "tokens per window of --rolling; default half the context")
-BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 8192, "tokens per forward pass", lower_bound=1)
+BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", None, "tokens per forward pass; default by device", lower_bound=1)
 
 
 def run() -> int:

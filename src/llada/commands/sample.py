@@ -96,7 +96,7 @@ def _paced(watch, steps: int):
     start = time.monotonic()
 
     def observe(tokens_L, step_L, step):
-        watch(tokens_L, step_L, int(step))
+        watch(tokens_L, step_L, step)
         if sys.stdout.isatty():
             nonlocal start
             start = time.monotonic() if step == 0 else start

@@ -12,7 +12,7 @@ import numpy as np
 
 from llada.config import ModelConfig
 from llada.inference.choice import choose
-from llada.inference.sampler import Observer, Sample, check_temperature, position_keys, seeds, timed
+from llada.inference.sampler import Observer, Sample, check_temperature, position_keys, report, seeds, timed
 from llada.model import transformer
 from llada.objectives.autoregressive import shift_right
 from llada.objectives.contract import SpecialTokens
@@ -64,8 +64,7 @@ def _ancestral(config, special, temperature, longest, observe, params, canvas_BL
         token_B1 = jnp.where(needed_B1, chosen.token_BK, special.eos)
         at = (jnp.arange(B)[:, None], position_B1)
         tokens_BL, step_BL = tokens_BL.at[at].set(token_B1), step_BL.at[at].set(i)
-        if observe is not None:
-            jax.experimental.io_callback(observe, None, tokens_BL[0], step_BL[0], i, ordered=True)
+        report(observe, tokens_BL, step_BL, i)
         return tokens_BL, step_BL, ended_B | jnp.isin(token_B1[:, 0], jnp.array(special.ends))
 
     def unfinished(carry):

@@ -1,6 +1,6 @@
 """From hidden states to a token and its confidence, for the rows that need one.
 
-Only needed rows meet the vocabulary matrix, `ROWS` at a time; the confidence is a logit minus a logsumexp, so no
+Only needed rows meet the vocabulary matrix, at most `ROWS` at a time; confidence is a logit minus a logsumexp, so no
 softmax over the vocabulary is ever stored.
 Shapes: B sequences, K candidate positions of each, N = B K flat rows of one device, R rows of a block, V vocabulary.
 """
@@ -35,7 +35,7 @@ def choose(
 ) -> Choice:
     """The most likely token of every needed row (temperature 0), or a draw from softmax(logits / temperature).
 
-    `keys_BK`: a key for each row's noise, needed where temperature > 0. Rows that are not needed hold zeros.
+    `keys_BK`: a key for each row's noise, needed where temperature > 0. Rows that are not needed mean nothing.
     """
     head_VD = head_VD.astype(hidden_BKD.dtype)
     data_BK2 = jnp.zeros((*needed_BK.shape, 0), jnp.uint32) if temperature == 0 else jax.random.key_data(keys_BK)
@@ -60,14 +60,22 @@ def choose(
     return Choice(*on_one_device(hidden_BKD, head_VD, needed_BK, forbidden_V, data_BK2))
 
 
+def level(confidence_BK: jax.Array, visible_BL: jax.Array) -> jax.Array:
+    """Confidences of most likely tokens, made equal in sequences that show no token at all.
+
+    There all positions have the same law, as only differences of positions enter the model: rounding alone, and so the
+    shape of the batch, would rank them. Equal ones are ranked from left to right.
+    """
+    return jnp.where(jnp.any(visible_BL, axis=1, keepdims=True), confidence_BK, confidence_BK[:, :1])
+
+
 def _needed_rows(hidden_ND, head_VD, needed_N, forbidden_V, temperature, data_N2):
     N = len(needed_N)
     if N <= ROWS:
         return _rows(hidden_ND, head_VD, forbidden_V, temperature, data_N2)
     # Needed rows first, then as many blocks of them as there are.
     order_N = jnp.argsort(~needed_N, stable=True)
-    padded = -N % ROWS + N
-    order = jnp.pad(order_N, (0, padded - N))
+    order = jnp.pad(order_N, (0, -N % ROWS))
 
     def block(i, carry):
         at_R = jax.lax.dynamic_slice_in_dim(order, i * ROWS, ROWS)
@@ -75,7 +83,7 @@ def _needed_rows(hidden_ND, head_VD, needed_N, forbidden_V, temperature, data_N2
         return jax.tree.map(lambda all_, x: jax.lax.dynamic_update_slice_in_dim(all_, x, i * ROWS, 0), carry, found)
 
     blocks = (jnp.sum(needed_N) + ROWS - 1) // ROWS
-    empty = (jnp.zeros(padded, jnp.int32), jnp.zeros(padded, jnp.float32))
+    empty = (jnp.zeros(len(order), jnp.int32), jnp.zeros(len(order), jnp.float32))
     token, confidence = jax.lax.fori_loop(0, blocks, block, empty)
     back_N = jnp.argsort(order_N)
     return token[back_N], confidence[back_N]
@@ -84,13 +92,25 @@ def _needed_rows(hidden_ND, head_VD, needed_N, forbidden_V, temperature, data_N2
 def _rows(hidden_RD, head_VD, forbidden_V, temperature, data_R2):
     logits_RV = jnp.einsum("rd,vd->rv", hidden_RD, head_VD, preferred_element_type=jnp.float32)
     logits_RV = jnp.where(forbidden_V, -jnp.inf, logits_RV)
-    log_z_R = jax.nn.logsumexp(logits_RV, axis=-1)
+    top_R, token_R = _max_and_argmax(logits_RV)
+    log_z_R = top_R + jnp.log(jnp.sum(jnp.exp(logits_RV - top_R[:, None]), axis=-1))
     if temperature == 0:
-        return jnp.argmax(logits_RV, axis=-1).astype(jnp.int32), jnp.max(logits_RV, axis=-1) - log_z_R
+        return token_R, top_R - log_z_R
 
     def gumbel(data):
         # mode="high": noise made of one float32 uniform cannot be large, which cuts the tail off (arXiv 2409.02908).
         return jax.random.gumbel(jax.random.wrap_key_data(data), logits_RV.shape[1:], mode="high")
 
-    token_R = jnp.argmax(logits_RV / temperature + jax.vmap(gumbel)(data_R2), axis=-1).astype(jnp.int32)
+    _, token_R = _max_and_argmax(logits_RV / temperature + jax.vmap(gumbel)(data_R2))
     return token_R, jnp.take_along_axis(logits_RV, token_R[:, None], axis=-1)[:, 0] - log_z_R
+
+
+def _max_and_argmax(x_RV):
+    """The maximum and its first place, by maxima of groups: on CPU a plain argmax takes several times as long."""
+    R, V = x_RV.shape
+    group = 64
+    x_RGC = jnp.pad(x_RV, ((0, 0), (0, -V % group)), constant_values=-jnp.inf).reshape(R, -1, group)
+    top_RG = jnp.max(x_RGC, axis=-1)
+    best_R = jnp.argmax(top_RG, axis=-1)
+    inside_R = jnp.argmax(jnp.take_along_axis(x_RGC, best_R[:, None, None], axis=1)[:, 0], axis=-1)
+    return jnp.max(top_RG, axis=-1), (best_R * group + inside_R).astype(jnp.int32)

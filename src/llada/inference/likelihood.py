@@ -24,11 +24,11 @@ from llada import mesh as mesh_lib
 from llada.config import ModelConfig
 from llada.errors import UserError
 from llada.inference import guidance
-from llada.inference.choice import choose
+from llada.inference.choice import choose, level
 from llada.model import transformer
 from llada.objectives import autoregressive, diffusion
 from llada.objectives import noise as noise_lib
-from llada.objectives.contract import SpecialTokens
+from llada.objectives.contract import SpecialTokens, is_valid
 from llada.objectives.vocabulary_head import weighted_nats
 
 ESTIMATORS = (*diffusion.ESTIMATORS, "chain_rule", "confidence_ordered")
@@ -48,20 +48,21 @@ class LikelihoodConfig:
     draws          masks per answer, stratified over l (or t). An answer so short that it has no more masks than that
                    is enumerated by l_of_L: its bound is then exact; one draw is exact for one token
     cfg_scale      w of LLaDA Eq. (16); 0 is off
-    batch_tokens   tokens per forward pass: rows are batched up to that many
+    batch_tokens   tokens per forward pass: rows are batched up to that many; None suits the kind of device
     """
 
     estimator: str = "l_of_L"
     draws: int = 128
     cfg_scale: float = 0.0
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None
 
 
 class Pair(NamedTuple):
-    """A prompt (may be empty) and the answer whose likelihood is asked."""
+    """A prompt (may be empty) and the answer whose likelihood is asked. `salt` gives it masks of its own."""
 
     prompt: Sequence[int]
     answer: Sequence[int]
+    salt: int = 0
 
 
 class LogLikelihood(NamedTuple):
@@ -101,6 +102,8 @@ def log_likelihoods(
     Rows are spread over the batch axes of the mesh that is set. `progress(done, total)` counts rows.
     """
     check(config, pairs, special, settings)
+    if not pairs:
+        return []
     if settings.estimator == "confidence_ordered" and not config.causal:
         return _confidence_ordered(config, params, pairs, special, settings, progress)
     plans = [_scored_once(len(pair.answer)) for pair in pairs] if config.causal else _plans(pairs, special, settings)
@@ -110,7 +113,7 @@ def log_likelihoods(
     lengths = np.array([len(pair.prompt) + len(pair.answer) for pair in pairs])[owner]
     run = functools.partial(_row_nats, config, special, settings.cfg_scale)
     done = 0
-    for index, L in _batches(lengths, settings.batch_tokens):
+    for index, L in _batches(lengths, settings):
         batch = _Rows.empty(len(index), L)
         for b, i in enumerate(index):
             batch.put(b, pairs[owner[i]], plans[owner[i]].masked_RA[row_of[i]], plans[owner[i]].scored_RA[row_of[i]])
@@ -148,7 +151,8 @@ def rolling(
         raise UserError("--answer is empty; there is nothing to score")
     room = config.max_length - window
     pairs = [
-        Pair(ids[max(0, start - room) : start], ids[start : start + window]) for start in range(0, len(ids), window)
+        Pair(ids[max(0, start - room) : start], ids[start : start + window], salt=start)
+        for start in range(0, len(ids), window)
     ]
     parts = log_likelihoods(config, params, pairs, special, settings, progress)
     return LogLikelihood(
@@ -192,10 +196,6 @@ def check(config: ModelConfig, pairs: Sequence[Pair], special: SpecialTokens, se
 
 
 def _plans(pairs, special, settings) -> list[_Plan]:
-    drawn = {}
-    if settings.estimator in diffusion.ESTIMATORS:
-        wanted = [pair for pair in pairs if not _enumerable(len(pair.answer), settings)]
-        drawn = _draw_masks(wanted, special, settings)
     plans = []
     for pair in pairs:
         A = len(pair.answer)
@@ -209,7 +209,7 @@ def _plans(pairs, special, settings) -> list[_Plan]:
             weight_R = np.array([1 / (count * math.comb(A, count)) for count in count_R])
             plans.append(_Plan(masked_RA, masked_RA, np.arange(len(masked_RA)), weight_R, False))
         else:
-            masked_MA, weight_M = drawn[_mask_key(pair)]
+            masked_MA, weight_M = draw_masks(pair, special, settings)
             masked_RA, row_M = np.unique(masked_MA, axis=0, return_inverse=True)
             plans.append(_Plan(masked_RA, masked_RA, row_M.reshape(-1), weight_M, True))
     return plans
@@ -225,20 +225,16 @@ def _enumerable(A: int, settings: LikelihoodConfig) -> bool:
 
 
 def _mask_key(pair: Pair) -> tuple[int, int]:
-    """What the masks of a pair depend on: a 31-bit digest of the prompt, and the answer's length."""
-    digest = hashlib.sha256(np.asarray(pair.prompt, np.int64).tobytes()).digest()
+    """What the masks of a pair depend on: a 31-bit digest of the prompt and salt, and the answer's length."""
+    digest = hashlib.sha256(np.asarray([pair.salt, *pair.prompt], np.int64).tobytes()).digest()
     return int.from_bytes(digest[:4], "big") >> 1, len(pair.answer)
 
 
-def _draw_masks(pairs, special, settings) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
-    """`(masked_MA, weight_M)` for every distinct mask key, the draws in the order of l (or t)."""
-    keys = sorted({_mask_key(pair) for pair in pairs}, key=lambda key: key[1])
-    drawn = {}
-    for key in keys:
-        digest, A = key
-        masked_MA, weight_M = _masks_of(settings.draws, _bucket(A), settings.estimator, special.mask, digest, A)
-        drawn[key] = np.asarray(masked_MA)[:, :A], np.asarray(weight_M, np.float64)
-    return drawn
+def draw_masks(pair: Pair, special: SpecialTokens, settings: LikelihoodConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The masks of a pair's answer, `(masked_MA, weight_M)`, draws in the order of l (or t)."""
+    digest, A = _mask_key(pair)
+    masked_MA, weight_M = _masks_of(settings.draws, _bucket(A), settings.estimator, special.mask, digest, A)
+    return np.asarray(masked_MA)[:, :A], np.asarray(weight_M, np.float64)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -297,8 +293,10 @@ class _Rows(NamedTuple):
         return (*self[:4], None if full else self.lengths_B)
 
 
-def _batches(lengths: np.ndarray, batch_tokens: int):
+def _batches(lengths: np.ndarray, settings: LikelihoodConfig):
     """Pairs (indices, L): rows of similar length together, at most `batch_tokens` tokens, L few different numbers."""
+    # On CPU larger batches only fall out of the caches.
+    batch_tokens = settings.batch_tokens or (2048 if jax.default_backend() == "cpu" else 16_384)
     order = np.argsort(lengths, kind="stable")
     padded = np.array([_bucket(length) for length in lengths])
     for L in np.unique(padded):
@@ -336,7 +334,7 @@ def _row_nats(config, special, scale, params, tokens_BL, masked_BL, scored_BL, o
 def _confidence_ordered(config, params, pairs, special, settings, progress) -> list[LogLikelihood]:
     lengths = np.array([len(pair.prompt) + len(pair.answer) for pair in pairs])
     found: dict[int, LogLikelihood] = {}
-    for index, L in _batches(lengths, settings.batch_tokens):
+    for index, L in _batches(lengths, settings):
         batch = _Rows.empty(len(index), L)
         for b, i in enumerate(index):
             whole = np.ones(len(pairs[i].answer), bool)
@@ -357,6 +355,7 @@ def _order_nats(config, special, scale, params, tokens_BL, open_BL, lengths_B):
     is the likelihood under a proper distribution over texts."""
     head_VD = transformer.head(config, params)
     forbidden_V = jnp.arange(config.vocab_size) == special.mask
+    inside_BL = is_valid(tokens_BL, lengths_B)
 
     def step(carry):
         masked_BL, nats_B = carry
@@ -365,6 +364,7 @@ def _order_nats(config, special, scale, params, tokens_BL, open_BL, lengths_B):
         hidden_BLD = transformer.hidden(config, params, rows_BL, guidance.both(lengths_B, scale))
         hidden_BLD = guidance.mixed(hidden_BLD, scale)
         confidence_BL = choose(hidden_BLD, head_VD, masked_BL, forbidden_V, temperature=0).confidence_BK
+        confidence_BL = level(confidence_BL, inside_BL & ~masked_BL)
         best_B1 = jnp.argmax(jnp.where(masked_BL, confidence_BL, -jnp.inf), axis=1, keepdims=True)
         picked_BL = (jnp.arange(masked_BL.shape[1]) == best_B1) & masked_BL
         _, nats_BL = weighted_nats(hidden_BLD, head_VD, tokens_BL, picked_BL.astype(jnp.float32), HEAD_ROWS)

@@ -20,7 +20,7 @@ import numpy as np
 from llada.config import ModelConfig
 from llada.errors import UserError
 from llada.inference import guidance
-from llada.inference.choice import choose
+from llada.inference.choice import choose, level
 from llada.model import transformer
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import SpecialTokens
@@ -161,6 +161,17 @@ def timed(loop, *arguments) -> Sample:
     return Sample(tokens_BL, step_BL, int(passes), time.perf_counter() - compiled, compiled - start)
 
 
+def report(observe: Observer | None, tokens_BL: jax.Array, step_BL: jax.Array, step: jax.Array) -> None:
+    """From within a compiled loop, show the observer the first sequence."""
+    if observe is not None:
+
+        def call(*arrays):
+            tokens_L, step_L, step = map(np.asarray, arrays)
+            observe(tokens_L, step_L, int(step))
+
+        jax.experimental.io_callback(call, None, tokens_BL[0], step_BL[0], step, ordered=True)
+
+
 def seeds(seed_B: np.ndarray | int, B: int) -> np.ndarray:
     """A seed for each of B rows: those given, or the number given and the next ones."""
     return np.asarray(seed_B + np.arange(B) if np.ndim(seed_B) == 0 else seed_B, np.uint32)
@@ -239,27 +250,42 @@ class _Process:
         return self.loop(hidden, block, position_BK, state, place_BK)
 
     def loop(self, hidden, block, position_BK, state, place_BK=None):
-        """Steps from `hidden(tokens_BL)`, where the block's positions stand at `place_BK`, until the block is full."""
+        """Steps from `hidden(tokens_BL)`, where the block's positions stand at `place_BK`, until the block is full.
+
+        Only masked positions meet the vocabulary matrix. Shapes are static, so as they get fewer the loop is left for
+        one with half as many, twice; not in small blocks, nor with a prefix cache, which has a loop for every suffix.
+        """
         place_BK = position_BK if place_BK is None else place_BK
-        unfinished = lambda state: jnp.any(self.masked(state.tokens_BL, position_BK))  # noqa: E731
-        step = lambda state: self.step(_take(hidden(state.tokens_BL), place_BK), block, position_BK, state)  # noqa: E731
-        return jax.lax.while_loop(unfinished, step, state)
+        K = position_BK.shape[1]
+        sizes = [K] if K < 16 or self.settings.cache == "prefix" else [K, -(-K // 2), -(-K // 4)]
+        for size, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
+
+            def unfinished(state, smaller=smaller):
+                return jnp.any(jnp.sum(self.masked(state.tokens_BL, position_BK), axis=1) > smaller)
+
+            def step(state, size=size):
+                first_BK = jnp.argsort(~self.masked(state.tokens_BL, position_BK), axis=1, stable=True)[:, :size]
+                at_BK, position = (jnp.take_along_axis(x, first_BK, axis=1) for x in (place_BK, position_BK))
+                return self.step(_take(hidden(state.tokens_BL), at_BK), block, position, state)
+
+            state = jax.lax.while_loop(unfinished, step, state)
+        return state
 
     def step(self, hidden_BKD, block, position_BK, state):
         """Choose a token for each masked position of the block and keep some of them."""
         masked_BK = self.masked(state.tokens_BL, position_BK)
         step = block * self.steps_per_block + state.done
         keys_BK = position_keys(self.seed_B, step, position_BK)
-        chosen = choose(
-            hidden_BKD, self.head_VD, masked_BK, self.forbidden_V, self.settings.temperature, _fold(keys_BK, 0)
-        )
+        temperature = self.settings.temperature
+        chosen = choose(hidden_BKD, self.head_VD, masked_BK, self.forbidden_V, temperature, _fold(keys_BK, 0))
+        if temperature == 0:
+            chosen = chosen._replace(confidence_BK=level(chosen.confidence_BK, self.visible(state.tokens_BL)))
         steps_left = self.steps_per_block - state.done
         keep_BK = _kept(self.settings, self.special, chosen, masked_BK, steps_left, _fold(keys_BK, 1))
         at = (jnp.arange(len(position_BK))[:, None], jnp.where(keep_BK, position_BK, self.L))
         tokens_BL = state.tokens_BL.at[at].set(chosen.token_BK, mode="drop")
         step_BL = state.step_BL.at[at].set(step, mode="drop")
-        if self.observe is not None:
-            jax.experimental.io_callback(self.observe, None, tokens_BL[0], step_BL[0], step, ordered=True)
+        report(self.observe, tokens_BL, step_BL, step)
         return _State(tokens_BL, step_BL, state.done + 1, state.passes + 1)
 
     def whole_canvas(self, tokens_BL, keep_cache=False):
@@ -275,6 +301,11 @@ class _Process:
     def both(self, x):
         """One row per row to run."""
         return guidance.both(x, self.settings.cfg_scale)
+
+    def visible(self, tokens_BL):
+        """Which positions of the canvas show a token."""
+        inside = True if self.lengths_B is None else jnp.arange(self.L) < self.lengths_B[:, None]
+        return (tokens_BL != self.special.mask) & inside
 
     def masked(self, tokens_BL, position_BK):
         """Which positions of the block are still to be filled."""

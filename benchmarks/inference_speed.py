@@ -1,0 +1,145 @@
+"""Sampling and likelihood against the published PyTorch loops on the same weights: python benchmarks/inference_speed.py
+
+  sampler     the exact sampler against LLaDA's loop: prompt 64, answer 128, blocks of 32, one token a step
+  dual        dual cache and confidence threshold against Fast-dLLM's algorithm
+  likelihood  128 draws of a 16-token answer in 128 tokens, against LLaDA's Monte Carlo loop on the same masks
+
+Both programs run alternately in one process, after one run each to compile and warm up; every pair asserts that the
+tokens (or the likelihood) are the same. Printed are medians and spreads of the seconds and of the ratio per pair.
+Weights are random: speed does not depend on them, but for `dual`, where the vocabulary matrix is scaled so that about
+half of the confidences pass the threshold. Needs torch (pip install torch).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+
+import jax
+import numpy as np
+import torch
+import torch_reference
+
+from llada.config import ModelConfig
+from llada.inference import likelihood, sampler
+from llada.model import transformer
+from llada.objectives.contract import SpecialTokens
+
+SHAPES = {  # layers, width, heads, ffn, vocabulary
+    "20m": (12, 384, 6, 1024, 126_464),
+    "100m": (12, 768, 12, 2048, 126_464),
+    "toy": (2, 64, 2, 128, 1024),
+}
+
+
+def build(name: str, head_scale: float = 1.0):
+    """`(config, parameters, PyTorch model, special tokens)` with random weights."""
+    layers, width, heads, ffn, vocab = SHAPES[name]
+    unroll = layers if jax.default_backend() == "cpu" else 1
+    config = ModelConfig(
+        **dict(layers=layers, width=width, heads=heads, ffn=ffn, vocab_size=vocab, max_length=512),
+        **dict(dtype="float32", scan_unroll=unroll),
+    )
+    params = jax.jit(lambda key: transformer.init(config, key))(jax.random.key(0))
+    params["head"] = params["head"] * head_scale
+    return config, params, torch_reference.from_jax(config, params), SpecialTokens(mask=vocab - 128, eos=vocab - 383)
+
+
+def sampling(shape: str, dual: bool):
+    """Two functions that return (tokens, forward passes)."""
+    config, params, model, special = build(shape, head_scale=20.0 if dual else 1.0)
+    prompt = np.random.default_rng(1).integers(0, special.mask, (1, 64)).astype(np.int32)
+    canvas_BL = np.concatenate([prompt, np.full((1, 128), special.mask, np.int32)], axis=1)
+    nothing_V = np.zeros(config.vocab_size, bool)  # we always forbid the mask token; the published loops do not
+    cached = dict(cache="dual", confidence_threshold=0.5) if dual else {}
+    settings = sampler.SamplerConfig(steps=128, block_length=32, **cached)
+    common = dict(steps=128, gen_length=128, block_length=32, mask_id=special.mask)
+
+    def ours():
+        got = sampler.reverse_process(config, params, canvas_BL, settings, special, nothing_V)
+        return got.tokens_BL, got.forward_passes
+
+    def theirs():
+        given = torch.from_numpy(prompt).long()
+        if dual:
+            tokens, passes = torch_reference.generate_cached(model, given, threshold=0.5, kind="dual", **common)
+        else:
+            tokens, passes = torch_reference.generate(model, given, **common)
+        return tokens.numpy(), passes
+
+    def same(a, b):
+        assert a[1] == b[1], f"{a[1]} and {b[1]} forward passes"
+        np.testing.assert_array_equal(a[0], b[0])
+        return {"forward_passes": a[1]}
+
+    return ours, theirs, same
+
+
+def scoring(shape: str):
+    """Two functions that return log p(answer | prompt)."""
+    config, params, model, special = build(shape)
+    ids = np.random.default_rng(1).integers(0, special.mask, 128)
+    pair = likelihood.Pair(ids[:112].tolist(), ids[112:].tolist())
+    settings = likelihood.LikelihoodConfig(draws=128)
+    masks_MA = likelihood.draw_masks(pair, special, settings)[0].copy()
+
+    def ours():
+        return likelihood.log_likelihoods(config, params, [pair], special, settings)[0].log_likelihood
+
+    def theirs():
+        return torch_reference.log_likelihood(
+            model,
+            torch.tensor(pair.prompt),
+            torch.tensor(pair.answer),
+            torch.from_numpy(masks_MA),
+            mask_id=special.mask,
+        )
+
+    def same(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+        return {"log_likelihood": a, "distinct_masks": len(np.unique(masks_MA, axis=0)), "draws": len(masks_MA)}
+
+    return ours, theirs, same
+
+
+def alternate(ours, theirs, same, pairs: int) -> dict:
+    """Seconds of both and the ratio theirs / ours of each pair, with what `same` has to say about the results."""
+    facts = same(ours(), theirs())
+    seconds = {"ours": [], "pytorch": []}
+    for _ in range(pairs):
+        results = []
+        for name, program in (("ours", ours), ("pytorch", theirs)):
+            start = time.perf_counter()
+            results.append(program())
+            seconds[name].append(time.perf_counter() - start)
+        same(*results)
+    ratios = [b / a for a, b in zip(seconds["ours"], seconds["pytorch"], strict=True)]
+    out = dict(facts)
+    for name, values in (*seconds.items(), ("ratio", ratios)):
+        out[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return out
+
+
+def main() -> None:
+    """Run what is named, or all, and print a line of JSON for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="*", default=["sampler", "dual", "likelihood"])
+    parser.add_argument("--shape", choices=SHAPES, default="20m")
+    parser.add_argument("--pairs", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(os.cpu_count())
+    programs = {
+        "sampler": lambda: sampling(options.shape, dual=False),
+        "dual": lambda: sampling(options.shape, dual=True),
+        "likelihood": lambda: scoring(options.shape),
+    }
+    for name in options.which:
+        found = alternate(*programs[name](), options.pairs)
+        where = {"benchmark": name, "shape": options.shape, "pairs": options.pairs, "device": jax.default_backend()}
+        rounded = json.loads(json.dumps(where | found), parse_float=lambda x: round(float(x), 4))
+        print(json.dumps(rounded | {"load": round(os.getloadavg()[0], 2)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
