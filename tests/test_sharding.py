@@ -54,6 +54,14 @@ def test_the_arm_is_sharded_as_well(verdicts, name):
     assert verdicts[f"ARM {name}"]["losses"] == pytest.approx(verdicts["ARM 1 device"]["losses"], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["8 data", "2 x 2 x 2"])
+def test_texts_and_likelihoods_are_the_same_on_every_mesh(verdicts, name):
+    """Five requests over eight devices: rows are padded to the mesh, and none depends on it."""
+    reference, here = verdicts["inference 1 device"], verdicts[f"inference {name}"]
+    assert here["texts"] == reference["texts"]
+    assert here["log_likelihoods"] == pytest.approx(reference["log_likelihoods"], rel=1e-5)
+
+
 def test_parameters_lie_where_the_table_says(verdicts):
     """On 2 x 2 x 2 every matrix is split over fsdp and tensor: a device holds a quarter."""
     assert verdicts["shares"] == {"embedding": 0.25, "head": 0.25, "query": 0.25, "down": 0.25, "final_norm": 1.0}
@@ -135,6 +143,29 @@ def main():
         results[name]["parameters_apart"] = apart(mine, reference)
     for name in ("1 device", "2 x 2 x 2"):
         results[f"ARM {name}"] = run(True, MESHES[name])[0]
+
+    from llada.inference import likelihood, sampler
+
+    special, weights = SpecialTokens(mask=3, eos=1), jax.tree.map(np.asarray, states["1 device"][0].params)
+    ids = rows[0, :5]
+    canvas_BL = np.where(np.arange(L) < 6, ids, 3)
+    canvas_BL = np.concatenate([canvas_BL, canvas_BL[:3]])  # eight rows
+    settings = sampler.SamplerConfig(steps=10, block_length=5, temperature=1.0, cache="dual", cfg_scale=0.5)
+    pairs = [likelihood.Pair(row[: i + 2].tolist(), row[i + 2 :].tolist()) for i, row in enumerate(ids)]
+    for name in ("1 device", "8 data", "2 x 2 x 2"):
+        _, config, mesh = states[name]
+        with jax.set_mesh(mesh):
+            params = jax.device_put(weights, mesh_lib.parameter_placements(mesh, weights))
+            text = sampler.reverse_process(config.model, params, canvas_BL, settings, special, np.zeros(V, bool))
+            scores = likelihood.log_likelihoods(
+                config.model, params, pairs, special, likelihood.LikelihoodConfig(draws=8)
+            )
+            order = likelihood.LikelihoodConfig(estimator="confidence_ordered")
+            scores += likelihood.log_likelihoods(config.model, params, pairs, special, order)
+        results[f"inference {name}"] = {
+            "texts": text.tokens_BL.tolist(),
+            "log_likelihoods": [score.log_likelihood for score in scores],
+        }
 
     state, config, mesh = states["2 x 2 x 2"]
     flat = state.params | state.params["layers"]

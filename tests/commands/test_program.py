@@ -131,14 +131,21 @@ def test_wrong_requests_for_text_get_one_line(trained):
         ([run, "--prompt=a", "--gen_length=8", "--steps=9"], ["--steps=9", "8 positions"]),
         ([run, "--prompt=a", "--gen_length=8", "--steps=3", "--block_length=4"], ["--steps=3", "2 block"]),
         ([run, "--prompt=a", "--gen_length=8", "--block_length=9"], ["--block_length=9"]),
-        ([run, "--prompt=a", "--gen_length=8", "--temperature=-1"], ["--temperature=-1", "negative"]),
+        ([run, "--prompt=a", "--gen_length=8", "--temperature=-1"], ["--temperature=-1", "0 (greedy)"]),
         ([run, "--prompt=a", "--gen_length=8", "--remasking=best"], ["--remasking=best", "low_confidence, random"]),
         ([run, "--infill=nothing to fill"], ["--infill", "[MASK:12]"]),
+        ([run, "--prompt=a", "--gen_length=8", "--cache=double"], ["--cache=double", "none, prefix, dual"]),
+        ([run, "--prompt=a", "--gen_length=8", "--confidence_threshold=2"], ["--confidence_threshold=2"]),
+        ([run, "--prompt=a", "--gen_length=8", "--eos=never"], ["--eos=never", "no_confidence"]),
+        ([run, "--prompt=a", "--prompt=b", "--watch"], ["--watch", "2"]),
+        ([run, "--prompt=a", "--gen_length=8", "--html=/dev/null/a.html"], ["--html", "/dev/null"]),
+        ([run, "--prompt=a", "--seed=-1"], ["seed"]),
         ([run, "--prompt_ids=1,x"], ["--prompt_ids", "integers"]),
         ([run, "--prompt_ids=1,320"], ["320", "0 to 319"]),
         ([run, "--step=5", "--prompt=a"], ["--step=5", "saved: 4, 8, 12"]),
         ([arm, "--infill=a [MASK]"], ["--infill", "diffusion model"]),
         ([arm, "--prompt=a", "--cfg_scale=1"], ["--cfg_scale", "diffusion model"]),
+        ([arm, "--prompt=a", "--cache=dual"], ["--cache", "diffusion model"]),
         (["--workdir=/nowhere", "--prompt=a"], ["/nowhere", "config.json"]),
         ([], ["--workdir is missing"]),
     ):
@@ -162,6 +169,61 @@ def test_sample_continues_a_prompt_and_fills_gaps(trained):
         assert 3 not in answer["ids"]  # the mask token
     done = llada("sample", f"--workdir={trained['llada'].workdir}", "--infill=the [MASK:2] sees[MASK] dog")
     assert done.stdout.startswith("the ") and " sees" in done.stdout and done.stdout.endswith(" dog\n")
+
+
+def test_several_prompts_are_written_as_one_batch_and_shown_as_they_come(trained, tmp_path):
+    run, page = f"--workdir={trained['llada'].workdir}", tmp_path / "replay.html"
+    options = ["--gen_length=8", "--temperature=1", "--block_length=4", "--json"]
+    done = llada("sample", run, "--prompt=the cat", "--prompt=a tree sees the river", *options, "--samples=2")
+    four = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [text["text"].startswith("the cat") for text in four] == [True, True, False, False]
+    assert four[0]["ids"] != four[1]["ids"] and four[0]["forward_passes"] == 8
+    done = llada("sample", run, "--prompt=the cat", *options, "--seed=1", "--watch", f"--html={page}")
+    alone = json.loads(done.stdout)
+    assert alone["ids"] == four[1]["ids"] and alone["step"] == four[1]["step"]
+    assert "step 8/8" in done.stderr and "<html" in page.read_text()
+
+
+def test_likelihoods_of_answers(trained, tmp_path):
+    llada_run, arm_run = (f"--workdir={trained[name].workdir}" for name in ("llada", "arm"))
+    asked = ["--prompt=the cat", "--answer= sees the dog"]
+    bound = json.loads(llada("likelihood", llada_run, *asked, "--draws=16").stdout)
+    exact = json.loads(llada("likelihood", arm_run, *asked).stdout)
+    assert bound["tokens"] == exact["tokens"] and exact["stderr"] == 0 and exact["estimator"] == "exact"
+    assert bound["log_likelihood"] < 0 and bound["nats_per_token"] == -bound["log_likelihood"] / bound["tokens"]
+    requests = tmp_path / "requests.jsonl"
+    lines = [{"prompt": "a", "answer": " tree"}, {"prompt": "the cat", "answer": " sees the dog"}, {"answer_ids": [9]}]
+    requests.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    done = llada("likelihood", llada_run, f"--requests={requests}", "--draws=16")
+    many = [json.loads(line) for line in done.stdout.splitlines()]
+    assert many[1]["log_likelihood"] == pytest.approx(bound["log_likelihood"], rel=1e-4)
+    assert len(many) == 3 and many[2]["rows"] == 1 and many[2]["stderr"] == 0
+    long = "--answer=" + "the cat sees the dog . " * 20
+    whole = json.loads(llada("likelihood", arm_run, long, "--rolling").stdout)
+    assert whole["tokens"] > 64 and whole["rows"] > 2
+
+
+def test_wrong_likelihoods_get_one_line(trained, tmp_path):
+    run, arm = (f"--workdir={trained[name].workdir}" for name in ("llada", "arm"))
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
+    for arguments, words in (
+        ([run], ["--answer"]),
+        ([run, "--prompt=a", "--answer="], ["--answer is empty"]),
+        ([run, "--prompt=a", "--prompt_ids=1", "--answer=b"], ["--prompt and --prompt_ids"]),
+        ([run, "--answer_ids=5,999"], ["999", "0 to 319"]),
+        ([run, "--answer_ids=3"], ["mask token 3"]),
+        ([run, "--answer=" + "the cat . " * 40], ["model.max_length=32", "--rolling"]),
+        ([run, "--answer=b", "--draws=0"], ["--draws=0"]),
+        ([run, "--answer=b", "--estimator=guess"], ["--estimator=guess", "chain_rule"]),
+        ([arm, "--answer=b", "--cfg_scale=1"], ["--cfg_scale=1", "ARM"]),
+        ([run, "--answer=b", "--window=4"], ["--window=4", "--rolling"]),
+        ([run, "--prompt=a", "--answer=b", "--rolling"], ["--rolling", "prompt"]),
+        ([run, "--requests=/nowhere.jsonl"], ["--requests=/nowhere.jsonl"]),
+        ([run, f"--requests={tmp_path}/bad.jsonl"], ["line 1", "answer"]),
+        ([run, f"--requests={tmp_path}/bad.jsonl", "--answer=b"], ["exclude each other"]),
+    ):
+        line = refused("likelihood", *arguments)
+        assert all(word in line for word in words), line
 
 
 def test_evaluate_repeats_the_figure_of_training(trained):

@@ -55,9 +55,11 @@ def run() -> int:
     from llada.training import workdir as workdir_lib
 
     options = {flag.name: flag.value for flag in OPTIONS}
-    asked = [{flag.name: text} for flag in ASKED for text in flag.value or ()]
-    if not asked:
-        raise UserError("give one of --prompt, --prompt_ids, --infill")
+    given = [flag for flag in ASKED if flag.value]
+    if len(given) != 1:
+        names = " and ".join(f"--{flag.name}" for flag in given) or "none"
+        raise UserError(f"give one of --prompt, --prompt_ids, --infill (as often as you like), not {names}")
+    asked = [{given[0].name: text} for text in given[0].value]
     seeds = range(SEED.value, SEED.value + SAMPLES.value)
     requests = [generation.Request(**what, **options, seed=seed) for what in asked for seed in seeds]
     if len(requests) > 1 and (WATCH.value or HTML.value is not None):
@@ -72,15 +74,15 @@ def run() -> int:
                 texts = generation.generate(*model, requests, _paced(watch, steps))
         else:
             texts = generation.generate(*model, requests)
-    if HTML.value is not None:
-        replay.write_html(
-            HTML.value, opened.tokenizer, texts[0].ids, texts[0].step, opened.tokenizer.mask_id, _facts(texts[0])
-        )
     for number, generated in enumerate(texts, 1):
         if JSON.value:
             print(json.dumps(generated._asdict(), ensure_ascii=False))
         elif not WATCH.value:
             print(f"--- {number}\n{generated.text}" if len(texts) > 1 else generated.text)
+    if HTML.value is not None:
+        replay.write_html(
+            HTML.value, opened.tokenizer, texts[0].ids, texts[0].step, opened.tokenizer.mask_id, _facts(texts[0])
+        )
     return 0
 
 
