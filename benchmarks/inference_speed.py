@@ -23,6 +23,7 @@ import torch_reference
 
 from llada.config import ModelConfig
 from llada.inference import likelihood, sampler
+from llada.inference.settings import SamplerConfig
 from llada.model import transformer
 from llada.objectives.contract import SpecialTokens
 
@@ -46,14 +47,14 @@ def build(name: str, head_scale: float = 1.0):
     return config, params, torch_reference.from_jax(config, params), SpecialTokens(mask=vocab - 128, eos=vocab - 383)
 
 
-def sampling(shape: str, dual: bool):
+def sampling(shape: str, dual: bool, batch: int = 1):
     """Two functions that return (tokens, forward passes)."""
     config, params, model, special = build(shape, head_scale=20.0 if dual else 1.0)
-    prompt = np.random.default_rng(1).integers(0, special.mask, (1, 64)).astype(np.int32)
-    canvas_BL = np.concatenate([prompt, np.full((1, 128), special.mask, np.int32)], axis=1)
+    prompt = np.random.default_rng(1).integers(0, special.mask, (batch, 64)).astype(np.int32)
+    canvas_BL = np.concatenate([prompt, np.full((batch, 128), special.mask, np.int32)], axis=1)
     nothing_V = np.zeros(config.vocab_size, bool)  # we always forbid the mask token; the published loops do not
     cached = dict(cache="dual", confidence_threshold=0.5) if dual else {}
-    settings = sampler.SamplerConfig(steps=128, block_length=32, **cached)
+    settings = SamplerConfig(steps=128, block_length=32, **cached)
     common = dict(steps=128, gen_length=128, block_length=32, mask_id=special.mask)
 
     def ours():
@@ -126,17 +127,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="*", default=["sampler", "dual", "likelihood"])
     parser.add_argument("--shape", choices=SHAPES, default="20m")
+    parser.add_argument("--batch", type=int, default=1, help="prompts sampled together; the published script has 3")
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count())
     programs = {
-        "sampler": lambda: sampling(options.shape, dual=False),
+        "sampler": lambda: sampling(options.shape, dual=False, batch=options.batch),
         "dual": lambda: sampling(options.shape, dual=True),
         "likelihood": lambda: scoring(options.shape),
     }
     for name in options.which:
         found = alternate(*programs[name](), options.pairs)
-        where = {"benchmark": name, "shape": options.shape, "pairs": options.pairs, "device": jax.default_backend()}
+        where = {
+            "benchmark": name,
+            "shape": options.shape,
+            "batch": options.batch,
+            "pairs": options.pairs,
+            "device": jax.default_backend(),
+        }
         rounded = json.loads(json.dumps(where | found), parse_float=lambda x: round(float(x), 4))
         print(json.dumps(rounded | {"load": round(os.getloadavg()[0], 2)}), flush=True)
 

@@ -145,12 +145,13 @@ def main():
         results[f"ARM {name}"] = run(True, MESHES[name])[0]
 
     from llada.inference import likelihood, sampler
+    from llada.inference.settings import SamplerConfig
 
     special, weights = SpecialTokens(mask=3, eos=1), jax.tree.map(np.asarray, states["1 device"][0].params)
     ids = rows[0, :5]
     canvas_BL = np.where(np.arange(L) < 6, ids, 3)
     canvas_BL = np.concatenate([canvas_BL, canvas_BL[:3]])  # eight rows
-    settings = sampler.SamplerConfig(steps=10, block_length=5, temperature=1.0, cache="dual", cfg_scale=0.5)
+    settings = SamplerConfig(steps=10, block_length=5, temperature=1.0, cache="dual", cfg_scale=0.5)
     pairs = [likelihood.Pair(row[: i + 2].tolist(), row[i + 2 :].tolist()) for i, row in enumerate(ids)]
     for name in ("1 device", "8 data", "2 x 2 x 2"):
         _, config, mesh = states[name]

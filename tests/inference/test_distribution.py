@@ -12,7 +12,8 @@ import pytest
 
 from llada.config import ModelConfig
 from llada.inference import sampler
-from llada.inference.sampler import SamplerConfig
+from llada.inference import settings as settings_lib
+from llada.inference.settings import SamplerConfig
 from llada.model import transformer
 from llada.objectives.contract import SpecialTokens
 
@@ -134,7 +135,7 @@ def test_one_token_steps_and_low_confidence_are_other_laws(law):
     """Or the cases above could not tell the remaskings apart."""
     laws = [
         text_law(law, SamplerConfig(steps=steps, block_length=3, temperature=1.0, remasking=remasking))
-        for remasking, steps in itertools.product(sampler.REMASKING, (2, 3))
+        for remasking, steps in itertools.product(settings_lib.REMASKING, (2, 3))
     ]
     for one, other in itertools.combinations(laws, 2):
         distance = 0.5 * sum(abs(one.get(text, 0) - other.get(text, 0)) for text in TEXTS)

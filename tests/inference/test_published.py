@@ -13,7 +13,7 @@ import torch
 
 from llada.config import ModelConfig
 from llada.inference import likelihood, sampler
-from llada.inference.sampler import SamplerConfig
+from llada.inference.settings import SamplerConfig
 from llada.model import transformer
 from llada.objectives.contract import SpecialTokens
 

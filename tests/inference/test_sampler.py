@@ -1,5 +1,7 @@
 """The compiled samplers against a plain step-by-step reading of the algorithm, and what they must never do."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,9 @@ import pytest
 from llada.config import ModelConfig
 from llada.errors import UserError
 from llada.inference import sampler
+from llada.inference import settings as settings_lib
 from llada.inference.ancestral import ancestral
-from llada.inference.sampler import SamplerConfig
+from llada.inference.settings import SamplerConfig
 from llada.model import transformer
 from llada.objectives.autoregressive import shift_right
 from llada.objectives.contract import SpecialTokens
@@ -101,7 +104,7 @@ def test_the_end_token_rules_change_this_models_texts(params, canvas_BL):
         eos: sampler.reverse_process(
             MODEL, params, canvas_BL, SamplerConfig(steps=10, block_length=5, eos=eos), SPECIAL, FORBIDDEN
         )
-        for eos in sampler.EOS
+        for eos in settings_lib.EOS
     }
     assert np.isin(found["keep"].tokens_BL[canvas_BL == MASK], SPECIAL.ends).any()
     assert (found["keep"].step_BL != found["no_confidence"].step_BL).any()
@@ -110,7 +113,7 @@ def test_the_end_token_rules_change_this_models_texts(params, canvas_BL):
     assert not np.isin(got.tokens_BL[np.repeat(canvas_BL, 20, 0) == MASK], SPECIAL.ends).any()
 
 
-@pytest.mark.parametrize("remasking", sampler.REMASKING)
+@pytest.mark.parametrize("remasking", settings_lib.REMASKING)
 def test_context_stays_and_forbidden_ids_are_never_written(params, canvas_BL, remasking):
     settings = SamplerConfig(steps=6, block_length=5, temperature=3.0, remasking=remasking)
     for seed in range(5):
@@ -173,6 +176,28 @@ def test_sampling_at_temperature_one_follows_the_models_law(params):
     assert used.sum() >= 3
     chi_square = np.sum((counts[used] - expected[used]) ** 2 / expected[used])
     assert chi_square < 30  # nine ids at most: P < 5e-4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SamplerConfig(steps=10, block_length=5),
+        SamplerConfig(steps=10, block_length=10, cfg_scale=1.5),
+        SamplerConfig(steps=10, block_length=5, confidence_threshold=0.5),
+        SamplerConfig(steps=10, block_length=10, temperature=0.7),
+        SamplerConfig(steps=6, block_length=5, temperature=0.3, remasking="random_binomial"),
+    ],
+    ids=["greedy", "guided", "threshold", "drawn", "binomial"],
+)
+def test_speculation_changes_passes_and_nothing_else(params, canvas_BL, settings):
+    """Rows advance each at its own speed, and every position is filled at the step of the plain process."""
+    lengths_B = np.array([16, 16])
+    plain = sampler.reverse_process(MODEL, params, canvas_BL, settings, SPECIAL, FORBIDDEN, 3, lengths_B)
+    ahead = dataclasses.replace(settings, speculate=3)
+    quick = sampler.reverse_process(MODEL, params, canvas_BL, ahead, SPECIAL, FORBIDDEN, 3, lengths_B)
+    np.testing.assert_array_equal(quick.tokens_BL, plain.tokens_BL)
+    np.testing.assert_array_equal(quick.step_BL, plain.step_BL)
+    assert quick.forward_passes < plain.forward_passes
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
@@ -261,6 +286,7 @@ def test_the_arms_samples_do_not_depend_on_their_batch():
         (dict(cfg_scale=-0.5), ["--cfg_scale=-0.5"]),
         (dict(cache="both"), ["--cache=both", "none, prefix, dual"]),
         (dict(eos="never"), ["--eos=never", "no_logits"]),
+        (dict(speculate=2, cache="dual"), ["--speculate=2", "--cache=dual"]),
         (dict(confidence_threshold=0.0), ["--confidence_threshold=0.0"]),
         (dict(confidence_threshold=0.9, remasking="random"), ["--confidence_threshold=0.9", "low_confidence"]),
         (dict(eos="no_confidence", remasking="random_binomial"), ["--eos=no_confidence", "low_confidence"]),

@@ -37,6 +37,7 @@ OPTIONS = (
     flags.DEFINE_string(
         "eos", None, "end tokens: keep (default), no_logits (never written), no_confidence (kept last)"
     ),
+    flags.DEFINE_integer("speculate", None, "canvases per pass: the same text in fewer passes; default 1, off"),
     flags.DEFINE_string("cache", None, "approximate: prefix or dual; default none"),
     flags.DEFINE_float("confidence_threshold", None, "approximate: also keep every prediction at least this probable"),
 )

@@ -12,7 +12,8 @@ import numpy as np
 
 from llada.config import ModelConfig
 from llada.inference.choice import choose
-from llada.inference.sampler import Observer, Sample, check_temperature, position_keys, report, seeds, timed
+from llada.inference.sampler import Observer, Sample, position_keys, report, seeds, timed
+from llada.inference.settings import check_temperature
 from llada.model import transformer
 from llada.objectives.autoregressive import shift_right
 from llada.objectives.contract import SpecialTokens
@@ -58,7 +59,7 @@ def _ancestral(config, special, temperature, longest, observe, params, canvas_BL
 
     def write(i, hidden_B1D, tokens_BL, step_BL, ended_B):
         position_B1 = prompt_length_B[:, None] + i
-        keys_B1 = position_keys(seed_B, i, position_B1)
+        keys_B1 = position_keys(seed_B, jnp.full(B, i), position_B1)
         needed_B1 = ~ended_B[:, None]
         chosen = choose(hidden_B1D, head_VD, needed_B1, forbidden_V, temperature, keys_B1)
         token_B1 = jnp.where(needed_B1, chosen.token_BK, special.eos)

@@ -16,6 +16,7 @@ from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError
 from llada.inference import canvas as canvas_lib
 from llada.inference import sampler
+from llada.inference import settings as settings_lib
 from llada.inference.ancestral import ancestral
 from llada.model import transformer
 
@@ -26,8 +27,8 @@ class Request(NamedTuple):
     """What to write: continue `prompt` or `prompt_ids` by `gen_length` tokens, or fill the marks of `infill`.
 
     `gen_length` None is what the context leaves, at most 64. The fields from `steps` on, without `temperature` and
-    `seed`, are for the reverse process (`sampler.SamplerConfig`): None is one step per token, one block, no guidance,
-    low confidence, end tokens as they come, no cache, no threshold.
+    `seed`, are for the reverse process (`settings.SamplerConfig`): None is one step per token, one block, no guidance,
+    low confidence, end tokens as they come, no speculation, no cache, no threshold.
     """
 
     prompt: str | None = None
@@ -40,6 +41,7 @@ class Request(NamedTuple):
     cfg_scale: float | None = None
     remasking: str | None = None
     eos: str | None = None
+    speculate: int | None = None
     cache: str | None = None
     confidence_threshold: float | None = None
     seed: int = 0
@@ -66,7 +68,7 @@ class _Job(NamedTuple):
     request: Request
     canvas_L: np.ndarray
     prompt_length: int
-    settings: sampler.SamplerConfig | None
+    settings: settings_lib.SamplerConfig | None
     together: tuple
 
 
@@ -153,17 +155,18 @@ def _job(config: Config, tokenizer: Tokenizer, request: Request) -> _Job:
     """Check one request. UserError if it cannot be answered."""
     canvas_L, prompt_length = _canvas(config, tokenizer, request)
     count = int(np.sum(canvas_L == tokenizer.mask_id))
-    options = ("steps", "block_length", "cfg_scale", "remasking", "eos", "cache", "confidence_threshold")
+    options = ("steps", "block_length", "cfg_scale", "remasking", "eos", "speculate", "cache")
+    options += ("confidence_threshold",)
     given = {name: getattr(request, name) for name in options if getattr(request, name) is not None}
     if config.model.causal:
         if given:
             raise UserError(f"--{next(iter(given))} needs a diffusion model; this one is an ARM, written left to right")
-        sampler.check_temperature(request.temperature)
+        settings_lib.check_temperature(request.temperature)
         return _Job(request, canvas_L, prompt_length, None, (request.temperature, count))
-    settings = sampler.SamplerConfig(
+    settings = settings_lib.SamplerConfig(
         **{"steps": count, "block_length": count, **given}, temperature=request.temperature
     )
-    sampler.check(settings, count)
+    settings_lib.check(settings, count)
     return _Job(request, canvas_L, prompt_length, settings, (-(-count // settings.block_length),))
 
 

@@ -22,7 +22,7 @@ def both(x: jax.Array | None, scale: float) -> jax.Array | None:
 
 
 def mixed(hidden_BLD: jax.Array, scale: float) -> jax.Array:
-    """(1 + w) h(conditional) - w h(unconditional): p(r|p)^(1+w) / p(r|m)^w once it has met the vocabulary matrix."""
+    """(1 + w) h(conditional) - w h(unconditional): LLaDA Eq. (16), p(r|p)^(1+w) / p(r|m)^w, before the vocabulary."""
     if not scale:
         return hidden_BLD
     conditional, unconditional = jnp.split(hidden_BLD.astype(jnp.float32), 2)

@@ -10,7 +10,6 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -20,53 +19,21 @@ import numpy as np
 from llada.config import ModelConfig
 from llada.errors import UserError
 from llada.inference import guidance
-from llada.inference.choice import choose, level
+from llada.inference.choice import Choice, choose, level
+from llada.inference.settings import SamplerConfig, check
 from llada.model import transformer
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import SpecialTokens
-
-REMASKING = ("low_confidence", "random", "random_binomial")
-CACHES = ("none", "prefix", "dual")
-EOS = ("keep", "no_logits", "no_confidence")
 
 # Called after every step with the first sequence: (tokens_L, step_L, step).
 Observer = Callable[[np.ndarray, np.ndarray, int], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """How to run the reverse process.
-
-    steps          over all blocks, a multiple of their number; each block gets as many
-    block_length   open positions per block; blocks are filled left to right, later ones in view as masks. All of them
-                   at once is pure diffusion, 1 is autoregressive order
-    temperature    0 takes the most likely token; else a draw from softmax(logits / temperature)
-    cfg_scale      w of classifier-free guidance without labels: LLaDA Eq. (16); 0 is off
-    remasking      which predictions a step keeps:
-                     low_confidence   an equal quota per step, the most probable ones (Algorithm 5)
-                     random           the same quota, any of them (the published code's "random")
-                     random_binomial  each with probability 1 - s/t (Algorithm 4 of the paper)
-    eos            keep; no_logits: end tokens are never written; no_confidence: they are kept last in their block
-    Approximations of the above:
-    cache          none; dual: within a block, other positions keep the keys and values of the block's first pass;
-                   prefix: positions before the block do (Fast-dLLM, arXiv 2505.22618)
-    confidence_threshold  besides its quota a step keeps every prediction at least this probable (Fast-dLLM)
-    """
-
-    steps: int
-    block_length: int
-    temperature: float = 0.0
-    cfg_scale: float = 0.0
-    remasking: str = "low_confidence"
-    eos: str = "keep"
-    cache: str = "none"
-    confidence_threshold: float | None = None
-
-
 class Sample(NamedTuple):
     """`tokens_BL`; `step_BL`, the step at which each position was filled (-1: given); forward passes of the model.
 
-    A pass counts once per batch, twice with guidance; a cached pass over part of the canvas counts like a whole one.
+    A pass counts once per batch, twice with guidance; a cached pass over part of the canvas counts like a whole one,
+    and so does a speculative one over several canvases.
     `seconds` of the compiled loop, and `compile_seconds` before it (about 0 where the shapes were seen before).
     """
 
@@ -75,40 +42,6 @@ class Sample(NamedTuple):
     forward_passes: int
     seconds: float
     compile_seconds: float
-
-
-def check(settings: SamplerConfig, open_count: int) -> None:
-    """UserError unless `settings` can fill `open_count` positions."""
-    for name, allowed in (("remasking", REMASKING), ("cache", CACHES), ("eos", EOS)):
-        if getattr(settings, name) not in allowed:
-            raise UserError(f"--{name}={getattr(settings, name)} is not one of {', '.join(allowed)}")
-    check_temperature(settings.temperature)
-    if not 0 <= settings.cfg_scale < float("inf"):
-        raise UserError(f"--cfg_scale={settings.cfg_scale} must not be negative; 0 is off")
-    threshold = settings.confidence_threshold
-    if threshold is not None and not 0 < threshold <= 1:
-        raise UserError(f"--confidence_threshold={threshold} must be a probability above 0, at most 1")
-    if settings.remasking != "low_confidence" and (threshold is not None or settings.eos == "no_confidence"):
-        flag = "--eos=no_confidence" if threshold is None else f"--confidence_threshold={threshold}"
-        raise UserError(f"{flag} ranks by confidence; --remasking={settings.remasking} does not: use low_confidence")
-    if not 1 <= settings.block_length <= open_count:
-        raise UserError(f"--block_length={settings.block_length} must be between 1 and the {open_count} open positions")
-    blocks = -(-open_count // settings.block_length)
-    if settings.steps < blocks or settings.steps % blocks:
-        raise UserError(
-            f"--steps={settings.steps} must be a positive multiple of the {blocks} block(s) that "
-            f"--block_length={settings.block_length} makes of {open_count} positions"
-        )
-    if settings.steps > blocks * settings.block_length:
-        raise UserError(f"--steps={settings.steps} is more than the {open_count} positions to fill; lower it")
-
-
-def check_temperature(temperature: float) -> None:
-    """UserError unless it is a finite number of at least 0."""
-    if not 0 <= temperature < float("inf"):
-        raise UserError(
-            f"--temperature={temperature} must be 0 (greedy), 1 (the model's own law) or another number >= 0"
-        )
 
 
 def reverse_process(
@@ -178,21 +111,20 @@ def seeds(seed_B: np.ndarray | int, B: int) -> np.ndarray:
 
 
 class _State(NamedTuple):
-    """What a step changes: the canvas, when its positions were filled, steps done in this block, passes so far."""
+    """What a step changes: the canvas, when its positions were filled, and how many steps this block has had."""
 
     tokens_BL: jax.Array
     step_BL: jax.Array
-    done: jax.Array
-    passes: jax.Array
+    done_B1: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _reverse_process(config, settings, special, blocks, suffix, observe, params, canvas_BL, *rows):
     process = _Process(config, settings, special, blocks, suffix, observe, params, *rows)
     never_BL = jnp.full(canvas_BL.shape, -1, jnp.int32)
-    start = _State(canvas_BL, never_BL, jnp.int32(0), jnp.int32(0))
-    state = jax.lax.fori_loop(0, blocks, process.fill_block, start)
-    return state.tokens_BL, state.step_BL, state.passes
+    start = _State(canvas_BL, never_BL, jnp.zeros((len(canvas_BL), 1), jnp.int32))
+    state, passes = jax.lax.fori_loop(0, blocks, process.fill_block, (start, jnp.int32(0)))
+    return state.tokens_BL, state.step_BL, passes
 
 
 class _Process:
@@ -212,18 +144,21 @@ class _Process:
         used_BS = jnp.arange(blocks * K) < jnp.sum(open_BL, axis=1, keepdims=True)
         self.slots_BS = jnp.where(used_BS, order_BS, self.L)
 
-    def fill_block(self, block, state):
-        """Steps until no position of the block is masked."""
+    def fill_block(self, block, carry):
+        """Steps until no position of the block is masked; `carry` is the state and the passes so far."""
+        state, passes = carry
         K = self.settings.block_length
         position_BK = jax.lax.dynamic_slice_in_dim(self.slots_BS, block * K, K, axis=1)
-        state = state._replace(done=jnp.int32(0))
+        carry = state._replace(done_B1=jnp.zeros_like(state.done_B1)), passes
+        if self.settings.speculate > 1:
+            return self.loop_speculative(block, position_BK, carry)
         if self.settings.cache == "none":
-            return self.loop(lambda tokens_BL: self.whole_canvas(tokens_BL)[0], block, position_BK, state)
+            return self.loop(lambda tokens_BL: self.whole_canvas(tokens_BL)[0], block, position_BK, carry)
         # The block's first pass is a whole one: it renews the cache and counts as a step.
         hidden_BLD, cache = self.whole_canvas(state.tokens_BL, keep_cache=True)
-        state = self.step(_take(hidden_BLD, position_BK), block, position_BK, state)
+        carry = self.step(_take(hidden_BLD, position_BK), block, position_BK, carry)
         if self.settings.cache == "dual":
-            return self.loop_cached(K, cache, block, position_BK, state)
+            return self.loop_cached(K, cache, block, position_BK, carry)
         # What lies behind a prefix shrinks from block to block; shapes are static, so there is a loop for each halving.
         sizes = [self.suffix]
         while sizes[-1] > K:
@@ -231,9 +166,9 @@ class _Process:
         ends_B = self.L if self.lengths_B is None else self.lengths_B
         needed = jnp.max(ends_B - position_BK[:, 0])
         loops = [functools.partial(self.loop_cached, size, cache, block, position_BK) for size in sizes]
-        return jax.lax.switch(jnp.sum(needed <= jnp.array(sizes)) - 1, loops, state)
+        return jax.lax.switch(jnp.sum(needed <= jnp.array(sizes)) - 1, loops, carry)
 
-    def loop_cached(self, size, cache, block, position_BK, state):
+    def loop_cached(self, size, cache, block, position_BK, carry):
         """Steps that compute `size` positions of each row: the block's own, or those from its start on."""
         if self.settings.cache == "dual":
             position_BQ, place_BK = position_BK, jnp.broadcast_to(jnp.arange(size), position_BK.shape)
@@ -247,9 +182,9 @@ class _Process:
             hidden_BQD, _ = transformer.extend(self.config, self.params, tokens_BQ, position_BQ, cache, lengths_B)
             return guidance.mixed(hidden_BQD, self.settings.cfg_scale)
 
-        return self.loop(hidden, block, position_BK, state, place_BK)
+        return self.loop(hidden, block, position_BK, carry, place_BK)
 
-    def loop(self, hidden, block, position_BK, state, place_BK=None):
+    def loop(self, hidden, block, position_BK, carry, place_BK=None):
         """Steps from `hidden(tokens_BL)`, where the block's positions stand at `place_BK`, until the block is full.
 
         Only masked positions meet the vocabulary matrix. Shapes are static, so as they get fewer the loop is left for
@@ -260,59 +195,110 @@ class _Process:
         sizes = [K] if K < 16 or self.settings.cache == "prefix" else [K, -(-K // 2), -(-K // 4)]
         for size, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
 
-            def unfinished(state, smaller=smaller):
-                return jnp.any(jnp.sum(self.masked(state.tokens_BL, position_BK), axis=1) > smaller)
+            def unfinished(carry, smaller=smaller):
+                return jnp.any(jnp.sum(self.masked(carry[0].tokens_BL, position_BK), axis=1) > smaller)
 
-            def step(state, size=size):
-                first_BK = jnp.argsort(~self.masked(state.tokens_BL, position_BK), axis=1, stable=True)[:, :size]
+            def step(carry, size=size):
+                tokens_BL = carry[0].tokens_BL
+                first_BK = jnp.argsort(~self.masked(tokens_BL, position_BK), axis=1, stable=True)[:, :size]
                 at_BK, position = (jnp.take_along_axis(x, first_BK, axis=1) for x in (place_BK, position_BK))
-                return self.step(_take(hidden(state.tokens_BL), at_BK), block, position, state)
+                return self.step(_take(hidden(tokens_BL), at_BK), block, position, carry)
 
-            state = jax.lax.while_loop(unfinished, step, state)
-        return state
+            carry = jax.lax.while_loop(unfinished, step, carry)
+        return carry
 
-    def step(self, hidden_BKD, block, position_BK, state):
-        """Choose a token for each masked position of the block and keep some of them."""
+    def loop_speculative(self, block, position_BK, carry):
+        """Steps taken several a pass: drafts from the last predictions, kept as far as fresh predictions confirm them.
+
+        A step is a function of canvas and step number alone, noise included, so a confirmed draft is the exact next
+        canvas. Sequences advance each at its own speed.
+        """
+        copies = self.settings.speculate
+        tall = functools.partial(jnp.tile, reps=(copies, 1))
+
+        def turn(carry):
+            state, passes, chosen = carry
+            drafts = [state]
+            while len(drafts) < copies:
+                drafts.append(self.advance(drafts[-1], chosen, block, position_BK))
+            tokens, done = (jnp.concatenate([draft[i] for draft in drafts]) for i in (0, 2))
+            hidden = _take(self.whole_canvas(tokens, copies=copies)[0], tall(position_BK))
+            fresh = self.choose(hidden, tokens, done, block, tall(position_BK), copies)
+            right_B1 = jnp.ones_like(state.done_B1, bool)
+            for i, part in enumerate(zip(*(jnp.split(x, copies) for x in fresh), strict=True)):
+                after = self.advance(drafts[i], Choice(*part), block, position_BK)
+                state, chosen = jax.tree.map(
+                    functools.partial(jnp.where, right_B1), (after, Choice(*part)), (state, chosen)
+                )
+                if i + 1 < copies:
+                    right_B1 &= jnp.all(after.tokens_BL == drafts[i + 1].tokens_BL, axis=1, keepdims=True)
+            report(self.observe, state.tokens_BL, state.step_BL, jnp.max(state.step_BL[0]))
+            return state, passes + 1, chosen
+
+        nothing = Choice(jnp.full(position_BK.shape, self.special.mask), jnp.zeros(position_BK.shape))
+        start = (*carry, nothing)  # the first drafts change nothing, and are never confirmed
+        return jax.lax.while_loop(lambda carry: jnp.any(self.masked(carry[0].tokens_BL, position_BK)), turn, start)[:2]
+
+    def step(self, hidden_BKD, block, position_BK, carry):
+        """One pass's step: predictions for the masked positions of the block, some of them kept."""
+        state, passes = carry
+        chosen = self.choose(hidden_BKD, state.tokens_BL, state.done_B1, block, position_BK)
+        step = block * self.steps_per_block + state.done_B1[0, 0]
+        state = self.advance(state, chosen, block, position_BK)
+        report(self.observe, state.tokens_BL, state.step_BL, step)
+        return state, passes + 1
+
+    def choose(self, hidden_BKD, tokens_BL, done_B1, block, position_BK, copies=1):
+        """A token and its confidence for each masked position of the block."""
+        temperature, lengths_B = self.settings.temperature, self.lengths_B
+        keys_BK = self.keys(jnp.tile(self.seed_B, copies), done_B1, block, position_BK, 0)
+        masked_BK = self.masked(tokens_BL, position_BK)
+        chosen = choose(hidden_BKD, self.head_VD, masked_BK, self.forbidden_V, temperature, keys_BK)
+        if temperature > 0:
+            return chosen
+        visible_BL = tokens_BL != self.special.mask
+        if lengths_B is not None:
+            visible_BL &= jnp.arange(self.L) < jnp.tile(lengths_B, copies)[:, None]
+        return chosen._replace(confidence_BK=level(chosen.confidence_BK, visible_BL))
+
+    def advance(self, state, chosen, block, position_BK):
+        """The state after one step that keeps some of the `chosen`."""
         masked_BK = self.masked(state.tokens_BL, position_BK)
-        step = block * self.steps_per_block + state.done
-        keys_BK = position_keys(self.seed_B, step, position_BK)
-        temperature = self.settings.temperature
-        chosen = choose(hidden_BKD, self.head_VD, masked_BK, self.forbidden_V, temperature, _fold(keys_BK, 0))
-        if temperature == 0:
-            chosen = chosen._replace(confidence_BK=level(chosen.confidence_BK, self.visible(state.tokens_BL)))
-        steps_left = self.steps_per_block - state.done
-        keep_BK = _kept(self.settings, self.special, chosen, masked_BK, steps_left, _fold(keys_BK, 1))
+        keys_BK = self.keys(self.seed_B, state.done_B1, block, position_BK, 1)
+        steps_left_B1 = self.steps_per_block - state.done_B1
+        keep_BK = _kept(self.settings, self.special, chosen, masked_BK, steps_left_B1, keys_BK)
         at = (jnp.arange(len(position_BK))[:, None], jnp.where(keep_BK, position_BK, self.L))
         tokens_BL = state.tokens_BL.at[at].set(chosen.token_BK, mode="drop")
-        step_BL = state.step_BL.at[at].set(step, mode="drop")
-        report(self.observe, tokens_BL, step_BL, step)
-        return _State(tokens_BL, step_BL, state.done + 1, state.passes + 1)
+        step_BL = state.step_BL.at[at].set(block * self.steps_per_block + state.done_B1, mode="drop")
+        return _State(tokens_BL, step_BL, state.done_B1 + 1)
 
-    def whole_canvas(self, tokens_BL, keep_cache=False):
+    def keys(self, seed_B, done_B1, block, position_BK, use):
+        """A key for each position: use 0 is what is drawn, 1 what is kept."""
+        keys_BK = position_keys(seed_B, block * self.steps_per_block + done_B1[:, 0], position_BK)
+        return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, use)))(keys_BK)
+
+    def whole_canvas(self, tokens_BL, keep_cache=False, copies=1):
         """Hidden states of every position, branches mixed, and the cache of both branches if kept."""
         run = transformer.prefill if keep_cache else lambda *given: (transformer.hidden(*given), None)
-        hidden_BLD, cache = run(self.config, self.params, self.branches(tokens_BL), self.both(self.lengths_B))
+        lengths_B = None if self.lengths_B is None else self.both(jnp.tile(self.lengths_B, copies))
+        hidden_BLD, cache = run(self.config, self.params, self.branches(tokens_BL, copies), lengths_B)
         return guidance.mixed(hidden_BLD, self.settings.cfg_scale), cache
 
-    def branches(self, tokens_BL):
+    def branches(self, tokens_BL, copies=1):
         """The rows to run: twice as many with guidance."""
-        return guidance.branches(tokens_BL, self.open_BL, self.special.mask, self.settings.cfg_scale)
+        open_BL = jnp.tile(self.open_BL, (copies, 1))
+        return guidance.branches(tokens_BL, open_BL, self.special.mask, self.settings.cfg_scale)
 
     def both(self, x):
         """One row per row to run."""
         return guidance.both(x, self.settings.cfg_scale)
-
-    def visible(self, tokens_BL):
-        """Which positions of the canvas show a token."""
-        inside = True if self.lengths_B is None else jnp.arange(self.L) < self.lengths_B[:, None]
-        return (tokens_BL != self.special.mask) & inside
 
     def masked(self, tokens_BL, position_BK):
         """Which positions of the block are still to be filled."""
         return (_take(tokens_BL, position_BK) == self.special.mask) & (position_BK < self.L)
 
 
-def _kept(settings, special, chosen, masked_BK, steps_left, keys_BK):
+def _kept(settings, special, chosen, masked_BK, steps_left_B1, keys_BK):
     """Which predictions a step keeps; all that remain when it is the last."""
     if settings.remasking == "low_confidence":
         score_BK = chosen.confidence_BK
@@ -323,9 +309,9 @@ def _kept(settings, special, chosen, masked_BK, steps_left, keys_BK):
         score_BK = jax.vmap(jax.vmap(jax.random.uniform))(keys_BK)
     if settings.remasking == "random_binomial":
         # Algorithm 4 remasks with probability s/t; on an even grid of times 1 - s/t = 1 / steps_left.
-        return masked_BK & (score_BK * steps_left < 1)
+        return masked_BK & (score_BK * steps_left_B1 < 1)
     remaining_B1 = jnp.sum(masked_BK, axis=1, keepdims=True)
-    quota_B1 = (remaining_B1 + steps_left - 1) // steps_left
+    quota_B1 = (remaining_B1 + steps_left_B1 - 1) // jnp.maximum(steps_left_B1, 1)
     rank_BK = jnp.argsort(jnp.argsort(jnp.where(masked_BK, -score_BK, jnp.inf), axis=1), axis=1)
     keep_BK = rank_BK < quota_B1
     if settings.confidence_threshold is not None:
@@ -339,11 +325,7 @@ def _take(x_BL, position_BK):
     return jnp.take_along_axis(x_BL, position_BK if x_BL.ndim == 2 else position_BK[..., None], axis=1)
 
 
-def position_keys(seed_B: jax.Array, step: jax.Array, position_BK: jax.Array) -> jax.Array:
+def position_keys(seed_B: jax.Array, step_B: jax.Array, position_BK: jax.Array) -> jax.Array:
     """A key for each (sequence, step, position) of sampling."""
-    keys_B = jax.vmap(lambda seed: noise_lib.step_key(seed, step, noise_lib.SAMPLING))(seed_B)
+    keys_B = jax.vmap(lambda seed, step: noise_lib.step_key(seed, step, noise_lib.SAMPLING))(seed_B, step_B)
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_B, position_BK)
-
-
-def _fold(keys_BK, use):
-    return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, use)))(keys_BK)

@@ -1,0 +1,81 @@
+"""How to run the reverse process: every choice, its default, and what cannot work."""
+
+from dataclasses import dataclass
+
+from llada.errors import UserError
+
+REMASKING = ("low_confidence", "random", "random_binomial")
+CACHES = ("none", "prefix", "dual")
+EOS = ("keep", "no_logits", "no_confidence")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How to run the reverse process.
+
+    steps          over all blocks, a multiple of their number; each block gets as many
+    block_length   open positions per block; blocks are filled left to right, later ones in view as masks. All of them
+                   at once is pure diffusion, 1 is autoregressive order
+    temperature    0 takes the most likely token; else a draw from softmax(logits / temperature)
+    cfg_scale      w of classifier-free guidance without labels: LLaDA Eq. (16); 0 is off
+    remasking      which predictions a step keeps:
+                     low_confidence   an equal quota per step, the most probable ones (Algorithm 5)
+                     random           the same quota, any of them (the published code's "random")
+                     random_binomial  each with probability 1 - s/t (Algorithm 4 of the paper)
+    eos            keep; no_logits: end tokens are never written; no_confidence: they are kept last in their block
+    speculate      canvases per pass: the present one and those that the next steps would lead to if the predictions
+                   stayed as they are; steps that come true cost no pass, and the text is the same (FreeDave,
+                   arXiv 2510.00294). 1 is off; it pays where a pass over few canvases costs little more than one
+    Approximations of the above:
+    cache          none; dual: within a block, other positions keep the keys and values of the block's first pass;
+                   prefix: positions before the block do (Fast-dLLM, arXiv 2505.22618)
+    confidence_threshold  besides its quota a step keeps every prediction at least this probable (Fast-dLLM)
+    """
+
+    steps: int
+    block_length: int
+    temperature: float = 0.0
+    cfg_scale: float = 0.0
+    remasking: str = "low_confidence"
+    eos: str = "keep"
+    speculate: int = 1
+    cache: str = "none"
+    confidence_threshold: float | None = None
+
+
+def check(settings: SamplerConfig, open_count: int) -> None:
+    """UserError unless `settings` can fill `open_count` positions."""
+    for name, allowed in (("remasking", REMASKING), ("cache", CACHES), ("eos", EOS)):
+        if getattr(settings, name) not in allowed:
+            raise UserError(f"--{name}={getattr(settings, name)} is not one of {', '.join(allowed)}")
+    check_temperature(settings.temperature)
+    if not 0 <= settings.cfg_scale < float("inf"):
+        raise UserError(f"--cfg_scale={settings.cfg_scale} must not be negative; 0 is off")
+    threshold = settings.confidence_threshold
+    if threshold is not None and not 0 < threshold <= 1:
+        raise UserError(f"--confidence_threshold={threshold} must be a probability above 0, at most 1")
+    if settings.remasking != "low_confidence" and (threshold is not None or settings.eos == "no_confidence"):
+        flag = "--eos=no_confidence" if threshold is None else f"--confidence_threshold={threshold}"
+        raise UserError(f"{flag} ranks by confidence; --remasking={settings.remasking} does not: use low_confidence")
+    if settings.speculate < 1 or (settings.speculate > 1 and settings.cache != "none"):
+        raise UserError(
+            f"--speculate={settings.speculate} must be at least 1 (off), and 1 with --cache={settings.cache}"
+        )
+    if not 1 <= settings.block_length <= open_count:
+        raise UserError(f"--block_length={settings.block_length} must be between 1 and the {open_count} open positions")
+    blocks = -(-open_count // settings.block_length)
+    if settings.steps < blocks or settings.steps % blocks:
+        raise UserError(
+            f"--steps={settings.steps} must be a positive multiple of the {blocks} block(s) that "
+            f"--block_length={settings.block_length} makes of {open_count} positions"
+        )
+    if settings.steps > blocks * settings.block_length:
+        raise UserError(f"--steps={settings.steps} is more than the {open_count} positions to fill; lower it")
+
+
+def check_temperature(temperature: float) -> None:
+    """UserError unless it is a finite number of at least 0."""
+    if not 0 <= temperature < float("inf"):
+        raise UserError(
+            f"--temperature={temperature} must be 0 (greedy), 1 (the model's own law) or another number >= 0"
+        )
