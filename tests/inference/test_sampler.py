@@ -200,8 +200,7 @@ def test_speculation_changes_passes_and_nothing_else(params, canvas_BL, settings
     assert quick.forward_passes < plain.forward_passes
 
 
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
-@pytest.mark.parametrize("cfg_scale", [0.0, 1.2])
+@pytest.mark.parametrize("cache, cfg_scale", [("prefix", 0.0), ("dual", 1.2)])
 def test_caches_change_nothing_where_nothing_is_approximated(params, canvas_BL, cache, cfg_scale):
     """One layer (no state depends on other tokens), or one step per block (no pass is a cached one)."""
     shallow = transformer.init(SHALLOW, jax.random.key(5))

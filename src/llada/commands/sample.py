@@ -80,11 +80,23 @@ def run() -> int:
             print(json.dumps(generated._asdict(), ensure_ascii=False))
         elif not WATCH.value:
             print(f"--- {number}\n{generated.text}" if len(texts) > 1 else generated.text)
+    print(_figures(texts), file=sys.stderr)
     if HTML.value is not None:
         replay.write_html(
             HTML.value, opened.tokenizer, texts[0].ids, texts[0].step, opened.tokenizer.mask_id, _facts(texts[0])
         )
     return 0
+
+
+def _figures(texts) -> str:
+    """What it took: canvas, passes, speed. Texts of one batch share their passes and seconds."""
+    batches = {(text.seconds, text.forward_passes) for text in texts}
+    written, seconds = sum(text.gen_length for text in texts), sum(seconds for seconds, _ in batches)
+    canvases = sorted({len(text.ids) for text in texts})
+    return (
+        f"{written} tokens written on canvases of {'-'.join(map(str, {canvases[0]: 0, canvases[-1]: 0}))} tokens, "
+        f"{sum(passes for _, passes in batches)} forward passes, {written / seconds:.0f} tokens/s"
+    )
 
 
 def _console():
