@@ -130,5 +130,4 @@ def test_the_speed_benchmark_runs_and_asserts_parity():
     sys.modules.setdefault("torch_reference", published)
     speed = load("inference_speed")
     for program in (speed.sampling("toy", dual=False), speed.sampling("toy", dual=True), speed.scoring("toy")):
-        found = speed.alternate(*program, pairs=1)
-        assert found["ratio"]["median"] > 0
+        speed.alternate(*program, pairs=1)  # fails where the two programs disagree

@@ -273,6 +273,7 @@ def test_the_arms_samples_do_not_depend_on_their_batch():
             CAUSAL, weights, canvas_BL[b : b + 1, :end], np.array([end - 7]), SPECIAL, FORBIDDEN, 1.0, np.array([3])
         )
         np.testing.assert_array_equal(both.tokens_BL[b, :end], alone.tokens_BL[0])
+        np.testing.assert_array_equal(both.step_BL[b, :end], alone.step_BL[0])
 
 
 @pytest.mark.parametrize(

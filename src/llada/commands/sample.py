@@ -92,9 +92,9 @@ def _figures(texts) -> str:
     """What it took: canvas, passes, speed. Texts of one batch share their passes and seconds."""
     batches = {(text.seconds, text.forward_passes) for text in texts}
     written, seconds = sum(text.gen_length for text in texts), sum(seconds for seconds, _ in batches)
-    canvases = sorted({len(text.ids) for text in texts})
+    canvases = ", ".join(str(length) for length in sorted({len(text.ids) for text in texts}))
     return (
-        f"{written} tokens written on canvases of {'-'.join(map(str, {canvases[0]: 0, canvases[-1]: 0}))} tokens, "
+        f"{written} tokens written on canvases of {canvases} tokens, "
         f"{sum(passes for _, passes in batches)} forward passes, {written / seconds:.0f} tokens/s"
     )
 

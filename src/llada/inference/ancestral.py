@@ -64,7 +64,7 @@ def _ancestral(config, special, temperature, longest, observe, params, canvas_BL
         chosen = choose(hidden_B1D, head_VD, needed_B1, forbidden_V, temperature, keys_B1)
         token_B1 = jnp.where(needed_B1, chosen.token_BK, special.eos)
         at = (jnp.arange(B)[:, None], position_B1)
-        tokens_BL, step_BL = tokens_BL.at[at].set(token_B1), step_BL.at[at].set(i)
+        tokens_BL, step_BL = tokens_BL.at[at].set(token_B1), step_BL.at[at].set(jnp.where(needed_B1, i, -1))
         report(observe, tokens_BL, step_BL, i)
         return tokens_BL, step_BL, ended_B | jnp.isin(token_B1[:, 0], jnp.array(special.ends))
 
