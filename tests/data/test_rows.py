@@ -13,8 +13,8 @@ import pytest
 
 from llada.data import rows
 from llada.data.rows import Batches, chain_digest, open_corpus, prepare
+from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.sources import documents, is_holdout
-from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError
 
 L = 32
@@ -32,8 +32,8 @@ def source(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(source, tmp_path_factory) -> Tokenizer:
-    return Tokenizer.train(documents(source), 512, tmp_path_factory.mktemp("tokenizer") / "t.model")
+def tokenizer(source, tmp_path_factory) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer.train(documents(source), 512, tmp_path_factory.mktemp("tokenizer") / "t.model")
 
 
 @pytest.fixture(scope="module")

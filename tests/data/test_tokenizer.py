@@ -1,4 +1,4 @@
-"""Tokenizer: lossless, never spells the mask, counts bytes exactly, trains to the same bytes, refuses bad models."""
+"""SentencePiece: lossless, never spells the mask, counts bytes exactly, trains to the same bytes, refuses bad files."""
 
 import io
 import itertools
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer, _sample
 from llada.data.sources import documents
-from llada.data.tokenizer import Tokenizer, _sample
 from llada.errors import UserError
 
 TEXTS = list(itertools.islice(documents("stdlib"), 40))
@@ -31,8 +31,8 @@ NASTY = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
-    return Tokenizer.train(TEXTS, 600, tmp_path_factory.mktemp("tokenizer") / "t.model")
+def tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer.train(TEXTS, 600, tmp_path_factory.mktemp("tokenizer") / "t.model")
 
 
 def test_every_text_comes_back_and_its_bytes_are_counted(tokenizer):
@@ -75,31 +75,36 @@ def test_vocabulary_is_exact_and_control_ids_are_apart(tokenizer):
 
 def test_training_gives_the_same_bytes_and_leaves_one_file(tokenizer, tmp_path):
     path = tmp_path / "new" / "t.model"
-    again = Tokenizer.train(iter(TEXTS), 600, path)
-    assert again.sha256 == tokenizer.sha256 == Tokenizer.load(path).sha256
+    again = SentencePieceTokenizer.train(iter(TEXTS), 600, path)
+    assert again.sha256 == tokenizer.sha256 == SentencePieceTokenizer.load(path).sha256
     assert [file.name for file in path.parent.iterdir()] == ["t.model"]
-    other = Tokenizer.train(TEXTS[:30], 600, path)
-    assert other.sha256 != again.sha256 and Tokenizer.load(path).sha256 == other.sha256
+    other = SentencePieceTokenizer.train(TEXTS[:30], 600, path)
+    assert other.sha256 != again.sha256 and SentencePieceTokenizer.load(path).sha256 == other.sha256
 
 
 def test_training_sample_is_bounded_and_spread(tmp_path):
     # 12 MB: words only in an endless line, or only at the very end, must still be learnt.
     texts = ["alpha beta gamma\n" * 100_000, "x " * 1_000_000, "delta " * 500_000, *["omega\n" * 100] * 8_000]
-    tokenizer = Tokenizer.train(texts, 300, tmp_path / "t.model")
+    tokenizer = SentencePieceTokenizer.train(texts, 300, tmp_path / "t.model")
     assert len(tokenizer.encode("delta")) <= 2 and len(tokenizer.encode("omega")) == 1
     assert sum(len(segment.encode()) for segment in _sample(texts, 100_000)) in range(50_000, 100_001)
+
+
+def test_a_text_without_spaces_still_gives_a_lossless_model(tmp_path):
+    tokenizer = SentencePieceTokenizer.train(["a\nb\nabc\n" * 30], 267, tmp_path / "t.model")
+    assert tokenizer.decode(tokenizer.encode(" a  b ")) == " a  b "
 
 
 @pytest.mark.parametrize(("vocab_size", "message"), [(100, "too small.*alone take 2"), (9_000, "too large.*at most")])
 def test_impossible_vocabulary_is_explained(tmp_path, vocab_size, message):
     with pytest.raises(UserError, match=f"model.vocab_size={vocab_size} is {message}"):
-        Tokenizer.train(["a few words only"], vocab_size, tmp_path / "t.model")
+        SentencePieceTokenizer.train(["a few words only"], vocab_size, tmp_path / "t.model")
     assert not list(tmp_path.iterdir())
 
 
 def test_no_text_to_train_on(tmp_path):
     with pytest.raises(UserError, match="no text to train"):
-        Tokenizer.train([], 600, tmp_path / "t.model")
+        SentencePieceTokenizer.train([], 600, tmp_path / "t.model")
 
 
 def foreign(path, **options):
@@ -119,7 +124,7 @@ def foreign(path, **options):
 
 @pytest.mark.parametrize("mask", ["<mask>", "[MASK]", "<|mdm_mask|>"])
 def test_models_of_others_load(tmp_path, mask):
-    tokenizer = Tokenizer.load(str(foreign(tmp_path / "t.model", control_symbols=[mask])))
+    tokenizer = SentencePieceTokenizer.load(str(foreign(tmp_path / "t.model", control_symbols=[mask])))
     assert tokenizer.piece(tokenizer.mask_id) == mask
     assert tokenizer.piece(tokenizer.eos_id) == "</s>" and tokenizer.pad_id == tokenizer.eos_id
     assert tokenizer.decode(tokenizer.encode("import self")) == "import self"
@@ -129,14 +134,14 @@ def test_models_of_others_load(tmp_path, mask):
 def test_bad_models_are_refused(tmp_path):
     path = tmp_path / "t.model"
     with pytest.raises(UserError, match="cannot read tokenizer .*t.model: No such file"):
-        Tokenizer.load(path)
+        SentencePieceTokenizer.load(path)
     for content in (b"", b"garbage", b"\0" * 99, bytes(range(256))):
         path.write_bytes(content)
         with pytest.raises(UserError, match="t.model is not a SentencePiece model"):
-            Tokenizer.load(path)
+            SentencePieceTokenizer.load(path)
     with pytest.raises(UserError, match="has no mask token; it needs one of <mask>"):
-        Tokenizer.load(foreign(path))
+        SentencePieceTokenizer.load(foreign(path))
     with pytest.raises(UserError, match="has no end-of-text token; it needs one of </s>"):
-        Tokenizer.load(foreign(path, control_symbols=["<mask>"], eos_id=-1))
+        SentencePieceTokenizer.load(foreign(path, control_symbols=["<mask>"], eos_id=-1))
     with pytest.raises(UserError, match="lets text spell its mask token"):
-        Tokenizer.load(foreign(path, user_defined_symbols=["<mask>"]))
+        SentencePieceTokenizer.load(foreign(path, user_defined_symbols=["<mask>"]))

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 from rich.console import Console
 
-from llada.data.tokenizer import Tokenizer
+from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.errors import UserError
 from llada.inference import replay
 
@@ -25,8 +25,10 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
-    return Tokenizer.train(["the cat sees the dog .\n" * 20], 290, tmp_path_factory.mktemp("tokenizer") / "t.model")
+def tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer.train(
+        ["the cat sees the dog .\n" * 20], 290, tmp_path_factory.mktemp("tokenizer") / "t.model"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +102,7 @@ def test_a_model_of_another_maker_that_hides_the_first_space_and_has_no_bytes_bu
         sentence_iterator=iter(["the cat sees the dog"] * 20), model_writer=writer, vocab_size=24, model_type="bpe",
         user_defined_symbols=["<0x41>"], control_symbols=["[MASK]"], num_threads=1, minloglevel=2,
     )  # fmt: skip
-    other = Tokenizer(writer.getvalue(), "other")
+    other = SentencePieceTokenizer(writer.getvalue(), "other")
     ids = other.encode("the cat<0x41> sees")
     assert other.piece(ids[0]).startswith("\u2581") and "<0x41>" in [other.piece(token) for token in ids]
     assert "".join(replay.pieces(other, ids)) == "the cat<0x41> sees"

@@ -26,8 +26,8 @@ def run() -> int:
         raise UserError("--workdir is missing; give a workdir of llada train")
     import jax
 
-    from llada.data.tokenizer import write_atomically
     from llada.evaluation.validation import Validator
+    from llada.files import write_atomically
     from llada.training import workdir as workdir_lib
 
     opened = workdir_lib.load(WORKDIR.value, STEP.value)

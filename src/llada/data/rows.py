@@ -16,8 +16,9 @@ import grain
 import numpy as np
 
 from llada.data.sources import documents, is_holdout
-from llada.data.tokenizer import Tokenizer, write_atomically
+from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError
+from llada.files import write_atomically
 
 _ENCODE_CHARACTERS = 4_000_000
 _STEPS_FOREVER = 1 << 62

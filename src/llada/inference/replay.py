@@ -9,7 +9,6 @@ import errno
 import functools
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,8 +19,9 @@ from rich.live import Live
 from rich.style import Style
 from rich.text import Text
 
-from llada.data.tokenizer import Tokenizer, write_atomically
+from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError
+from llada.files import write_atomically
 from llada.inference.replay_page import PAGE
 
 # Violet, blue, teal, amber: ordered as viridis is, but with its ends moved to where both backgrounds give contrast.
@@ -32,7 +32,6 @@ _PAGE_SHADES = 32
 
 _MASK_GLYPH, _MASK_STYLE = "░", Style(dim=True)
 _SECONDS_BETWEEN_FRAMES = 0.05
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 # What could steer a terminal or turn a line around: controls but tab and newline, line separators, direction overrides.
 _STEERING = [*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -176,41 +175,33 @@ def write_html(
 
 
 def _spans(tokenizer: Tokenizer, tokens_L: Iterable[int]) -> Iterator[tuple[int, int, str]]:
-    """Yield (start, end, text): one span per token, but one for all the byte tokens of a character."""
+    """Yield (start, end, text): one span per token, but one for all the tokens that share a character."""
     ids = [int(token) for token in tokens_L]
-    spelled = [_BYTE.fullmatch(tokenizer.piece(token)) for token in ids]
-    # A piece of text that only looks like a byte has six.
-    is_byte = [m and tokenizer.token_bytes_V[token] == 1 for m, token in zip(spelled, ids, strict=True)]
-    bytes_L = [int(m[1], 16) if byte else None for m, byte in zip(spelled, is_byte, strict=True)]
+    bytes_L = [tokenizer.token_bytes(token) for token in ids]
     start = 0
     while start < len(ids):
-        if bytes_L[start] is None:
-            end, text = start + 1, _token_text(tokenizer, ids[start], first=start == 0)
-        else:
+        if bytes_L[start]:
             end, text = _character(bytes_L, start)
+            if start == 0 and end == 1 and "\ufffd" not in text:
+                # Models of other makers may drop the space before the first word; only decoding knows.
+                text = tokenizer.decode(ids[:1])
+        else:
+            name = tokenizer.piece(ids[start]).strip("<>[]|")
+            end, text = start + 1, "∎" if ids[start] == tokenizer.eos_id else f"<{name}>"
         yield start, end, text
         start = end
 
 
-def _character(bytes_L: list[int | None], start: int) -> tuple[int, str]:
-    """The end and text of the UTF-8 character that starts with the byte at `start`, if it is all there."""
+def _character(bytes_L: list[bytes], start: int) -> tuple[int, str]:
+    """The end and text of the fewest tokens from `start` on that end with a UTF-8 character, if it is all there."""
     for end in range(start + 1, min(start + 4, len(bytes_L)) + 1):
-        if bytes_L[end - 1] is None:
+        if not bytes_L[end - 1]:
             break
         try:
-            return end, bytes(bytes_L[start:end]).decode()
+            return end, b"".join(bytes_L[start:end]).decode()
         except UnicodeDecodeError:
             continue
-    return start + 1, "\ufffd"
-
-
-def _token_text(tokenizer: Tokenizer, token: int, first: bool) -> str:
-    if token == tokenizer.eos_id:
-        return "∎"
-    if tokenizer.token_bytes_V[token] == 0:
-        return f"<{tokenizer.piece(token).strip('<>[]|')}>"
-    # Models of other makers may drop the space before the first word; only decoding knows.
-    return tokenizer.decode([token]) if first else tokenizer.piece(token).replace("\u2581", " ")
+    return start + 1, bytes_L[start].decode(errors="replace")
 
 
 @functools.cache
