@@ -205,10 +205,14 @@ def load(path: Path) -> Config:
     return from_config_dict(json.loads(path.read_text()))
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """`key: old -> new` for every key that differs, save those a later call may change."""
+def differences(old: Config, new: Config, begun: bool = True) -> list[str]:
+    """`key: old -> new` for every key that differs, save those a later call may change.
+
+    Before a run has `begun` (an imported model) only the model is settled.
+    """
     a, b = _flatten(to_dict(old)), _flatten(to_dict(new))
-    return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in a if a[key] != b[key] and key not in CHANGEABLE]
+    settled = [key for key in a if key not in CHANGEABLE and (begun or key.startswith("model."))]
+    return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in settled if a[key] != b[key]]
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -42,8 +42,11 @@ def read(experiment: str | None, overrides: dict[str, str]) -> Config:
     """The experiment with its overrides. UserError for a bad file, argument, key or value."""
     if not experiment:
         raise UserError("--config is missing; for example --config=experiments/quickstart.py:llada")
-    values = _call(experiment)
-    tree = _merged(config_lib.default_config().to_dict(), values)
+    return override(_merged(config_lib.default_config().to_dict(), _call(experiment)), overrides)
+
+
+def override(tree: dict[str, Any], overrides: dict[str, str]) -> Config:
+    """A nested dict of all keys with some of them changed. UserError for a bad key or value."""
     for key, text in overrides.items():
         *groups, leaf = key.split(".")
         node = tree

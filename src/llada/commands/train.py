@@ -1,7 +1,8 @@
 """llada train --config=FILE[:ARGUMENT] --workdir=DIR [--config.key=value ...]
 
 Pre-trains the experiment in DIR: config.json, tokenizer.model, data/, checkpoints/, metrics.jsonl, summary.json and
-TensorBoard events. Called again on the same DIR it continues from the newest checkpoint, bit for bit.
+TensorBoard events. Called again on the same DIR it continues from the newest checkpoint, bit for bit. Without --config
+the experiment is the one that DIR holds: a run to continue, or a model that llada import brought.
 """
 
 import json
@@ -20,7 +21,7 @@ flags.adopt_module_key_flags(experiment)
 
 def run(overrides: dict[str, str]) -> int:
     """Train; 130 or 143 after a signal (everything saved), 1 if the loss stopped being a number."""
-    config = experiment.read(experiment.CONFIG.value, overrides)
+    config = _config(overrides)
     if PRINT_CONFIG.value:
         from llada.config import to_dict
 
@@ -40,3 +41,13 @@ def run(overrides: dict[str, str]) -> int:
         return 1
     print(json.dumps(summary, indent=2))
     return 0
+
+
+def _config(overrides: dict[str, str]):
+    """The experiment of --config, or else the workdir's own."""
+    held = Path(WORKDIR.value or "") / "config.json"
+    if experiment.CONFIG.value or not (WORKDIR.value and held.exists()):
+        return experiment.read(experiment.CONFIG.value, overrides)
+    from llada import config as config_lib
+
+    return experiment.override(config_lib.to_dict(config_lib.load(held)), overrides)

@@ -17,8 +17,9 @@ from llada import accounting
 from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.data.rows import Batches, Corpus, chain_digest
-from llada.data.tokenizer import Tokenizer, write_atomically
+from llada.data.tokenizer import Tokenizer
 from llada.evaluation.validation import Validator
+from llada.files import write_atomically
 from llada.training import metrics as metrics_lib
 from llada.training import workdir as workdir_lib
 from llada.training.checkpoint import Checkpoints
@@ -143,7 +144,7 @@ class _Run:
     def save(self) -> None:
         """Checkpoint the present step; arrays have left the device on return, so donation is safe."""
         cursor = {"step": self.step, "rows_digest": self.rows_digest, "meter": self.meter.state()}
-        self.checkpoints.save(self.state, self.config, cursor, (self.workdir / "tokenizer.model").read_bytes())
+        self.checkpoints.save(self.state, self.config, cursor, self.tokenizer.content)
 
     def finish(self) -> dict:
         """Write `summary.json`: the run's figures in one place."""

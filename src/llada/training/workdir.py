@@ -1,6 +1,7 @@
 """A work directory: what is in it, when it may be continued, and opening one for inference.
 
-config.json  tokenizer.model  data/  checkpoints/  metrics.jsonl  summary.json  events.out.tfevents.*
+config.json  tokenizer.model (or tokenizer.bundle.json)  data/  checkpoints/  metrics.jsonl  summary.json
+events.out.tfevents.*
 """
 
 import json
@@ -13,9 +14,11 @@ import jax
 from llada import config as config_lib
 from llada import mesh as mesh_lib
 from llada.config import Config, MeshConfig
-from llada.data import rows, sources
-from llada.data.tokenizer import Tokenizer, write_atomically
+from llada.data import rows, sources, tokenizer_files
+from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError
+from llada.files import write_atomically
 from llada.model import transformer
 from llada.training.checkpoint import Checkpoints
 
@@ -42,7 +45,7 @@ def claim(workdir: Path, config: Config) -> None:
     """Make `workdir` this experiment's, or continue it. UserError if it is another's, or cannot be written."""
     path = workdir / "config.json"
     if path.exists():
-        changed = config_lib.differences(config_lib.load(path), config)
+        changed = config_lib.differences(config_lib.load(path), config, begun=not _only_imported(workdir))
         if changed:
             raise UserError(
                 f"--workdir={workdir} belongs to another experiment ({'; '.join(changed[:4])}"
@@ -55,18 +58,25 @@ def claim(workdir: Path, config: Config) -> None:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; choose another") from error
 
 
+def _only_imported(workdir: Path) -> bool:
+    """Whether all that the workdir holds is a model that `llada import` brought."""
+    checkpoints = Checkpoints(workdir)
+    return checkpoints.steps() == [0] and not checkpoints.has_begun(0)
+
+
 def tokenizer_for(workdir: Path, config: Config) -> Tokenizer:
     """The run's tokenizer: the workdir's copy, else `data.tokenizer`, else one trained on the training documents."""
-    path = workdir / "tokenizer.model"
-    if path.exists():
-        tokenizer = Tokenizer.load(path)
+    path = tokenizer_files.in_workdir(workdir)
+    if path is not None:
+        tokenizer = tokenizer_files.load(path)
     elif config.data.tokenizer is not None:
-        tokenizer = Tokenizer.load(config.data.tokenizer)
-        write_atomically(path, Path(config.data.tokenizer).expanduser().read_bytes())
+        tokenizer = tokenizer_files.load(config.data.tokenizer)
+        write_atomically(workdir / tokenizer.file_name, tokenizer.content)
     else:
         fraction = config.data.holdout_fraction
         texts = (text for text in sources.documents(config.data.source) if not sources.is_holdout(text, fraction))
-        tokenizer = Tokenizer.train(texts, config.model.vocab_size, path)
+        path = workdir / SentencePieceTokenizer.file_name
+        tokenizer = SentencePieceTokenizer.train(texts, config.model.vocab_size, path)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} pieces, more than model.vocab_size={config.model.vocab_size}; "
@@ -89,6 +99,12 @@ def read_config(workdir: Path) -> Config:
     return config_lib.load(path)
 
 
+def saved_tokenizer(workdir: Path, checkpoints: Checkpoints, step: int) -> Tokenizer:
+    """The tokenizer of an existing run: the workdir's file, else the copy in the checkpoint of `step`."""
+    path = tokenizer_files.in_workdir(workdir)
+    return tokenizer_files.load(path) if path else tokenizer_files.parse(checkpoints.tokenizer(step), f"step {step}")
+
+
 def load(workdir: str | os.PathLike, step: int | None = None, mesh: MeshConfig | None = None) -> Run:
     """Open a workdir for inference, at `step` or the latest checkpoint, on this machine's devices.
 
@@ -99,8 +115,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, mesh: MeshConfig |
     device_mesh = mesh_lib.make(mesh or MeshConfig())
     checkpoints = Checkpoints(workdir)
     step = checkpoints.resolve(step)
-    path = workdir / "tokenizer.model"
-    tokenizer = Tokenizer.load(path) if path.exists() else Tokenizer(checkpoints.tokenizer_model(step), f"step {step}")
+    tokenizer = saved_tokenizer(workdir, checkpoints, step)
     params = checkpoints.restore_parameters(config, device_mesh, step)
     checkpoints.close()
     return Run(config, params, tokenizer, step, device_mesh)
