@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains a small LLaDA and an ARM of the same size on the same tokens, evaluates both, writes samples, curves, report.
+# Trains a small LLaDA and an ARM of the same size on the same tokens, evaluates both, writes samples, curves, report, and
+# exports the LLaDA for PyTorch.
 # Usage: bash launch/quickstart.sh [RUN_DIR]      Ctrl-C and a second call continue where it stopped.
 set -euo pipefail
 run_dir="${1:-runs/quickstart}"
@@ -17,3 +18,4 @@ say llada train --config=experiments/quickstart.py:arm --workdir="$run_dir/arm" 
 say llada evaluate --workdir="$run_dir/llada" --draws=8 --batches=64
 say llada evaluate --workdir="$run_dir/arm" --batches=64
 say llada compare --llada="$run_dir/llada" --arm="$run_dir/arm" --out="$run_dir"
+say llada export --workdir="$run_dir/llada" --out="$run_dir/export" --overwrite

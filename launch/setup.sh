@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sourced by the other scripts: makes or reuses .venv in the checkout from requirements.txt and activates it.
-# Usage: source launch/setup.sh [more requirements files ...]
+# Usage: source launch/setup.sh; make_environment FILE.txt ...; install_beside NAME FILE.txt
 
 make_environment() {
   local python="" candidate wanted stamp
@@ -29,4 +29,16 @@ make_environment() {
   fi
   # shellcheck disable=SC1091
   source .venv/bin/activate
+}
+
+# Packages that exclude some of .venv's, for a process of their own: PYTHONPATH=.venv/NAME. Exact pins, no dependencies.
+install_beside() {
+  local target=".venv/$1" wanted
+  wanted=$(cksum < "$2")
+  if [ "$(cat "$target/installed.cksum" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing $2 into $target"
+    rm -rf "$target"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target "$target" -r "$2" || return 1
+    echo "$wanted" > "$target/installed.cksum"
+  fi
 }

@@ -5,14 +5,13 @@ masks fixed by the prompt) or a chain rule; an ARM's is exact. --requests scores
 in batches, a line of JSON for each; --rolling scores a text longer than the context.
 """
 
-import contextlib
 import json
 import math
-import sys
 from pathlib import Path
 
 from absl import flags
 
+from llada.commands import progress
 from llada.errors import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of llada train")
@@ -55,16 +54,16 @@ def run() -> int:
     )
     pairs = [_pair(opened.tokenizer, request) for request in requests]
     common = (opened.tokenizer.special, settings)
-    with jax.set_mesh(opened.mesh), _progress() as progress:
+    with jax.set_mesh(opened.mesh), progress.bar("rows scored") as show:
         if ROLLING.value:
             if any(pair.prompt for pair in pairs):
                 raise UserError("--rolling scores a text by itself; put the prompt into --answer")
             found = [
-                likelihood.rolling(opened.config.model, opened.params, pair.answer, *common, WINDOW.value, progress)
+                likelihood.rolling(opened.config.model, opened.params, pair.answer, *common, WINDOW.value, show)
                 for pair in pairs
             ]
         else:
-            found = likelihood.log_likelihoods(opened.config.model, opened.params, pairs, *common, progress)
+            found = likelihood.log_likelihoods(opened.config.model, opened.params, pairs, *common, show)
     for result in found:
         values = result._asdict() | {"nats_per_token": -result.log_likelihood / result.tokens}
         values["stderr"] = None if math.isnan(result.stderr) else result.stderr
@@ -121,17 +120,3 @@ def _pair(tokenizer, request: dict):
         return parse_ids(f"--{name}_ids", text, tokenizer.vocab_size)
 
     return Pair(ids("prompt"), ids("answer"))
-
-
-@contextlib.contextmanager
-def _progress():
-    """A line on stderr while rows are scored, where someone is looking."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("rows scored")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -13,6 +13,8 @@ COMMANDS = {
     "evaluate": "held-out bound (LLaDA) or NLL (ARM), with its standard error",
     "likelihood": "log p(answer | prompt): a bound with its standard error (LLaDA), or exact (ARM)",
     "sample": "text from a trained model: continue a prompt or fill gaps",
+    "export": "a checkpoint as a Hugging Face directory, for PyTorch",
+    "import": "a Hugging Face directory (LLaDA-8B, Llama ...) as a workdir",
     "compare": "curves and a report of a LLaDA and its ARM twin",
 }
 
@@ -36,9 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         extra = flags.FLAGS([f"llada {name}", *rest])[1:]
         if extra:
             raise UserError(f"{extra[0]!r} is not a flag; flags look like --name=value; see llada {name} --help")
-        if overrides and name != "train":
+        configures = name in ("train", "import")
+        if overrides and not configures:
             raise UserError(f"--config.{next(iter(overrides))} belongs to llada train; a workdir keeps its own config")
-        return command.run(overrides) if name == "train" else command.run()
+        return command.run(overrides) if configures else command.run()
     except (UserError, flags.Error) as error:
         print(f"llada {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

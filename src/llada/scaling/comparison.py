@@ -161,5 +161,6 @@ embeddings x tokens, and a count of all matrix products. Tokens per second are o
     llada evaluate --workdir={runs[0].workdir} --draws=64
     llada train --config=experiments/quickstart.py:llada --workdir=runs/longer --config.train.steps=20000
     llada train --config=experiments/quickstart.py:llada --workdir=runs/mine --config.data.source='text:/my/**/*.txt'
+    llada export --workdir={runs[0].workdir} --out=runs/for_pytorch
     tensorboard --logdir={out}
 """

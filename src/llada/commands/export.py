@@ -1,0 +1,40 @@
+"""llada export --workdir=DIR --out=DIR [--step=N] [--dtype=float32|bfloat16] [--shard_bytes=N] [--overwrite]
+
+A checkpoint as a Hugging Face directory: config.json, safetensors shards and index, tokenizer, generation_config.json,
+a model card. A LLaDA brings its PyTorch code along and loads with trust_remote_code=True; an ARM is a native
+LlamaForCausalLM (Qwen3ForCausalLM with qk-norm). Memory stays at one tensor, whatever the model's size.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from llada.commands import progress
+from llada.errors import UserError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of llada train or llada import")
+OUT = flags.DEFINE_string("out", None, "directory to make")
+STEP = flags.DEFINE_integer("step", None, "checkpoint to export; default the latest")
+DTYPE = flags.DEFINE_string("dtype", "float32", "of the weights: float32 (exact) or bfloat16 (half the size)")
+SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 5_000_000_000, "most data per safetensors file", lower_bound=1)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "let an earlier export at --out give way")
+
+
+def run() -> int:
+    """Export and say what was written."""
+    for flag in (WORKDIR, OUT):
+        if not flag.value:
+            raise UserError(f"--{flag.name} is missing; see llada export --help")
+    from llada.interop.export import export
+
+    with progress.bar("weights exported") as show:
+        done = export(
+            *(Path(WORKDIR.value), Path(OUT.value), STEP.value),
+            *(DTYPE.value, SHARD_BYTES.value, OVERWRITE.value, show),
+        )
+    print(json.dumps({"out": OUT.value} | done._asdict()))
+    code = "" if done.architecture != "LLaDAModelLM" else ", trust_remote_code=True"
+    print(f'PyTorch: AutoModelForCausalLM.from_pretrained("{OUT.value}"{code})', file=sys.stderr)
+    return 0

@@ -1,0 +1,19 @@
+"""A bar on standard error while something long goes on, where someone is looking."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a function of (done, total) that draws, or None where nobody would see it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as drawn:
+        task = drawn.add_task(title)
+        yield lambda done, total: drawn.update(task, completed=done, total=total)

@@ -1,0 +1,168 @@
+"""Safetensors shards and their index: written tensor by tensor, read slice by slice, and nothing believed unchecked.
+
+The library checks what is read. The data itself goes past it both ways, because it would hold a whole shard, or a copy
+of each slice, in memory; the format is eight bytes of length, a JSON header and the data. No other weight format is
+read: pickles run code.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from llada.errors import UserError
+from llada.interop.layout import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"float32": (np.dtype(np.float32), "F32"), "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16")}
+_READABLE = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class Shard(NamedTuple):
+    """One file and what it holds, in order."""
+
+    name: str
+    tensors: list[Tensor]
+
+
+def plan(tensors: list[Tensor], dtype: str, shard_bytes: int) -> list[Shard]:
+    """Cut the list into files of at most `shard_bytes` of data (a larger tensor gets its own), in order."""
+    itemsize = DTYPES[dtype][0].itemsize
+    groups: list[list[Tensor]] = [[]]
+    used = 0
+    for tensor in tensors:
+        size = tensor.size * itemsize
+        if groups[-1] and used + size > shard_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(tensor)
+        used += size
+    count = len(groups)
+    return [Shard(f"model-{i:05d}-of-{count:05d}.safetensors", group) for i, group in enumerate(groups, 1)]
+
+
+def write_shard(directory: Path, shard: Shard, dtype: str, pieces: Iterable[np.ndarray]) -> None:
+    """Write one file; `pieces` are the bytes of its tensors in order, in contiguous arrays of any size."""
+    numpy_dtype, code = DTYPES[dtype]
+    header: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard.tensors:
+        start, end = end, end + tensor.size * numpy_dtype.itemsize
+        header[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # data aligned as the library aligns it
+    written = 0
+    with (directory / shard.name).open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for piece in pieces:
+            written += file.write(piece.view(np.uint8))
+        file.flush()
+        os.fsync(file.fileno())
+    if written != end:
+        raise AssertionError(f"{shard.name}: wrote {written} bytes of {end}")
+
+
+def index(shards: list[Shard], dtype: str) -> dict:
+    """The content of `model.safetensors.index.json`."""
+    total = sum(tensor.size for shard in shards for tensor in shard.tensors) * DTYPES[dtype][0].itemsize
+    names = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+
+
+class Weights:
+    """The tensors of a directory, mapped but not read: names, shapes and slices."""
+
+    def __init__(self, directory: Path):
+        """UserError, naming the file, for anything missing, damaged, contradictory, or outside the directory."""
+        self._file_of = _weight_map(directory)
+        self._entries: dict[str, dict] = {}
+        self._data: dict[str, np.ndarray] = {}
+        for name in sorted(set(self._file_of.values())):
+            entries, self._data[name] = _mapped(directory / name)
+            for tensor in entries:
+                if tensor in self._entries:
+                    raise UserError(f"{tensor} is in {name} and in another file")
+            self._entries |= entries
+        for tensor in sorted(self._file_of.keys() ^ self._entries.keys()):
+            kind = "names, but its file lacks" if tensor in self._file_of else "does not name, but a file holds"
+            raise UserError(f"{INDEX} {kind}, the tensor {tensor}")
+
+    @property
+    def names(self) -> set[str]:
+        """Every tensor's name."""
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape; UserError if it is not of a floating type that is read here."""
+        dtype = self._entries[name]["dtype"]
+        if dtype not in _READABLE:
+            raise UserError(f"{self._file_of[name]}: {name} is {dtype}; it must be one of {', '.join(_READABLE)}")
+        return tuple(self._entries[name]["shape"])
+
+    def dtype(self, name: str) -> str:
+        """Its dtype as safetensors spells it: F32, BF16 or F16."""
+        return self._entries[name]["dtype"]
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A slice of it in its own dtype: a view of the file."""
+        start, end = self._entries[name]["data_offsets"]
+        data = self._data[self._file_of[name]][start:end]
+        return data.view(_READABLE[self.dtype(name)]).reshape(self.shape(name))[index]
+
+
+def _mapped(path: Path) -> tuple[dict[str, dict], np.ndarray]:
+    """Header entries by tensor name, and the data as mapped bytes. UserError unless the library accepts the file."""
+    try:
+        with safetensors.safe_open(path, framework="np"):  # checks offsets, shapes and dtypes against the file's length
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path.name} is not a whole safetensors file: {error}") from error
+    entries.pop("__metadata__", None)
+    if path.stat().st_size == 8 + length:
+        return entries, np.empty(0, np.uint8)  # nothing to map
+    return entries, np.memmap(path, np.uint8, "r", offset=8 + length)
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """File of each tensor: from the index, or all of the single file."""
+    path = directory / INDEX
+    if not path.exists():
+        single = directory / SINGLE
+        if single.exists():
+            return dict.fromkeys(_mapped(single)[0], SINGLE)
+        pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
+        hint = f" ({pickles[0]} is a pickle, which can run code and is not read)" if pickles else ""
+        raise UserError(f"it has neither {INDEX} nor {SINGLE}{hint}; convert the weights to safetensors first")
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{INDEX} has no weight_map from tensor names to file names")
+    for name in sorted(set(weight_map.values())):
+        # A plain name may still be a link, as in the hub's own cache; only the index is distrusted.
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise UserError(f"{INDEX} names the file {name!r}; shards are safetensors files in the same directory")
+        if not (directory / name).is_file():
+            raise UserError(f"{INDEX} names {name}, which is not there; copy the missing shard")
+    return weight_map
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. UserError if it is missing, is no JSON, or is something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path.name} cannot be read: {error.strerror}; check the directory") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path.name} is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path.name} must hold a JSON object")
+    return values

@@ -1,0 +1,63 @@
+"""Workdirs of small models of every kind, as `llada import` would leave them: random weights, step 0."""
+
+import json
+
+import jax
+import pytest
+
+from llada.config import default_config, from_config_dict, to_dict
+from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from llada.model import transformer
+from llada.training.checkpoint import Checkpoints
+
+V = 320
+SHAPES = {
+    "MHA": {},
+    "GQA": dict(kv_heads=2),
+    "tied": dict(tie_embeddings=True),
+    "GQA, tied, qk-norm": dict(kv_heads=2, tie_embeddings=True, qk_norm=True),
+}
+
+
+@pytest.fixture(params=list(SHAPES))
+def shape(request) -> dict:
+    """Changes to the model: one kind of attention and head after the other."""
+    return SHAPES[request.param]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
+    text = "the cat sees the dog .\ndef main():\n    return 'naïve'\n" * 30
+    return SentencePieceTokenizer.train([text], V - 8, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def build(tokenizer, tmp_path_factory):
+    """`build(causal=True, kv_heads=2, ...)`: the path of a workdir; the same arguments give the same one."""
+    made = {}
+
+    def make(causal: bool = False, **changes):
+        key = (causal, *sorted(changes.items()))
+        if key in made:
+            return made[key]
+        c = default_config()
+        c.model.update(dict(layers=3, width=32, heads=4, ffn=48, vocab_size=V, max_length=64, dtype="float32"))
+        c.model.update(dict(init_std=0.3, causal=causal) | changes)
+        c.objective.name = "autoregressive" if causal else "diffusion"
+        c.data.sequence_length, c.train.steps = 64, 4
+        config = from_config_dict(c)
+        workdir = tmp_path_factory.mktemp("model") / "model"
+        params = transformer.init(config.model, jax.random.key(7))
+        # Norms of one would hide a norm that is left out or put in the wrong place.
+        noise = jax.random.normal(jax.random.key(8), (64,))
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, x: x * (1 + 0.1 * noise[: x.shape[-1]]) if "norm" in str(path[-1]) else x, params
+        )
+        checkpoints = Checkpoints(workdir, keep=1)
+        checkpoints.save_parameters(params, config, tokenizer.content)
+        checkpoints.close()
+        (workdir / "tokenizer.model").write_bytes(tokenizer.content)
+        (workdir / "config.json").write_text(json.dumps(to_dict(config)))
+        return made.setdefault(key, workdir)
+
+    return make

@@ -1,0 +1,236 @@
+"""What is wrong with a directory is said in one line, before anything is written; nothing in it is ever executed."""
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from llada.config import from_config_dict
+from llada.errors import UserError
+from llada.interop import importing
+from llada.interop.export import export
+
+SHARD = "model-00001-of-00004.safetensors"
+WTE = "model.transformer.wte.weight"
+
+
+@pytest.fixture
+def hf(build, tmp_path):
+    """A fresh export in four shards, to be spoilt."""
+    export(build(), tmp_path / "hf", shard_bytes=60_000)
+    assert (tmp_path / "hf" / SHARD).exists()
+    return tmp_path / "hf"
+
+
+def edit(path, change):
+    """Rewrite a JSON file: `change` alters what it is given, or returns another object."""
+    values = json.loads(path.read_text())
+    changed = change(values)
+    path.write_text(json.dumps(changed if isinstance(changed, dict) else values))
+
+
+def retensor(hf, change):
+    """Rewrite the first shard with other tensors."""
+    tensors = load_file(hf / SHARD)
+    change(tensors)
+    save_file(tensors, hf / SHARD, {"format": "pt"})
+
+
+def config(**values):
+    return lambda hf: edit(hf / "config.json", lambda old: old.update(values))
+
+
+def index(change):
+    return lambda hf: edit(hf / "model.safetensors.index.json", lambda values: change(values["weight_map"]))
+
+
+def truncated(hf):
+    data = (hf / SHARD).read_bytes()
+    (hf / SHARD).write_bytes(data[:-1000])
+
+
+def pickled(hf):
+    for path in hf.glob("*.safetensors*"):
+        path.unlink()
+    (hf / "pytorch_model.bin").write_bytes(pickle.dumps(Canary()))
+
+
+def header(content: bytes):
+    return lambda hf: (hf / SHARD).write_bytes(struct.pack("<Q", len(content)) + content)
+
+
+class Canary:
+    """Unpickling it would be seen."""
+
+    def __reduce__(self):
+        return os.system, ("touch /tmp/llada-canary",)
+
+
+SPOILT = {
+    "no config": (lambda hf: (hf / "config.json").unlink(), ["config.json", "--source", "cannot be read"]),
+    "a config that is not JSON": (lambda hf: (hf / "config.json").write_text("{"), ["config.json", "not JSON"]),
+    "a config that is a list": (lambda hf: (hf / "config.json").write_text("[]"), ["config.json", "object"]),
+    "JSON without end": (lambda hf: (hf / "config.json").write_text("[" * 100_000), ["config.json", "not JSON"]),
+    "another architecture": (config(model_type="gpt2"), ["model_type='gpt2'", "llada, illada, llama"]),
+    "no model_type": (config(model_type=None), ["model_type=None", "llada, illada, llama"]),
+    "a field of another type": (config(d_model="32"), ["d_model='32'", "must be int"]),
+    "true for a number": (config(n_layers=True), ["n_layers=True", "must be int"]),
+    "a missing field": (
+        lambda hf: edit(hf / "config.json", lambda v: {k: x for k, x in v.items() if k != "n_heads"}),
+        ["lacks n_heads"],
+    ),
+    "alibi": (config(alibi=True), ["alibi=True", "not supported"]),
+    "biases": (config(include_bias=True), ["include_bias=True", "not supported"]),
+    "heads that do not divide": (config(n_heads=5), ["heads=5", "divide"]),
+    "a negative width": (config(d_model=-32), ["width=-32", "positive"]),
+    "absurdly many layers": (config(n_layers=10**12), ["1000000000000 layers", "tensors"]),
+    "another width": (config(d_model=64), ["wte.weight", "[320, 32]", "[320, 64]"]),
+    "one layer too many": (config(n_layers=4), ["lacks", "blocks.3"]),
+    "one layer too few": (config(n_layers=2), ["besides", "blocks.2"]),
+    "ties that are not": (config(weight_tying=True), ["ties head and embedding", "ff_out.weight differs"]),
+    "a mask outside": (config(mask_token_id=320), ["mask_token_id=320", "0 to 319"]),
+    "no index": (
+        lambda hf: (hf / "model.safetensors.index.json").unlink(),
+        ["neither model.safetensors.index.json nor model.safetensors"],
+    ),
+    "an index without a map": (
+        lambda hf: (hf / "model.safetensors.index.json").write_text('{"weight_map": []}'),
+        ["index.json", "no weight_map"],
+    ),
+    "an index that is no JSON": (
+        lambda hf: (hf / "model.safetensors.index.json").write_bytes(b"\xff"),
+        ["index.json", "not JSON"],
+    ),
+    "a file name that is a number": (index(lambda m: m.update({WTE: 3})), ["no weight_map"]),
+    "a path out of the directory": (index(lambda m: m.update({WTE: "../secret.safetensors"})), ["'../secret", "same"]),
+    "an absolute path": (index(lambda m: m.update({WTE: "/etc/secret.safetensors"})), ["'/etc/secret", "same"]),
+    "a shard of another format": (index(lambda m: m.update({WTE: "model.bin"})), ["'model.bin'", "safetensors"]),
+    "a shard that is not there": (lambda hf: (hf / SHARD).unlink(), [SHARD, "not there"]),
+    "a name the file lacks": (index(lambda m: m.update({"ghost": SHARD})), ["lacks, the tensor ghost"]),
+    "a name the index lacks": (index(lambda m: m.pop(WTE)), ["does not name", WTE]),
+    "a truncated shard": (truncated, [SHARD, "not a whole safetensors file"]),
+    "a header beyond the file": (
+        lambda hf: (hf / SHARD).write_bytes(struct.pack("<Q", 1 << 60) + b"{}"),
+        [SHARD, "not a whole"],
+    ),
+    "a header that is no JSON": (header(b"[[[["), [SHARD, "not a whole"]),
+    "offsets beyond the file": (
+        header(b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'),
+        [SHARD, "not a whole"],
+    ),
+    "a tensor of another shape": (
+        lambda hf: retensor(hf, lambda t: t.update({WTE: t[WTE][:-1].copy()})),
+        ["wte.weight is [319, 32]", "[320, 32]"],
+    ),
+    "a tensor of integers": (
+        lambda hf: retensor(hf, lambda t: t.update({WTE: t[WTE].astype(np.int32)})),
+        ["wte.weight is I32", "F32, BF16, F16"],
+    ),
+    "only a pickle": (pickled, ["pytorch_model.bin is a pickle", "safetensors"]),
+    "no tokenizer": (lambda hf: (hf / "tokenizer.json").unlink(), ["neither tokenizer.json nor tokenizer.model"]),
+    "a tokenizer that is none": (
+        lambda hf: (hf / "tokenizer.json").write_text('{"model": 3}'),
+        ["not a Hugging Face tokenizer"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(SPOILT))
+def test_a_spoilt_directory_gets_one_line_and_leaves_nothing(hf, tmp_path, name):
+    spoil, words = SPOILT[name]
+    spoil(hf)
+    with pytest.raises(UserError) as caught:
+        source = importing.open_source(hf)
+        importing.write(source, from_config_dict(source.config), tmp_path / "back")
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500
+    for word in words:
+        assert word in message, message
+    assert not (tmp_path / "back").exists() and not (tmp_path / "back.partial").exists()
+    assert not os.path.exists("/tmp/llada-canary")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(build, tmp_path):
+    export(build(), tmp_path / "big")
+    export(build(vocab_size=312), tmp_path / "small")
+    values = json.loads((tmp_path / "big/tokenizer.json").read_text())
+    values["added_tokens"].append(values["added_tokens"][0] | {"id": 312, "content": "<one more>"})
+    (tmp_path / "small/tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="ids up to 312, the model a vocabulary of 312"):
+        importing.open_source(tmp_path / "small")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(model_type="qwen2"), ["model_type='qwen2'"]),
+        (dict(attention_bias=True), ["attention_bias=True"]),
+        (dict(hidden_act="gelu"), ["hidden_act='gelu'"]),
+        (dict(head_dim=16), ["head_dim=16", "hidden_size=32"]),
+        (dict(sliding_window=16), ["sliding_window=16"]),
+        (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), ["rope_type='llama3'"]),
+        (dict(rope_parameters=["x"]), ["rope_parameters"]),
+    ],
+)
+def test_llamas_that_are_other_networks_are_refused(build, tmp_path, change, words):
+    export(build(True), tmp_path / "hf")
+    edit(tmp_path / "hf/config.json", lambda values: values.update(change))
+    with pytest.raises(UserError) as caught:
+        importing.open_source(tmp_path / "hf")
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_code_in_the_directory_is_not_run(hf, tmp_path):
+    """Every import runs in an interpreter in which running the directory's code would be seen."""
+    for path in hf.glob("*.py"):
+        path.write_text("raise SystemExit('the code of the directory was run')")
+    script = (
+        "import sys, builtins\n"
+        "from llada.commands import program\n"
+        f"status = program.main(['import', '--source={hf}', '--workdir={tmp_path / 'back'}'])\n"
+        "assert not {'torch', 'transformers', 'pickle_canary'} & set(sys.modules), 'imported'\n"
+        "sys.exit(status)"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["parameters"] > 0
+
+
+def run(*arguments):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "llada", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_the_commands_refuse_in_one_line_with_status_2(build, tmp_path):
+    workdir, out = build(), tmp_path / "hf"
+    assert run("export", f"--workdir={workdir}", f"--out={out}").returncode == 0
+    for arguments, words in (
+        (["export", f"--workdir={workdir}"], ["--out is missing"]),
+        (["export", f"--workdir={tmp_path}", f"--out={tmp_path / 'x'}"], ["no config.json", "llada train"]),
+        (["export", f"--workdir={workdir}", f"--out={out}"], ["--out=", "exists already"]),
+        (["export", f"--workdir={workdir}", f"--out={tmp_path / 'x'}", "--step=7"], ["--step=7", "saved: 0"]),
+        (["export", f"--workdir={workdir}", f"--out={tmp_path / 'x'}", "--dtype=int8"], ["float32, bfloat16"]),
+        (["export", f"--workdir={workdir}", "--out=/proc/x"], ["--out=/proc/x", "cannot be written"]),
+        (["import", f"--workdir={tmp_path / 'w'}"], ["--source is missing"]),
+        (["import", "--source=/no/where", f"--workdir={tmp_path / 'w'}"], ["/no/where", "not a directory"]),
+        (["import", f"--source={out}", f"--workdir={workdir}"], ["--workdir=", "exists already"]),
+        (["import", f"--source={out}", f"--workdir={tmp_path / 'w'}", "--config.model.width=64"], ["[320, 64]"]),
+        (["import", f"--source={out}", f"--workdir={tmp_path / 'w'}", "--mask_token=<x>"], ["<x>", "not a token"]),
+        (["import", f"--source={out}", f"--workdir={tmp_path / 'w'}", "--config.mesh.fsdp=3"], ["mesh.fsdp=3"]),
+    ):
+        done = run(*arguments)
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert lines[-1].startswith(f"llada {arguments[0]}:"), lines
+        for word in words:
+            assert word in lines[-1], lines
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
