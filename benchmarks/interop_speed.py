@@ -35,13 +35,11 @@ TOY = dict(layers=1, width=64, heads=1, ffn=64, vocab_size=512)
 
 def make_workdir(workdir: Path, shape: dict) -> None:
     """A workdir as `llada import` leaves it, with random parameters."""
-    import jax
     import numpy as np
 
     from llada.config import default_config, from_config_dict, to_dict
     from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
-    from llada.model import transformer
-    from llada.training.checkpoint import Checkpoints
+    from llada.training.checkpoint import create
 
     values = default_config().to_dict()
     values["model"] |= shape | dict(tie_embeddings=True, max_length=2048, dtype="float32")
@@ -50,11 +48,11 @@ def make_workdir(workdir: Path, shape: dict) -> None:
     text = "the quick brown fox jumps over the lazy dog\n" * 50
     tokenizer = SentencePieceTokenizer.train([text], 320, workdir / "tokenizer.model")
     rng = np.random.default_rng(0)
-    abstract = transformer.abstract_parameters(config.model)
-    params = jax.tree.map(lambda x: jax.numpy.asarray(rng.standard_normal(x.shape, np.float32) * 0.02), abstract)
-    checkpoints = Checkpoints(workdir, keep=1)
-    checkpoints.save_parameters(params, config, tokenizer.content)
-    checkpoints.close()
+    for leaf in create(workdir, config, tokenizer.content).values():
+        for start in range(0, len(leaf), leaf.chunk_rows):
+            rows = min(leaf.chunk_rows, len(leaf) - start)
+            values = rng.standard_normal((rows, *leaf.shape[1:]), np.float32)
+            leaf.write(values, slice(start, start + rows)).result()
     (workdir / "config.json").write_text(json.dumps(to_dict(config)))
 
 

@@ -73,7 +73,7 @@ def test_partition_specs_and_libraries_stay_in_their_rooms():
         "sentencepiece": {"data/sentencepiece_tokenizer"},
         "tokenizers": {"data/huggingface_tokenizer"},
         "orbax": {"training/checkpoint"},
-        "tensorstore": {"training/checkpoint"},
+        "tensorstore": {"training/leaves"},
         "safetensors": {"interop/safetensors_files"},
         # Copied into exports, imported by nothing here.
         "torch": {"interop/modeling_llada"},

@@ -71,18 +71,6 @@ def test_a_checkpoint_moves_between_meshes_unchanged(verdicts):
     assert verdicts["moved"]
 
 
-def test_an_import_gives_each_device_its_part_and_no_host_the_whole(verdicts):
-    """On 2 x 2 x 2 a matrix is read in quarters, straight from the file; the parameters are the same bits."""
-    assert verdicts["imported"]["same"]
-    assert verdicts["imported"]["shares"] == {
-        "embedding": 0.25,
-        "head": 0.25,
-        "query": 0.25,
-        "down": 0.25,
-        "output": 0.25,
-    }
-
-
 def main():
     """Print one JSON line with what every mesh gave."""
     import functools
@@ -193,41 +181,7 @@ def main():
     moved = checkpoints.restore(one_config, one_mesh, 3).state
     results["moved"] = bits(moved) == bits(state) and len(moved.params["head"].sharding.device_set) == 1
     checkpoints.close()
-
-    results["imported"] = imported(state.params, config, mesh, folder)
-    results["imported"]["same"] = bits(results["imported"]["same"]) == bits(state.params)
     print(json.dumps(results))
-
-
-def imported(params, config, mesh, folder):
-    """The parameters after a trip through a safetensors file (`same`); the largest share of a tensor read at once."""
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    from llada.interop import importing, layout, llada_schema
-    from llada.interop.safetensors_files import SINGLE, Weights
-
-    tensors = {}
-    for tensor in layout.tensors(config.model, llada_schema.NAMES):
-        group, _, name = tensor.leaf.rpartition(".")
-        ours = np.asarray((params[group] if group else params)[name])
-        ours = ours if tensor.layer is None else ours[tensor.layer]
-        ours = layout.as_matrix(tensor.leaf, ours).T if tensor.transposed else ours
-        tensors[tensor.name] = np.ascontiguousarray(ours)
-    (folder / "hf").mkdir()
-    save_file(tensors, folder / "hf" / SINGLE)
-    weights, shares = Weights(folder / "hf"), {}
-    read = weights.read
-
-    def watched(name, index):
-        piece = read(name, index)
-        leaf = next(t.leaf for t in layout.tensors(config.model, llada_schema.NAMES) if t.name == name).split(".")[-1]
-        shares[leaf] = max(shares.get(leaf, 0), piece.size / tensors[name].size)
-        return piece
-
-    weights.read = watched
-    found = importing._read_weights(weights, config, llada_schema.NAMES, mesh, None)
-    return {"same": found, "shares": {n: shares[n] for n in ("embedding", "head", "query", "down", "output")}}
 
 
 if __name__ == "__main__":

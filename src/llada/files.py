@@ -4,9 +4,13 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from llada.errors import UserError
+
+T = TypeVar("T")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -49,3 +53,12 @@ def new_directory(path: Path, flag: str, replace: bool = False) -> Iterator[Path
         shutil.rmtree(old)
     else:
         os.replace(partial, path)
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items (none of them None), each made in a thread while the caller is busy with the one before."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item

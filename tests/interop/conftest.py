@@ -3,12 +3,13 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from llada.config import default_config, from_config_dict, to_dict
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.model import transformer
-from llada.training.checkpoint import Checkpoints
+from llada.training.checkpoint import create
 
 V = 320
 SHAPES = {
@@ -53,9 +54,9 @@ def build(tokenizer, tmp_path_factory):
         params = jax.tree_util.tree_map_with_path(
             lambda path, x: x * (1 + 0.1 * noise[: x.shape[-1]]) if "norm" in str(path[-1]) else x, params
         )
-        checkpoints = Checkpoints(workdir, keep=1)
-        checkpoints.save_parameters(params, config, tokenizer.content)
-        checkpoints.close()
+        for name, leaf in create(workdir, config, tokenizer.content).items():
+            group, _, last = name.rpartition(".")
+            leaf.write(np.asarray((params[group] if group else params)[last])).result()
         (workdir / "tokenizer.model").write_bytes(tokenizer.content)
         (workdir / "config.json").write_text(json.dumps(to_dict(config)))
         return made.setdefault(key, workdir)

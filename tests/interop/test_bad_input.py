@@ -225,7 +225,6 @@ def test_the_commands_refuse_in_one_line_with_status_2(build, tmp_path):
         (["import", f"--source={out}", f"--workdir={workdir}"], ["--workdir=", "exists already"]),
         (["import", f"--source={out}", f"--workdir={tmp_path / 'w'}", "--config.model.width=64"], ["[320, 64]"]),
         (["import", f"--source={out}", f"--workdir={tmp_path / 'w'}", "--mask_token=<x>"], ["<x>", "not a token"]),
-        (["import", f"--source={out}", f"--workdir={tmp_path / 'w'}", "--config.mesh.fsdp=3"], ["mesh.fsdp=3"]),
     ):
         done = run(*arguments)
         lines = done.stderr.strip().splitlines()

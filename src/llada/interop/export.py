@@ -16,12 +16,13 @@ from llada.config import Config
 from llada.data.huggingface_tokenizer import HuggingFaceTokenizer
 from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError
-from llada.files import new_directory
+from llada.files import ahead, new_directory
 from llada.inference.canvas import forbidden_ids
 from llada.interop import layout, llada_schema, llama_schema, model_card, safetensors_files, sentencepiece_files
 from llada.interop.schema import TRANSFORMERS_VERSION, Special
 from llada.training import workdir as workdir_lib
-from llada.training.checkpoint import Checkpoints, Leaf
+from llada.training.checkpoint import Checkpoints
+from llada.training.leaves import Leaf
 
 SHARD_BYTES = 5_000_000_000
 _SLAB_BYTES = 8 << 20
@@ -74,7 +75,7 @@ def export(
 
             def counted(shard=shard):
                 nonlocal done
-                for piece in _pieces(shard.tensors, leaves, dtype):
+                for piece in ahead(_pieces(shard.tensors, leaves, dtype)):
                     yield piece
                     done += piece.nbytes
                     if progress:
@@ -100,6 +101,7 @@ def _pieces(tensors: list[layout.Tensor], leaves: dict[str, Leaf], dtype: str) -
                 out = np.empty(part.shape[::-1], numpy_dtype)
                 layout.transpose(part, out)
                 yield out
+            del matrix, part  # before the next tensor is read
         elif tensor.layer is not None:
             yield leaf.read(tensor.layer).astype(numpy_dtype, copy=False)
         else:

@@ -1,51 +1,52 @@
 """A Hugging Face directory, or another workdir, as a workdir that every command accepts.
 
-Reads the released LLaDA layout, Llama-family ARMs and iLLaDA. Each device is given its part of each parameter straight
-from the files, so no host ever holds the model. Nothing in the source is executed.
+Reads the released LLaDA layout, Llama-family ARMs and iLLaDA. Tensors go from file to checkpoint one by one, so that no
+machine ever holds the model: the one that imports needs no accelerator and a few hundred megabytes, and whoever opens
+the workdir reads it onto its mesh, each host its part. Nothing in the source is executed.
 """
 
 import json
 import re
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
+from llada import accounting
 from llada import config as config_lib
-from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.data import huggingface_tokenizer
 from llada.data.huggingface_tokenizer import HuggingFaceTokenizer
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer, parse_proto
 from llada.data.tokenizer import NAMES, Tokenizer
 from llada.errors import UserError
-from llada.files import new_directory, write_atomically
+from llada.files import ahead, new_directory, write_atomically
 from llada.interop import layout, llada_schema, llama_schema, sentencepiece_files
 from llada.interop.safetensors_files import Weights, read_json
-from llada.model import transformer
 from llada.training import workdir as workdir_lib
-from llada.training.checkpoint import Checkpoints
+from llada.training.checkpoint import Checkpoints, create
 
 FAMILIES = {"diffusion": False, "autoregressive": True}  # objective: causal
 # Tokens that makers set aside: free to be the mask of a model that had none.
 _FREE = (re.compile(r"<\|?(reserved|unused|extra)[\w-]*\|?>|\[unused\d+\]"), re.compile(r"<\|?unk\|?>|\[UNK\]"))
 _STEPS = 1_000
+_ROWS = 4_096  # of a table, at a time
+_WRITES = 4  # pieces on their way to the disk
 
 Progress = Callable[[int, int], None]
 
 
 class Source(NamedTuple):
-    """A checked source: a config to start from (nested dict), its tokenizer, and how to read a leaf of parameters.
+    """A checked source: a config to start from (nested dict), its tokenizer, and its parameters.
 
-    `read(config, mesh, progress)` returns the parameters, placed on the mesh.
+    `pieces(config)` yields (our leaf, index into it, float32 values) until all parameters of `config` were given.
     """
 
     config: dict[str, Any]
     tokenizer: Tokenizer
-    read: Callable[[Config, jax.sharding.Mesh, Progress | None], transformer.Parameters]
+    pieces: Callable[[Config], Iterator[tuple[str, tuple, np.ndarray]]]
 
 
 def open_source(path: Path, objective: str | None = None, mask_token: str | None = None) -> Source:
@@ -76,23 +77,32 @@ def open_source(path: Path, objective: str | None = None, mask_token: str | None
     tree["model"]["dtype"] = "float32" if float32 else "bfloat16"
     tokenizer = _tokenizer(path, special, config.model.vocab_size, mask_token)
 
-    def read(config: Config, mesh: jax.sharding.Mesh, progress: Progress | None) -> transformer.Parameters:
+    def pieces(config: Config) -> Iterator[tuple[str, tuple, np.ndarray]]:
         _check_tensors(weights, config, schema.NAMES)  # the command line may have changed a shape
-        return _read_weights(weights, config, schema.NAMES, mesh, progress)
+        return _read_weights(weights, config, schema.NAMES)
 
-    return Source(tree, tokenizer, read)
+    return Source(tree, tokenizer, pieces)
 
 
 def write(source: Source, config: Config, workdir: Path, progress: Progress | None = None) -> None:
     """Make `workdir` of a source: the parameters as step 0 of a run not yet begun. It appears whole or not at all."""
-    mesh = mesh_lib.make(config.mesh)
-    mesh_lib.check(config, mesh)
+    pieces = source.pieces(config)
+    total, done = accounting.parameters(config.model).total, 0
     with new_directory(workdir, "--workdir") as directory:
-        params = source.read(config, mesh, progress)
         write_atomically(directory / source.tokenizer.file_name, source.tokenizer.content)
-        checkpoints = Checkpoints(directory, keep=1)
-        checkpoints.save_parameters(params, config, source.tokenizer.content)
-        checkpoints.close()
+        leaves = create(directory, config, source.tokenizer.content)
+        writing: deque = deque()
+        for leaf, index, values in ahead(pieces):
+            writing.append(leaves[leaf].write(values, *index))
+            if len(writing) > _WRITES:
+                writing.popleft().result()
+            done += values.size
+            if progress:
+                progress(done, total)
+        for write in writing:
+            write.result()
+        if done != total:
+            raise AssertionError(f"wrote {done} parameters of {total}")
         write_atomically(directory / "config.json", (json.dumps(config_lib.to_dict(config), indent=2) + "\n").encode())
 
 
@@ -106,10 +116,17 @@ def _open_workdir(path: Path, objective: str | None) -> Source:
     tree = config_lib.to_dict(old)
     tree["model"]["causal"], tree["objective"]["name"] = FAMILIES[family], family
 
-    def read(config: Config, mesh: jax.sharding.Mesh, progress: Progress | None) -> transformer.Parameters:
-        return checkpoints.restore_parameters(config, mesh, step)
+    leaves = checkpoints.open_parameters(step)
 
-    return Source(tree, tokenizer, read)
+    def pieces(config: Config) -> Iterator[tuple[str, tuple, np.ndarray]]:
+        if layout.leaf_shapes(config.model) != {name: leaf.shape for name, leaf in leaves.items()}:
+            raise UserError(f"--config.model... makes other shapes than --source={path} holds; keep its model")
+        for name, leaf in leaves.items():
+            for start in range(0, len(leaf), leaf.chunk_rows):
+                rows = slice(start, min(start + leaf.chunk_rows, len(leaf)))
+                yield name, (rows,), leaf.read(rows)
+
+    return Source(tree, tokenizer, pieces)
 
 
 def _read_config(values: dict[str, Any]):
@@ -153,51 +170,31 @@ def _check_tensors(weights: Weights, config: Config, names: dict[str, str]) -> N
             raise UserError(f"{name} is {list(weights.shape(name))}; config.json makes it {list(shape)}")
 
 
-def _read_weights(weights, config: Config, names, mesh, progress: Progress | None) -> transformer.Parameters:
-    """Every leaf on its devices; a device asks for its own part only."""
+def _read_weights(weights: Weights, config: Config, names: dict[str, str]) -> Iterator[tuple[str, tuple, np.ndarray]]:
+    """Every parameter, a layer's matrix or some rows of a table at a time."""
+    if config.model.tie_embeddings and names["head"] in weights.names:
+        _check_tied(weights, names)
     shapes = layout.leaf_shapes(config.model)
-    abstract = transformer.abstract_parameters(config.model)
-    placements, _ = jax.tree.flatten(mesh_lib.parameter_placements(mesh, abstract))
-    total, done = sum(np.prod(shape, dtype=np.int64) for shape in shapes.values()), 0
-    leaves = {}
-    for (leaf, shape), placement in zip(shapes.items(), placements, strict=True):
-        if config.model.tie_embeddings and leaf == "embedding" and names["head"] in weights.names:
-            _check_tied(weights, names)
-
-        def part(index, leaf=leaf, shape=shape):
-            return _read_part(weights, names[leaf], leaf, index, shape)
-
-        leaves[leaf] = jax.block_until_ready(jax.make_array_from_callback(shape, placement, part))
-        done += leaves[leaf].size
-        if progress:
-            progress(done, int(total))
-    return layout.tree(leaves)
-
-
-def _read_part(weights: Weights, name: str, leaf: str, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """`index` of our `leaf` as float32."""
-    size = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
-    if not leaf.startswith("layers."):
-        return weights.read(name, index).astype(np.float32, copy=False)
-    out = np.empty(size, np.float32)
-
-    def fill(row: int, layer: int) -> None:
-        if layout.is_matrix(leaf):
-            theirs = weights.read(name.format(layer), layout.their_slices(leaf, index[1:], shape[1:]))
-            layout.transpose(theirs, layout.as_matrix(leaf, out[row]))
+    for tensor in layout.tensors(config.model, names):
+        if tensor.layer is None:
+            for start in range(0, tensor.shape[0], _ROWS):
+                rows = slice(start, min(start + _ROWS, tensor.shape[0]))
+                yield tensor.leaf, (rows,), weights.read(tensor.name, rows).astype(np.float32, copy=False)
+            continue
+        ours = np.empty(shapes[tensor.leaf][1:], np.float32)
+        theirs = weights.read(tensor.name)
+        if tensor.transposed:
+            layout.transpose(theirs, layout.as_matrix(tensor.leaf, ours))
         else:
-            out[row] = weights.read(name.format(layer), index[1:])
-
-    with ThreadPoolExecutor() as pool:  # NumPy copies without the interpreter's lock
-        list(pool.map(fill, range(size[0]), range(*index[0].indices(shape[0]))))
-    return out
+            ours[...] = theirs
+        yield tensor.leaf, (tensor.layer,), ours
 
 
 def _check_tied(weights: Weights, names: dict[str, str]) -> None:
     """UserError if a tied model's separate head is not its embedding."""
     rows = weights.shape(names["embedding"])[0]
-    for start in range(0, rows, 4_096):
-        part = (slice(start, min(start + 4_096, rows)), slice(None))
+    for start in range(0, rows, _ROWS):
+        part = slice(start, min(start + _ROWS, rows))
         if not np.array_equal(weights.read(names["embedding"], part), weights.read(names["head"], part)):
             raise UserError(f"config.json ties head and embedding, but {names['head']} differs")
 

@@ -58,15 +58,6 @@ def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {".".join(str(key.key) for key in path): leaf.shape for path, leaf in leaves}
 
 
-def tree(leaves: dict[str, jax.Array]) -> transformer.Parameters:
-    """The nested parameters from leaves by dotted name."""
-    nested: dict = {}
-    for name, leaf in leaves.items():
-        group, _, key = name.rpartition(".")
-        (nested.setdefault(group, {}) if group else nested)[key] = leaf
-    return nested
-
-
 def is_matrix(leaf: str) -> bool:
     """Whether `leaf` is a matrix per layer, which the other side has transposed."""
     return leaf.rpartition(".")[2] in _INPUT_AXES
@@ -76,24 +67,6 @@ def as_matrix(leaf: str, ours: np.ndarray) -> np.ndarray:
     """One layer of `leaf` as [inputs, outputs]; a view."""
     count = _INPUT_AXES[leaf.rpartition(".")[2]]
     return ours.reshape(math.prod(ours.shape[:count]), -1)
-
-
-def their_slices(leaf: str, index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """(rows, columns) of their [outputs, inputs] matrix that hold `index` of one layer, whose shape is `shape`.
-
-    Only the first axis of inputs and the first of outputs may be cut, which is how `mesh.PARAMETERS` cuts them.
-    """
-    count = _INPUT_AXES[leaf.rpartition(".")[2]]
-
-    def merged(axes) -> slice:
-        (first, *rest) = [s.indices(n) for s, n in zip(index[axes], shape[axes], strict=True)]
-        whole = [n for n in shape[axes]][1:]
-        if [(0, n, 1) for n in whole] != rest:
-            raise ValueError(f"{leaf} is cut along an inner axis: {index}")
-        inner = math.prod(whole)
-        return slice(first[0] * inner, first[1] * inner)
-
-    return merged(slice(count, None)), merged(slice(0, count))
 
 
 def transpose(matrix: np.ndarray, out: np.ndarray) -> None:

@@ -6,6 +6,7 @@ read: pickles run code.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,15 +78,15 @@ def index(shards: list[Shard], dtype: str) -> dict:
 
 
 class Weights:
-    """The tensors of a directory, mapped but not read: names, shapes and slices."""
+    """The tensors of a directory: names, shapes, and rows on demand."""
 
     def __init__(self, directory: Path):
         """UserError, naming the file, for anything missing, damaged, contradictory, or outside the directory."""
         self._file_of = _weight_map(directory)
         self._entries: dict[str, dict] = {}
-        self._data: dict[str, np.ndarray] = {}
+        self._directory, self._start = directory, {}
         for name in sorted(set(self._file_of.values())):
-            entries, self._data[name] = _mapped(directory / name)
+            entries, self._start[name] = _header(directory / name)
             for tensor in entries:
                 if tensor in self._entries:
                     raise UserError(f"{tensor} is in {name} and in another file")
@@ -110,15 +111,19 @@ class Weights:
         """Its dtype as safetensors spells it: F32, BF16 or F16."""
         return self._entries[name]["dtype"]
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A slice of it in its own dtype: a view of the file."""
-        start, end = self._entries[name]["data_offsets"]
-        data = self._data[self._file_of[name]][start:end]
-        return data.view(_READABLE[self.dtype(name)]).reshape(self.shape(name))[index]
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """It, or some of its rows, in its own dtype."""
+        (count, *rest), dtype = self.shape(name), _READABLE[self.dtype(name)]
+        start, stop, _ = rows.indices(count)
+        size = math.prod(rest)
+        begin = self._start[self._file_of[name]] + self._entries[name]["data_offsets"][0]
+        with (self._directory / self._file_of[name]).open("rb") as file:
+            file.seek(begin + start * size * dtype.itemsize)
+            return np.fromfile(file, dtype, (stop - start) * size).reshape(stop - start, *rest)
 
 
-def _mapped(path: Path) -> tuple[dict[str, dict], np.ndarray]:
-    """Header entries by tensor name, and the data as mapped bytes. UserError unless the library accepts the file."""
+def _header(path: Path) -> tuple[dict[str, dict], int]:
+    """Entries by tensor name, and where the data begins. UserError unless the library accepts the file."""
     try:
         with safetensors.safe_open(path, framework="np"):  # checks offsets, shapes and dtypes against the file's length
             pass
@@ -128,9 +133,7 @@ def _mapped(path: Path) -> tuple[dict[str, dict], np.ndarray]:
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path.name} is not a whole safetensors file: {error}") from error
     entries.pop("__metadata__", None)
-    if path.stat().st_size == 8 + length:
-        return entries, np.empty(0, np.uint8)  # nothing to map
-    return entries, np.memmap(path, np.uint8, "r", offset=8 + length)
+    return entries, 8 + length
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
@@ -139,7 +142,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     if not path.exists():
         single = directory / SINGLE
         if single.exists():
-            return dict.fromkeys(_mapped(single)[0], SINGLE)
+            return dict.fromkeys(_header(single)[0], SINGLE)
         pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
         hint = f" ({pickles[0]} is a pickle, which can run code and is not read)" if pickles else ""
         raise UserError(f"it has neither {INDEX} nor {SINGLE}{hint}; convert the weights to safetensors first")

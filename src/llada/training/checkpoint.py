@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 
 from llada import config as config_lib
 from llada import mesh as mesh_lib
@@ -23,6 +22,7 @@ from llada.config import Config
 from llada.errors import UserError
 from llada.model import transformer
 from llada.training import optimizer
+from llada.training.leaves import FILE_BYTES, Leaf, open_leaves
 from llada.training.step import TrainState, init_state, state_placements
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
@@ -41,13 +41,14 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one workdir."""
 
-    def __init__(self, workdir: Path, keep: int | None = None):
+    def __init__(self, workdir: Path, keep: int | None = None, params_handler: ocp.CheckpointHandler | None = None):
+        """Open them; with `keep`, to save too, the newest so many staying."""
         self.directory = (workdir / "checkpoints").resolve()
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None),
             item_handlers={
-                "params": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "params": params_handler or ocp.PyTreeCheckpointHandler(use_compression=False),
                 "optimizer_state": ocp.PyTreeCheckpointHandler(use_compression=False),
                 "run": ocp.JsonCheckpointHandler(),
             },
@@ -66,12 +67,8 @@ class Checkpoints:
         """Start saving `state`; returns once the arrays have left the device. A step already there is left alone."""
         step = int(state.step)
         if step not in self.manager.all_steps():
-            moments = ocp.args.PyTreeSave(state.optimizer_state)
+            moments = ocp.args.PyTreeSave(state.optimizer_state, None, FILE_BYTES)
             self._save(step, state.params, config, cursor, tokenizer, optimizer_state=moments)
-
-    def save_parameters(self, params: transformer.Parameters, config: Config, tokenizer: bytes) -> None:
-        """Start saving parameters that come from elsewhere, as step 0 of a run that has not begun."""
-        self._save(0, params, config, {}, tokenizer)
 
     def _save(self, step, params, config, cursor, tokenizer, **more) -> None:
         run = {
@@ -80,7 +77,7 @@ class Checkpoints:
             "tokenizer": base64.b64encode(tokenizer).decode(),
         }
         chunks = jax.tree_util.tree_map_with_path(_chunks, params)
-        items = {"params": ocp.args.PyTreeSave(params, save_args=chunks), "run": ocp.args.JsonSave(run)}
+        items = {"params": ocp.args.PyTreeSave(params, chunks, FILE_BYTES), "run": ocp.args.JsonSave(run)}
         self.manager.save(step, args=ocp.args.Composite(**items, **more))
 
     def restore(self, config: Config, mesh: jax.sharding.Mesh, step: int) -> Restored:
@@ -111,12 +108,9 @@ class Checkpoints:
         target = _placed(abstract, mesh_lib.parameter_placements(mesh, abstract))
         return self.manager.restore(step, args=ocp.args.Composite(params=_to_restore(target))).params
 
-    def open_parameters(self, step: int | None = None) -> dict[str, "Leaf"]:
+    def open_parameters(self, step: int | None = None) -> dict[str, Leaf]:
         """Every parameter by its dotted name (`layers.query`), opened but not read; UserError without a step."""
-        path = self.directory / str(self.resolve(step)) / "params"
-        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{path}/"}).result()
-        names = [key.decode().removesuffix("/.zarray") for key in store.list().result() if key.endswith(b"/.zarray")]
-        return {name: Leaf(path, name) for name in names}
+        return open_leaves(self.directory / str(self.resolve(step)) / "params")
 
     def resolve(self, step: int | None) -> int:
         """`step`, or the latest for None; UserError naming the steps there are."""
@@ -142,27 +136,27 @@ class Checkpoints:
         self.manager.close()
 
 
+def create(workdir: Path, config: Config, tokenizer: bytes) -> dict[str, Leaf]:
+    """Step 0 of a run that has not begun, its parameters zero until the leaves are written: a model from elsewhere, of
+    which no more is in memory than the caller holds.
+
+    The step counts as committed at once: the caller keeps the workdir out of sight until all is written.
+    """
+    abstract = transformer.abstract_parameters(config.model)
+    # Orbax writes the frame of the checkpoint, around one zero that has every shape and compresses to nothing; it must
+    # not copy that to the full size first.
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract)
+    as_they_are = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, as_they_are))
+    handler = ocp.PyTreeCheckpointHandler(use_compression=True, type_handler_registry=registry)
+    checkpoints = Checkpoints(workdir, keep=1, params_handler=handler)
+    checkpoints._save(0, zeros, config, {}, tokenizer)
+    checkpoints.close()
+    return open_leaves(checkpoints.directory / "0" / "params", rewrite=True)
+
+
 def _placed(abstract, placements):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placements)
-
-
-class Leaf:
-    """One saved parameter, read piece by piece: for programs that cannot hold the model, or need not."""
-
-    def __init__(self, params: Path, name: str):
-        """Open `name` in the params item of a step."""
-        where = {"driver": "ocdbt", "base": f"file://{params}/", "path": name}
-        self._array = tensorstore.open({"driver": "zarr", "kvstore": where}, open=True, read=True).result()
-        self.shape: tuple[int, ...] = tuple(self._array.shape)
-        self.chunk_rows: int = self._array.chunk_layout.read_chunk.shape[0]  # what one read brings in anyway
-
-    def __len__(self) -> int:
-        """Size of the first axis."""
-        return self.shape[0]
-
-    def read(self, *index: int | slice) -> np.ndarray:
-        """The piece at `index`, as NumPy would take it."""
-        return self._array[index].read().result()
 
 
 def _to_restore(target) -> ocp.args.PyTreeRestore:
