@@ -7,7 +7,7 @@ run_dir="${1:-runs/quickstart}"
 case "$run_dir" in /*) ;; *) run_dir="$PWD/$run_dir" ;; esac
 cd "$(dirname "$0")/.."
 source launch/setup.sh
-make_environment requirements.txt requirements-plots.txt
+make_environment requirements.txt requirements-plots.txt requirements-hf.txt
 
 say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
-make_environment requirements.txt requirements-plots.txt requirements-test.txt
+make_environment requirements.txt requirements-plots.txt requirements-hf.txt requirements-test.txt
 install_beside transformers4 requirements-transformers4.txt
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 ruff check .
