@@ -100,9 +100,9 @@ def peak_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def child(arguments: list[str]) -> dict:
+def child(arguments: list[str], script: Path = Path(__file__)) -> dict:
     """One of the programs in a process of its own: its seconds and peak bytes."""
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
