@@ -1,6 +1,7 @@
 """Out and in again: the released names and shapes, the same bits back, little memory, nothing half-written."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import sentencepiece
 from safetensors.numpy import load_file
 
 import llada
@@ -306,6 +308,18 @@ def test_a_llama_with_only_a_sentencepiece_model_comes_in(build, tokenizer, tmp_
     found = importing.open_source(tmp_path / "hf").tokenizer
     text = "the cat\n  sees é"
     assert found.encode(text) == tokenizer.encode(text) and found.special == tokenizer.special
+    # As Llama 2 has it: no mask, no padding, a prefix space; here and there -1 stands for no id.
+    writer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sees the dog"] * 50), model_writer=writer, vocab_size=278, model_type="bpe",
+        byte_fallback=True, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "hf/tokenizer.model").write_bytes(writer.getvalue())
+    values = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps(values | {"eos_token_id": 2, "pad_token_id": -1}))
+    found = importing.open_source(tmp_path / "hf").tokenizer
+    assert found.decode(found.encode("the cat sees")) == "the cat sees"
+    assert (found.mask_id, found.eos_id, found.pad_id) == (278, 2, 2)
 
 
 def test_defaults_are_safe_for_every_context(build):

@@ -61,7 +61,6 @@ def answers(folder, texts, spelled):
         tokenizer.padding_side = side
         batch = tokenizer(["if", "if a == b:"], padding=True)
         padded[side] = [batch["input_ids"], batch["attention_mask"]]
-    template = tokenizer.chat_template
     return {
         "split": split,
         "ids": ids,
@@ -76,7 +75,6 @@ def answers(folder, texts, spelled):
         "named ids": {name: getattr(tokenizer, name + "_token_id") for name in ("mask", "eos", "pad", "unk", "bos")},
         "sizes": [len(tokenizer), tokenizer.vocab_size, tokenizer.model_max_length],
         "tokens": tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))),
-        "chat": tokenizer.apply_chat_template([{"content": "hi"}], tokenize=False) if template else None,
     }
 
 cases = json.loads(Path(sys.argv[1]).read_text())
@@ -147,7 +145,7 @@ def trained_here(folder):
 
     code = train("code", DOCUMENTS, 900)
     yield "code", (code, [*NASTY, *fuzzed(code, 4_000), *DOCUMENTS[:20]], {})
-    arguments = {"bos_id": code.eos_id, "model_max_length": 512, "chat_template": "{{ messages[0]['content'] }}!"}
+    arguments = {"bos_id": code.eos_id, "model_max_length": 512}
     yield "code, bos", (code, ["", "if a == b:", *LINES[:100]], arguments)
     # Little but repetitions, so that most pieces have several cuts; then every short text there is.
     rng = random.Random(0)
@@ -258,7 +256,7 @@ def test_special_tokens(models, answers, major):
     assert said["spelled"] == [*tokenizer.encode("if"), mask, *tokenizer.encode(" "), eos, *tokenizer.encode("b"), unk]
     assert said["decoded spelled"] == SPELLED and said["skipped"] == "if b"
     assert said["complete"] == said["ids"] and said["pair"] == tokenizer.encode("if") + tokenizer.encode("else")
-    assert said["sizes"] == [900, 900, 64] and said["chat"] is None
+    assert said["sizes"] == [900, 900, 64]
     first, second = tokenizer.encode("if"), tokenizer.encode("if a == b:")
     gap = len(second) - len(first)
     for side, padding in (("left", lambda ids, pad: [pad] * gap + ids), ("right", lambda ids, pad: ids + [pad] * gap)):
@@ -273,7 +271,7 @@ def test_bos_begins_every_text(models, answers, major):
     bos = tokenizer.eos_id
     assert said["complete"] == [[bos, *ids] for ids in tokenizer.encode_many(texts)]
     assert said["pair"] == [bos, *tokenizer.encode("if"), bos, *tokenizer.encode("else")]
-    assert said["sizes"][2] == 512 and said["chat"] == "hi!"
+    assert said["sizes"][2] == 512
 
 
 def test_files_are_json_and_the_same_each_time(models):

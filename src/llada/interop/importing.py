@@ -230,9 +230,8 @@ def _from_sentencepiece(path: Path, special: dict[str, int]) -> dict[str, str]:
     """Hugging Face files from a SentencePiece model that came without them."""
     proto = parse_proto(path.read_bytes(), str(path))
     id_of = {piece.piece: token for token, piece in enumerate(proto.pieces)}
-    roles = {
-        role: special.get(role, next((id_of[n] for n in names if n in id_of), None)) for role, names in NAMES.items()
-    }
+    roles = {role: next((id_of[name] for name in names if name in id_of), None) for role, names in NAMES.items()}
+    roles |= {role: token for role, token in special.items() if token < len(proto.pieces)}
     made = sentencepiece_files.tokenizer_files(
         proto, mask_id=roles["mask"], eos_id=roles["eos"], pad_id=roles["pad"], model_max_length=None
     )

@@ -102,7 +102,8 @@ def from_json(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int | N
     given = {role: values.get(f"{role}_token_id") for role in ("mask", "eos", "pad")}
     # Several ends: the first is that of a text, others end turns.
     given["eos"] = given["eos"][0] if isinstance(given["eos"], list) and given["eos"] else given["eos"]
-    return model, {role: token for role, token in given.items() if type(token) is int}
+    # Old files say -1 for none.
+    return model, {role: token for role, token in given.items() if type(token) is int and token >= 0}
 
 
 def _rope_theta(values: dict[str, Any]) -> float:

@@ -51,23 +51,21 @@ class _Merge(NamedTuple):
 def tokenizer_files(
     proto: Any,
     *,
-    mask_id: int,
-    eos_id: int,
-    pad_id: int,
+    mask_id: int | None,
+    eos_id: int | None,
+    pad_id: int | None,
     bos_id: int | None = None,
-    model_max_length: int,
-    chat_template: str | None = None,
+    model_max_length: int | None,
 ) -> dict[str, bytes]:
     """Return the files' contents by name: tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
-    `proto` is a parsed SentencePiece ModelProto, byte-pair or unigram. With `bos_id` every encoded text begins with
+    `proto` is a parsed SentencePiece ModelProto, byte-pair or unigram; ids are None where it has no such token. With `bos_id` every encoded text begins with
     that token, unless the user passes add_special_tokens=False. Transformers 4.57 and 5 load the files without
     sentencepiece. Raises UserError for a model that the format cannot express.
     """
     _refuse_what_has_no_equal(proto)
-    roles = {"mask_token": mask_id, "eos_token": eos_id, "pad_token": pad_id}
-    if bos_id is not None:
-        roles["bos_token"] = bos_id
+    given = {"mask_token": mask_id, "eos_token": eos_id, "pad_token": pad_id, "bos_token": bos_id}
+    roles = {role: token for role, token in given.items() if token is not None}
     unknown = next((token for token, piece in enumerate(proto.pieces) if piece.type == _UNKNOWN), None)
     if unknown is None:
         raise UserError("the SentencePiece model has no unknown piece; transformers cannot load it")
@@ -98,8 +96,6 @@ def tokenizer_files(
         },
         **names,
     }
-    if chat_template is not None:
-        config["chat_template"] = chat_template
     return {
         "tokenizer.json": _json(tokenizer),
         "tokenizer_config.json": _json(config),
