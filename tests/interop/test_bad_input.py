@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import struct
 import subprocess
 import sys
@@ -233,3 +234,36 @@ def test_the_commands_refuse_in_one_line_with_status_2(build, tmp_path):
         for word in words:
             assert word in lines[-1], lines
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_random_damage_is_refused_or_harmless(build, tmp_path):
+    """Bytes changed, cut or added anywhere in any file: a UserError or a whole import, never another exception."""
+    export(build(), tmp_path / "hf", shard_bytes=60_000)
+    names = [SHARD, "model.safetensors.index.json", "config.json", "tokenizer.json", "tokenizer_config.json"]
+    whole = {name: (tmp_path / "hf" / name).read_bytes() for name in names}
+    rng = random.Random(0)
+    refused = 0
+    for case in range(int(os.environ.get("LLADA_FUZZ", 150))):
+        name = names[case % len(names)]
+        data = bytearray(whole[name])
+        # Headers are short; most damage should fall there.
+        at = rng.randrange(min(len(data), rng.choice([64, 1_000, 100_000])))
+        kind = rng.randrange(4)
+        if kind == 0:
+            data[at] = rng.randrange(256)
+        elif kind == 1:
+            del data[at:]
+        elif kind == 2:
+            data[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 9)))
+        else:
+            data[at : at + 8] = rng.choice([b"99999999", b"-1234567", b"[[[[[[[[", b"nullnull", b'"../../x'])
+        (tmp_path / "hf" / name).write_bytes(data)
+        try:
+            source = importing.open_source(tmp_path / "hf")
+            config = from_config_dict(source.config)
+            sum(values.size for _, _, values in source.pieces(config))
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error), str(error)
+        (tmp_path / "hf" / name).write_bytes(whole[name])
+    assert refused > 30
