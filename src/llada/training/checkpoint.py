@@ -8,6 +8,7 @@ has committed it.
 
 import base64
 import logging
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from llada.training.step import TrainState, init_state, state_placements
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
 
 
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES, _LEAST_CHUNK_BYTES = 16 << 20, 1 << 20
 
 
 class Restored(NamedTuple):
@@ -165,6 +166,11 @@ def _to_restore(target) -> ocp.args.PyTreeRestore:
 
 
 def _chunks(path, leaf) -> ocp.SaveArgs:
-    """Stacked leaves are cut between layers first."""
-    stacked = str(getattr(path[0], "key", "")) == "layers"
-    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+    """Stacked leaves are cut between layers first, and each layer alone unless a device's part of it is tiny: reading
+    one layer should not bring in the others.
+    """
+    if str(getattr(path[0], "key", "")) != "layers":
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+    part = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
+    layer_bytes = max(math.prod(part[1:]) * leaf.dtype.itemsize, _LEAST_CHUNK_BYTES)
+    return ocp.SaveArgs(chunk_byte_size=min(layer_bytes, _CHUNK_BYTES), shard_axes=(0,))
