@@ -59,9 +59,9 @@ def tokenizer_files(
 ) -> dict[str, bytes]:
     """Return the files' contents by name: tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
-    `proto` is a parsed SentencePiece ModelProto, byte-pair or unigram; ids are None where it has no such token. With `bos_id` every encoded text begins with
-    that token, unless the user passes add_special_tokens=False. Transformers 4.57 and 5 load the files without
-    sentencepiece. Raises UserError for a model that the format cannot express.
+    `proto` is a parsed SentencePiece ModelProto, byte-pair or unigram; ids are None where it has no such token. With
+    `bos_id` every encoded text begins with that token, unless the user passes add_special_tokens=False. Transformers
+    4.57 and 5 load the files without sentencepiece. Raises UserError for a model that the format cannot express.
     """
     _refuse_what_has_no_equal(proto)
     given = {"mask_token": mask_id, "eos_token": eos_id, "pad_token": pad_id, "bos_token": bos_id}
