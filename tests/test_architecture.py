@@ -75,6 +75,7 @@ def test_partition_specs_and_libraries_stay_in_their_rooms():
         "orbax": {"training/checkpoint"},
         "tensorstore": {"training/leaves"},
         "safetensors": {"interop/safetensors_files"},
+        "scipy": {"scaling/parametric"},
         # Copied into exports, imported by nothing here.
         "torch": {"interop/modeling_llada"},
         "transformers": {"interop/modeling_llada", "interop/configuration_llada"},

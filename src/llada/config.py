@@ -71,6 +71,8 @@ class DataConfig:
     tokenizer: str | None = None  # a SentencePiece .model; None: train one of model.vocab_size on the corpus
     sequence_length: int = 256
     holdout_fraction: float = 0.02  # of the documents, chosen by a hash of their text
+    directory: str | None = None  # where the rows of tokens are kept, for many runs to share; None: the workdir
+    unique_tokens: int | None = None  # train on so many tokens, again and again; None: on the whole training side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,7 @@ class EvaluateConfig:
     """Held-out evaluation during and after training."""
 
     every: int = 500  # steps; 0 evaluates at the end only
+    at: str = ""  # and at these positions, written as in optimizer.schedule: "10M 20M 50%"
     batches: int = 8
     draws: int = 8  # Monte Carlo draws (l, masks) per row; the ARM needs none
 
@@ -156,8 +159,8 @@ class Config:
 # model it is or what it sees at a given step.
 CHANGEABLE = (
     *("train.steps", "train.tokens", "train.log_every", "train.microbatches", "objective.head_rows"),
-    *("model.remat", "model.scan_unroll", "mesh.data", "mesh.fsdp", "mesh.tensor"),
-    *("evaluate.every", "evaluate.batches", "evaluate.draws", "checkpoint.every", "checkpoint.keep"),
+    *("model.remat", "model.scan_unroll", "mesh.data", "mesh.fsdp", "mesh.tensor", "data.directory", "data.tokenizer"),
+    *("evaluate.every", "evaluate.at", "evaluate.batches", "evaluate.draws", "checkpoint.every", "checkpoint.keep"),
 )
 
 
@@ -190,7 +193,7 @@ def from_config_dict(values: ml_collections.ConfigDict | dict) -> Config:
     """The border: nested dataclasses from a ConfigDict or plain dict; unknown keys and bad values raise UserError."""
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
-    config = _build(Config, values, "config")
+    config = build(Config, values, "config")
     _validate(config)
     return config
 
@@ -229,7 +232,8 @@ def _scalar_type(annotation) -> type:
     return annotation
 
 
-def _build(cls, values: dict, path: str):
+def build(cls, values: dict, path: str):
+    """A config dataclass from nested dicts; `path` names it in the UserError for an unknown key or a wrong type."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     out = {}
     for key, value in values.items():
@@ -241,7 +245,7 @@ def _build(cls, values: dict, path: str):
         if dataclasses.is_dataclass(field_type):
             if not isinstance(value, dict):
                 raise UserError(f"{path}.{key}={value!r} must be a group of keys, not one value")
-            out[key] = _build(field_type, value, f"{path}.{key}")
+            out[key] = build(field_type, value, f"{path}.{key}")
         else:
             out[key] = _checked(value, field_type, f"{path}.{key}")
     return cls(**out)
@@ -253,6 +257,8 @@ def _checked(value, annotation, path: str):
         return None
     if wanted is float and type(value) is int:
         return float(value)
+    if wanted is tuple and type(value) is list:
+        return tuple(value)
     if type(value) is not wanted:
         optional = " or None" if wanted is not annotation else ""
         raise UserError(f"--{path}={value!r} is a {type(value).__name__}; it must be {wanted.__name__}{optional}")
@@ -269,7 +275,7 @@ def _validate(config: Config) -> None:
 POSITIVE = (
     *("model.layers", "model.width", "model.heads", "model.kv_heads", "model.ffn", "model.vocab_size"),
     *("model.max_length", "model.scan_unroll", "model.rope_theta", "model.norm_eps", "model.init_std"),
-    *("objective.head_rows", "data.sequence_length", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("objective.head_rows", "data.sequence_length", "data.unique_tokens", "mesh.data", "mesh.fsdp", "mesh.tensor"),
     *("optimizer.peak_learning_rate", "optimizer.adam_eps", "optimizer.clip_norm"),
     *("train.batch_size", "train.microbatches", "train.steps", "train.tokens", "train.log_every"),
     *("evaluate.batches", "evaluate.draws", "checkpoint.every", "checkpoint.keep"),

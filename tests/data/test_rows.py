@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llada.data import rows
-from llada.data.rows import Batches, chain_digest, open_corpus, prepare
+from llada.data.rows import Batches, chain_digest, open_corpus, prepare, unique_rows
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.sources import documents, is_holdout
 from llada.errors import UserError
@@ -225,3 +225,16 @@ def test_a_host_delivers_thousands_of_rows_a_second():
         next(reader)
     assert 6400 / (time.perf_counter() - start) > 5000
     reader.close()
+
+
+def test_unique_rows_are_nested_and_of_the_asked_size():
+    rows_NL = np.arange(40).reshape(10, 4)
+    assert list(unique_rows(rows_NL, None)) == list(range(10))
+    less, more = unique_rows(rows_NL, 13), unique_rows(rows_NL, 32)
+    assert len(less) == 3 and len(more) == 8
+    assert list(more[:3]) == list(less) and len(set(more)) == 8
+    for wrong in (3, 41 + 3):
+        with pytest.raises(UserError, match=f"unique_tokens={wrong} must be from 4 .* to 40"):
+            unique_rows(rows_NL, wrong)
+    used = {int(row) for step in range(6) for row in Batches(rows_NL, 4, 0, unique_tokens=13).at(step)[:, 0] // 4}
+    assert used == set(less.tolist())

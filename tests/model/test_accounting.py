@@ -1,6 +1,10 @@
-"""Parameter and FLOP arithmetic against the model itself: shapes of its parameters, products in its program."""
+"""Parameter and FLOP arithmetic against the model itself: shapes of its parameters, products in its program.
+
+The products are counted twice: in the traced program by the walk below, in the lowered training step by XLA.
+"""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -9,9 +13,11 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from llada import accounting
-from llada.config import Config, DataConfig, ModelConfig, ObjectiveConfig
+from llada.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from llada.model import transformer
+from llada.objectives.contract import SpecialTokens
 from llada.objectives.vocabulary_head import weighted_nats
+from llada.training.step import init_state, train_step
 
 
 def model(layers, width, heads, kv_heads, ffn, vocab_size, **others) -> ModelConfig:
@@ -103,6 +109,77 @@ def test_the_head_costs_six_flops_per_weight_and_row_that_meets_it():
         return jax.grad(loss, argnums=(0, 1))(hidden, head)
 
     assert product_flops(jax.make_jaxpr(gradients)(hidden, head).jaxpr) == rows * 6 * V * D
+
+
+# So wide that elementwise work and AdamW, which XLA counts too, stay below half a percent of the products.
+WIDE = dict(layers=2, width=1024, heads=4, kv_heads=2, ffn=1536, vocab_size=4096)
+LENGTH, ROWS = 1024, 16384
+
+
+def wide_step(causal: bool, length: int = LENGTH, **changes) -> Config:
+    """A step of ROWS positions that XLA counts in full: it takes the body of a loop once, however often it turns.
+
+    The scan over layers is unrolled, and all rows stand in one block of the vocabulary head.
+    """
+    shape = WIDE | changes
+    config = config_of(model(**shape, causal=causal, max_length=length, scan_unroll=shape["layers"]), length)
+    objective = dataclasses.replace(config.objective, head_rows=ROWS)
+    return dataclasses.replace(config, objective=objective, train=TrainConfig(batch_size=ROWS // length, steps=10))
+
+
+@functools.cache
+def xla_flops(config: Config) -> float:
+    """XLA's count per position of the whole lowered, not yet optimised step; nothing is compiled or allocated."""
+    state = jax.eval_shape(functools.partial(init_state, config))
+    batch = jax.ShapeDtypeStruct((config.train.batch_size, config.data.sequence_length), jnp.int32)
+    step = functools.partial(train_step, config=config, special=SpecialTokens(mask=3, eos=1))
+    return jax.jit(step).lower(state, batch).cost_analysis()["flops"] / ROWS
+
+
+def attention_flops(config: Config) -> float:
+    """Of the scores and of the values they mix, per token: what one more sequence length adds to the exact count."""
+    twice = dataclasses.replace(config, data=DataConfig(sequence_length=2 * config.data.sequence_length))
+    return accounting.flops_exact_per_token(twice) - accounting.flops_exact_per_token(config)
+
+
+def program_flops(config: Config) -> float:
+    """The exact count, and what the program of `wide_step` does beyond it.
+
+    That is the head on the rows that are not masked, for one block holds them all, and the half of the scores that a
+    causal model computes and then throws away.
+    """
+    unmasked_rows = head_flops(config) * (1 - accounting.head_fraction(config))
+    scores_of_the_future = attention_flops(config) if config.model.causal else 0.0
+    return accounting.flops_exact_per_token(config) + unmasked_rows + scores_of_the_future
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["diffusion", "autoregressive"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"length": 2 * LENGTH}, id="length"),
+        pytest.param({"vocab_size": 8192}, id="vocabulary"),
+        pytest.param({"layers": 3}, id="layers"),
+        pytest.param({"kv_heads": 4}, id="MHA"),
+        pytest.param({"ffn": 3072}, id="ffn"),
+        pytest.param({"width": 2048}, id="width"),
+    ],
+)
+def test_exact_flops_are_those_that_xla_counts_in_the_training_step(causal, change):
+    """To 1 %: the whole count, and how much it grows when one thing changes, which no other part of it can hide."""
+    before, after = wide_step(causal), wide_step(causal, **change)
+    print()
+    for config in (before, after):
+        counted, expected = xla_flops(config), program_flops(config)
+        print(f"XLA {counted:.6g}, arithmetic {expected:.6g} FLOP per token, ratio {counted / expected:.5f}")
+        assert counted == pytest.approx(expected, rel=0.01)
+        # No part is so small that the tolerance could cover for it.
+        head, attention = head_flops(config), attention_flops(config) * (2 if causal else 1)
+        assert min(head, attention, expected - head - attention) > 0.1 * expected
+    counted, expected = xla_flops(after) - xla_flops(before), program_flops(after) - program_flops(before)
+    print(f"growth: XLA {counted:.6g}, arithmetic {expected:.6g}, ratio {counted / expected:.5f}")
+    assert expected > 0.05 * program_flops(before)
+    assert counted == pytest.approx(expected, rel=0.01)
 
 
 def test_published_flops_per_token():

@@ -163,3 +163,41 @@ def test_config_survives_json(tiny):
     for family in ("llada", "arm"):
         config = tiny(family)
         assert from_config_dict(json.loads(json.dumps(config_tree(config)))) == config
+
+
+def test_evaluations_happen_at_named_positions_too(tiny, tmp_path):
+    """256 tokens a step: 768 tokens are step 3, half the run is step 6; the last step always."""
+    config = tiny("llada", {"evaluate.every": 0, "evaluate.at": "768 50%"})
+    loop.train(config, tmp_path)
+    assert [line["step"] for line in record(tmp_path) if "eval/nats_per_token" in line] == [3, 6, 12]
+    for wrong in ("soon", "0", "200%", "1"):
+        with pytest.raises(UserError, match=f"evaluate.at has '{wrong}'"):
+            loop.evaluation_steps(tiny("llada", {"evaluate.at": wrong}))
+
+
+def test_unique_tokens_are_read_again_and_again(tiny, tmp_path):
+    """Ten rows of 32 tokens, 12 steps of 8 rows: 9.6 epochs, in the same order for both families."""
+    summaries = []
+    for family in ("llada", "arm"):
+        config = tiny(family, {"data.unique_tokens": 330, "data.directory": str(tmp_path / "rows")})
+        summaries.append(loop.train(config, tmp_path / family))
+        assert not (tmp_path / family / "data").exists()  # one directory of rows for both
+    assert summaries[0]["rows_digest"] == summaries[1]["rows_digest"]
+    assert summaries[0]["epochs"] == pytest.approx(9.6, rel=0.05)
+    with pytest.raises(UserError, match="unique_tokens=31 must be from 32"):
+        loop.train(tiny("llada", {"data.unique_tokens": 31, "data.directory": str(tmp_path / "rows")}), tmp_path / "x")
+
+
+def test_a_moved_tokenizer_is_no_other_experiment_but_another_tokenizer_is(tiny, trained, tmp_path):
+    source = trained["llada"].workdir / "tokenizer.model"
+    here = tmp_path / "here.model"
+    here.write_bytes(source.read_bytes())
+    loop.train(tiny("arm", {"data.tokenizer": str(here)}), tmp_path / "run")
+    here.rename(tmp_path / "there.model")
+    for path in ("here.model", "there.model"):
+        loop.train(tiny("arm", {"data.tokenizer": str(tmp_path / path)}), tmp_path / "run")
+    from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    SentencePieceTokenizer.train(["other words entirely " * 50], 300, tmp_path / "other.model")
+    with pytest.raises(UserError, match="not the tokenizer that"):
+        loop.train(tiny("arm", {"data.tokenizer": str(tmp_path / "other.model")}), tmp_path / "run")

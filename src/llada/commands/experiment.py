@@ -4,6 +4,7 @@ ml_collections' own flag would do this with a traceback for every slip of the ke
 An experiment file is Python and is executed.
 """
 
+import contextlib
 import dataclasses
 import runpy
 import types
@@ -42,11 +43,44 @@ def read(experiment: str | None, overrides: dict[str, str]) -> Config:
     """The experiment with its overrides. UserError for a bad file, argument, key or value."""
     if not experiment:
         raise UserError("--config is missing; for example --config=experiments/quickstart.py:llada")
-    return override(_merged(config_lib.default_config().to_dict(), _call(experiment)), overrides)
+    values = _call(experiment)
+    if "sweep" in values:
+        raise UserError(f"--config={experiment} describes a sweep, many runs; use llada sweep --config={experiment}")
+    return override(_merged(config_lib.default_config().to_dict(), values), overrides)
+
+
+def read_sweep(experiment: str, overrides: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A sweep's experiment with its overrides: all config keys that do not vary, and the group `sweep`."""
+    values = _call(experiment)
+    if "sweep" not in values:
+        raise UserError(f"--config={experiment} has no group `sweep`; use llada train, or see experiments/isoflop.py")
+    group = values.pop("sweep")
+    return override_sweep(_merged(config_lib.default_config().to_dict(), values), dict(group), overrides)
+
+
+def override_sweep(
+    base: dict[str, Any], group: dict[str, Any], overrides: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`base` and the group `sweep` with some keys changed; what is wrong with the values is found where they are used."""
+    from llada.scaling.grid import SweepConfig
+
+    own = {key.removeprefix("sweep."): text for key, text in overrides.items() if key.startswith("sweep.")}
+    _put(group, own, SweepConfig, "sweep.")
+    _put(base, {key: text for key, text in overrides.items() if not key.startswith("sweep.")}, Config)
+    return base, group
 
 
 def override(tree: dict[str, Any], overrides: dict[str, str]) -> Config:
     """A nested dict of all keys with some of them changed. UserError for a bad key or value."""
+    _put(tree, overrides, Config)
+    # Steps and tokens exclude each other; naming one on the command line takes back the file's other.
+    for given, other in (("steps", "tokens"), ("tokens", "steps")):
+        if f"train.{given}" in overrides and f"train.{other}" not in overrides:
+            tree["train"][other] = None
+    return config_lib.from_config_dict(tree)
+
+
+def _put(tree: dict[str, Any], overrides: dict[str, str], root: type, prefix: str = "") -> None:
     for key, text in overrides.items():
         *groups, leaf = key.split(".")
         node = tree
@@ -54,12 +88,7 @@ def override(tree: dict[str, Any], overrides: dict[str, str]) -> Config:
             node = node.setdefault(group, {})
             if not isinstance(node, dict):
                 raise UserError(f"unknown config key config.{key}; config.{'.'.join(groups)} is a value, not a group")
-        node[leaf] = _parse(text, _annotation(key), key)
-    # Steps and tokens exclude each other; naming one on the command line takes back the file's other.
-    for given, other in (("steps", "tokens"), ("tokens", "steps")):
-        if f"train.{given}" in overrides and f"train.{other}" not in overrides:
-            tree["train"][other] = None
-    return config_lib.from_config_dict(tree)
+        node[leaf] = _parse(text, _annotation(key, root), prefix + key)
 
 
 def _call(experiment: str) -> dict[str, Any]:
@@ -89,9 +118,9 @@ def _merged(defaults: dict, values: dict) -> dict:
     return out
 
 
-def _annotation(key: str):
+def _annotation(key: str, root: type):
     """The declared type of a dotted key, or None where there is no such key (the border will say so)."""
-    node = Config
+    node = root
     for part in key.split("."):
         fields = {f.name: f.type for f in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
         if part not in fields:
@@ -108,6 +137,8 @@ def _parse(text: str, annotation, key: str):
             return None
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
     try:
+        if annotation is tuple:
+            return tuple(_number_or_word(word) for word in text.strip("()[]").split(",") if word.strip())
         if annotation is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if annotation is int:
@@ -117,6 +148,13 @@ def _parse(text: str, annotation, key: str):
     except (ValueError, KeyError) as error:
         kind = {bool: "True or False", int: "a whole number", float: "a number"}[annotation]
         raise UserError(f"--config.{key}={text} is not {kind}") from error
+
+
+def _number_or_word(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text.strip()
 
 
 def _whole(value: float) -> int:

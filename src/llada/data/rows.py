@@ -133,6 +133,24 @@ def open_corpus(directory: str | Path) -> Corpus:
     return Corpus(train_NL, holdout_NL, metadata)
 
 
+def unique_rows(rows_NL: np.ndarray, unique_tokens: int | None) -> np.ndarray:
+    """The row ids that hold the first `unique_tokens` of a corpus in random order (None: all); of n ids, n <= N.
+
+    The order is the same for every run, so less data is always a part of more. Raises UserError where it is too much,
+    or less than one row.
+    """
+    count, length = rows_NL.shape
+    if unique_tokens is None:
+        return np.arange(count)
+    wanted = unique_tokens // length
+    if not 0 < wanted <= count:
+        raise UserError(
+            f"--config.data.unique_tokens={unique_tokens} must be from {length} (one row) to {count * length}, "
+            "the training side of this corpus"
+        )
+    return np.random.default_rng(0).permutation(count)[:wanted]
+
+
 class Batches:
     """The training stream of one process. Grain shuffles the row ids anew every epoch; the global batch of step s is
     ids[s*B : (s+1)*B], of which each process reads its contiguous share: concatenated by process index, the shares
@@ -140,22 +158,31 @@ class Batches:
     epoch 0 of seed 1.
     """
 
-    def __init__(self, rows_NL: np.ndarray, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1):
-        """Take N rows, the global batch size, and this process's place. Raises UserError on impossible numbers."""
+    def __init__(
+        self,
+        rows_NL: np.ndarray,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        unique_tokens: int | None = None,
+    ):
+        """Take N rows, the global batch size, this process's place. Raises UserError on impossible numbers."""
         if batch_size < 1 or batch_size % process_count:
             raise UserError(f"train.batch_size={batch_size} must be a positive multiple of {process_count} processes")
         if not 0 <= seed < 2**32:
             raise UserError(f"seed={seed} must lie in 0..4294967295; set --config.seed")
         self.rows_NL = rows_NL
         self.batch_size = batch_size
-        self._ids = grain.MapDataset.range(len(rows_NL)).shuffle(seed=seed).repeat()
+        self._used = unique_rows(rows_NL, unique_tokens)
+        self._ids = grain.MapDataset.range(len(self._used)).shuffle(seed=seed).repeat()
         self._share = batch_size // process_count
         self._offset = process_index * self._share
 
     def at(self, step: int) -> np.ndarray:
         """Return this process's rows of batch `step` (0 is the first): batch_BL int32, B = batch_size / processes."""
         start = step * self.batch_size + self._offset
-        ids_B = [self._ids[index] for index in range(start, start + self._share)]
+        ids_B = self._used[[self._ids[index] for index in range(start, start + self._share)]]
         return self.rows_NL[ids_B].astype(np.int32)
 
     def iterate(self, step: int) -> Iterator[np.ndarray]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from llada import mesh as mesh_lib
 from llada.config import Config
+from llada.data.rows import chain_digest
 from llada.errors import UserError
 from llada.model import transformer
 from llada.objectives import autoregressive, diffusion
@@ -23,10 +24,15 @@ _SEED = 0  # not the run's: runs with different seeds are evaluated on the same 
 
 
 class Validation(NamedTuple):
-    """`nats_per_token` with the standard error over rows; `estimator` says what kind of figure it is."""
+    """`nats_per_token` with its standard errors; `estimator` says what kind of figure it is.
+
+    stderr              over rows: how far the figure may be from that of all such text
+    monte_carlo_stderr  over draws, the rows given: how far from that of these rows; what runs on the same rows differ by
+    """
 
     nats_per_token: float
     stderr: float
+    monte_carlo_stderr: float
     bits_per_byte: float
     perplexity: float
     estimator: str
@@ -87,6 +93,7 @@ class Validator:
         count = min(config.evaluate.batches * self.batch, len(holdout_NL))
         # Neighbouring rows come from one document; rows spread over the whole side are closer to independent.
         self.rows_NL = np.asarray(holdout_NL[np.linspace(0, len(holdout_NL) - 1, count).astype(int)], np.int32)
+        self.rows_digest = chain_digest("", self.rows_NL)
         self.bytes = int(token_bytes_V[self.rows_NL].sum())
         self.nats = jax.jit(
             functools.partial(_row_nats, config, special, self.draws, self.estimator),
@@ -97,16 +104,18 @@ class Validator:
         """Evaluate `params` on the held-out rows."""
         R, L = self.rows_NL.shape
         place = mesh_lib.placement(self.mesh, "BL")
-        nats = []
+        nats, variances = [], []
         for start in range(0, R, self.batch):
             index_B = np.arange(start, start + self.batch)
             rows_BL = jax.device_put(self.rows_NL[index_B % R], place)  # the last batch wraps; its surplus is dropped
-            nats.append(np.asarray(self.nats(params, rows_BL, index_B)))
-        nats_R = np.concatenate(nats)[:R].astype(np.float64)
+            for values, found in zip((nats, variances), self.nats(params, rows_BL, index_B), strict=True):
+                values.append(np.asarray(found))
+        nats_R, variance_R = (np.concatenate(values)[:R].astype(np.float64) for values in (nats, variances))
         mean = float(nats_R.mean() / L)
         return Validation(
             nats_per_token=mean,
             stderr=float(nats_R.std(ddof=1) / math.sqrt(R) / L) if R > 1 else math.nan,
+            monte_carlo_stderr=float(math.sqrt(variance_R.sum()) / R / L),
             bits_per_byte=float(nats_R.sum() / self.bytes / math.log(2)),
             perplexity=math.exp(mean),
             estimator=self.estimator,
@@ -117,12 +126,24 @@ class Validator:
 
 
 def _row_nats(config, special, draws, estimator, params, x0_BL, row_B):
-    """Nats of each row (B,): mean over draws."""
+    """Nats of each row (B,), mean over draws, and the Monte Carlo variance of that mean (B,)."""
     predict = functools.partial(transformer.hidden, config.model, params)
     head_VD = transformer.head(config.model, params)
     rows = config.objective.head_rows
     if estimator == "exact":
         _, nats_BL = autoregressive.row_nats(predict, head_VD, x0_BL, None, special, rows)
-        return jnp.sum(nats_BL, axis=1)
+        return jnp.sum(nats_BL, axis=1), jnp.zeros(len(x0_BL))
     nats_MB = bound_draws(predict, head_VD, x0_BL, row_B, draws, special.mask, estimator, rows)
-    return jnp.mean(nats_MB, axis=0)
+    return jnp.mean(nats_MB, axis=0), stratified_variance(nats_MB)
+
+
+def stratified_variance(values_MB: jax.Array) -> jax.Array:
+    """(B,) Variance of the mean of M values, one from each of M strata in a circle; nan for a single one.
+
+    A stratum's one value tells no variance, so neighbours stand in for two draws of one stratum ("collapsed strata",
+    Cochran, Sampling Techniques, 5A.12). What their means differ by is counted too: the estimate errs upwards.
+    """
+    M = len(values_MB)
+    if M < 2:
+        return jnp.full(values_MB.shape[1:], jnp.nan)
+    return jnp.sum((values_MB - jnp.roll(values_MB, 1, axis=0)) ** 2, axis=0) / (2 * M * M)

@@ -18,11 +18,13 @@ from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.data.rows import Batches, Corpus, chain_digest
 from llada.data.tokenizer import Tokenizer
+from llada.errors import UserError
 from llada.evaluation.validation import Validator
 from llada.files import write_atomically
 from llada.training import metrics as metrics_lib
 from llada.training import workdir as workdir_lib
 from llada.training.checkpoint import Checkpoints
+from llada.training.optimizer import parse_position
 from llada.training.step import TrainState, compile_step, init_state, state_placements
 
 
@@ -38,16 +40,16 @@ class Diverged(Exception):
     """Loss or gradient stopped being a number. Nothing was saved after the last good checkpoint."""
 
 
-def train(config: Config, workdir: Path) -> dict:
+def train(config: Config, workdir: Path, progress: metrics_lib.Progress | None = None) -> dict:
     """Train `config` in `workdir` until its last step; returns the summary it wrote to `summary.json`.
 
-    Raises UserError, Interrupted (after saving) or Diverged.
+    `progress` is told how it goes; default the terminal. Raises UserError, Interrupted (after saving) or Diverged.
     """
     mesh = mesh_lib.make(config.mesh)
     mesh_lib.check(config, mesh)
     workdir_lib.claim(workdir, config)
     with jax.set_mesh(mesh), _stop_signals() as stop:
-        run = _Run(config, workdir, mesh)
+        run = _Run(config, workdir, mesh, progress or metrics_lib.Progress(config))
         try:
             while run.step < config.steps and not stop:
                 run.advance()
@@ -63,9 +65,9 @@ def train(config: Config, workdir: Path) -> dict:
 class _Run:
     """Everything a run holds between steps. `step` counts dispatched steps; `pending` is the newest one's metrics."""
 
-    def __init__(self, config: Config, workdir: Path, mesh: jax.sharding.Mesh):
-        self.config, self.workdir, self.mesh = config, workdir, mesh
-        self.progress = metrics_lib.Progress(config)
+    def __init__(self, config: Config, workdir: Path, mesh: jax.sharding.Mesh, progress: metrics_lib.Progress):
+        self.config, self.workdir, self.mesh, self.progress = config, workdir, mesh, progress
+        self.evaluate_at = evaluation_steps(config)
         self.checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
         self.tokenizer: Tokenizer = workdir_lib.tokenizer_for(workdir, config)
         self.corpus: Corpus = workdir_lib.corpus_for(workdir, config, self.tokenizer)
@@ -79,7 +81,12 @@ class _Run:
         self.train_step = compile_step(config, special, mesh)
         self.validate = Validator(config, special, self.tokenizer.token_bytes_V, self.corpus.holdout_NL, mesh)
         self.batches = Batches(
-            self.corpus.train_NL, config.train.batch_size, config.seed, jax.process_index(), jax.process_count()
+            self.corpus.train_NL,
+            config.train.batch_size,
+            config.seed,
+            jax.process_index(),
+            jax.process_count(),
+            config.data.unique_tokens,
         ).iterate(self.step)
         self.pending: dict | None = None
         self.last_evaluation: tuple[int, dict] | None = None
@@ -94,7 +101,7 @@ class _Run:
         self.step += 1
         self.pending = values
         last = self.step == self.config.steps
-        if last or self._due(self.config.evaluate.every):
+        if last or self._due(self.config.evaluate.every) or self.step in self.evaluate_at:
             self.settle()
             self.evaluate()
         if last or self._due(self.config.checkpoint.every):
@@ -131,11 +138,7 @@ class _Run:
     def evaluate(self) -> None:
         """Held-out figure of the present parameters."""
         v = self.validate(self.state.params)
-        values = {
-            "eval/nats_per_token": v.nats_per_token,
-            "eval/stderr": v.stderr,
-            "eval/bits_per_byte": v.bits_per_byte,
-        }
+        values = {f"eval/{name}": getattr(v, name) for name in metrics_lib.EVALUATED}
         totals = metrics_lib.run_totals(self.config, self.step)
         self.writer.write(self.step, values | totals)
         self.progress.evaluation(self.step, values)
@@ -158,24 +161,26 @@ class _Run:
         lines = metrics_lib.read(self.workdir / "metrics.jsonl")
         losses = [line["train/loss_nats_per_token"] for line in lines if "train/loss_nats_per_token" in line]
         self.meter.state()
+        d = self.corpus.metadata
         _, evaluated = self.last_evaluation
+        unique = min(self.config.data.unique_tokens or d.train_tokens, d.train_tokens)
         summary = {
             "step": self.step,
             "objective": self.config.objective.name,
             "parameters": count.total,
             "non_embedding_parameters": count.non_embedding,
             "tokens": totals["train/tokens"],
+            "epochs": totals["train/tokens"] / unique,
             "flops_6nd": totals["train/flops_6nd"],
             "flops_exact": totals["train/flops_exact"],
             "train_nats_per_token": losses[-1] if losses else None,
-            "eval_nats_per_token": evaluated["eval/nats_per_token"],
-            "eval_stderr": evaluated["eval/stderr"],
-            "eval_bits_per_byte": evaluated["eval/bits_per_byte"],
+            **{f"eval_{name}": evaluated[f"eval/{name}"] for name in metrics_lib.EVALUATED},
+            "eval_rows_digest": self.validate.rows_digest,
             "tokens_per_second": self.meter.tokens_per_second,
             "seconds": self.meter.seconds,
-            "unigram_entropy_nats": self.corpus.metadata.unigram_entropy_nats,
+            "unigram_entropy_nats": d.unigram_entropy_nats,
             "rows_digest": self.rows_digest,
-            "corpus_digest": self.corpus.metadata.digest,
+            "corpus_digest": d.digest,
             "tokenizer_sha256": self.tokenizer.sha256,
         }
         write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
@@ -201,7 +206,7 @@ class _Run:
     def _describe(self) -> None:
         c, d = self.config, self.corpus.metadata
         count = accounting.parameters(c.model)
-        epochs = c.steps * c.tokens_per_step / d.train_tokens
+        epochs = c.steps * c.tokens_per_step / min(c.data.unique_tokens or d.train_tokens, d.train_tokens)
         self.progress.say(
             f"{c.objective.name}: {count.total:,} parameters ({count.non_embedding:,} without embeddings), "
             f"{c.steps:,} steps x {c.tokens_per_step:,} tokens ({epochs:.2f} epochs); "
@@ -209,6 +214,21 @@ class _Run:
             f"unigram entropy {d.unigram_entropy_nats:.3f} nats/token; "
             f"mesh {dict(self.mesh.shape)} on {jax.devices()[0].device_kind}"
         )
+
+
+def evaluation_steps(config: Config) -> frozenset[int]:
+    """Steps that `evaluate.at` names, the nearest to each position. UserError where one is no position of the run."""
+    steps = set()
+    for word in config.evaluate.at.split():
+        tokens = parse_position(word, config.steps * config.tokens_per_step)
+        step = None if tokens is None else round(tokens / config.tokens_per_step)
+        if step is None or not 0 < step <= config.steps:
+            raise UserError(
+                f"--config.evaluate.at has {word!r}; a position is a number of tokens (2000000, 10.5G) or percent (2%), "
+                f"from one step ({config.tokens_per_step} tokens) to the end of the run"
+            )
+        steps.add(step)
+    return frozenset(steps)
 
 
 @contextlib.contextmanager

@@ -31,8 +31,12 @@ METRICS = {
     "time/seconds": "wall time since step 0, all calls of the run together",
     "eval/nats_per_token": "held-out bound (LLaDA) or NLL (ARM)",
     "eval/stderr": "its standard error over rows",
+    "eval/monte_carlo_stderr": "its standard error over draws, the rows given; 0 where it is exact",
     "eval/bits_per_byte": "the same per UTF-8 byte of the evaluated text",
 }
+
+# What an evaluation writes under eval/, by its name in `evaluation.validation.Validation`.
+EVALUATED = tuple(name.removeprefix("eval/") for name in METRICS if name.startswith("eval/"))
 
 
 class Meter:

@@ -11,7 +11,16 @@ from llada.config import Config, OptimizerConfig
 from llada.errors import UserError
 
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
-_POINT = re.compile(r"(?P<position>\d+(?:\.\d+)?(?:e\d+)?)(?P<unit>%|[KMGBT]?):(?P<factor>\d+(?:\.\d+)?(?:e-?\d+)?)")
+_NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+_POSITION = re.compile(rf"(?P<number>{_NUMBER})(?P<unit>%|[KMGBT]?)")
+
+
+def parse_position(text: str, total_tokens: float) -> float | None:
+    """Tokens of "2000000", "10.5G" or "2%" (of `total_tokens`); None where the text is none of these."""
+    match = _POSITION.fullmatch(text)
+    if not match:
+        return None
+    return float(match["number"]) * (total_tokens / 100 if match["unit"] == "%" else _UNITS[match["unit"]])
 
 
 def parse_schedule(text: str, total_tokens: float) -> list[tuple[float, float]]:
@@ -22,14 +31,14 @@ def parse_schedule(text: str, total_tokens: float) -> list[tuple[float, float]]:
     """
     points = []
     for word in text.split():
-        match = _POINT.fullmatch(word)
-        if not match:
+        place, _, factor = word.partition(":")
+        position = parse_position(place, total_tokens)
+        if position is None or not re.fullmatch(_NUMBER, factor):
             raise UserError(
                 f"--config.optimizer.schedule has {word!r}; each point is POSITION:FACTOR, the position in tokens "
                 "(2000000, 10.5G) or percent of the run (2%)"
             )
-        scale = total_tokens / 100 if match["unit"] == "%" else _UNITS[match["unit"]]
-        points.append((float(match["position"]) * scale, float(match["factor"])))
+        points.append((position, float(factor)))
     if not points:
         raise UserError("--config.optimizer.schedule is empty; try '0:0 2%:1 80%:1 100%:0.1'")
     for (before, _), (after, _), word in zip(points, points[1:], text.split()[1:], strict=False):

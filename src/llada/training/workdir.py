@@ -69,6 +69,10 @@ def tokenizer_for(workdir: Path, config: Config) -> Tokenizer:
     path = tokenizer_files.in_workdir(workdir)
     if path is not None:
         tokenizer = tokenizer_files.load(path)
+        given = config.data.tokenizer
+        # A file that has moved is no matter: the workdir's copy counts.
+        if given and os.path.exists(given) and tokenizer_files.load(given).sha256 != tokenizer.sha256:
+            raise UserError(f"--config.data.tokenizer={given} is not the tokenizer that {workdir} was begun with")
     elif config.data.tokenizer is not None:
         tokenizer = tokenizer_files.load(config.data.tokenizer)
         write_atomically(workdir / tokenizer.file_name, tokenizer.content)
@@ -86,9 +90,9 @@ def tokenizer_for(workdir: Path, config: Config) -> Tokenizer:
 
 
 def corpus_for(workdir: Path, config: Config, tokenizer: Tokenizer) -> rows.Corpus:
-    """The run's rows, tokenised once and kept under `workdir/data`."""
+    """The run's rows, tokenised once and kept under `data.directory`, or else `workdir/data`."""
     d = config.data
-    return rows.prepare(workdir / "data", d.source, tokenizer, d.sequence_length, d.holdout_fraction)
+    return rows.prepare(d.directory or workdir / "data", d.source, tokenizer, d.sequence_length, d.holdout_fraction)
 
 
 def read_config(workdir: Path) -> Config:

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Scaling laws of LLaDA beside ARM on two CPU cores: trains the grid of experiments/isoflop.py:quick, fits, draws, reports.
+# Usage: bash launch/quickstart_sweep.sh [SWEEP_DIR]      Ctrl-C and a second call continue where it stopped.
+set -euo pipefail
+sweep_dir="${1:-runs/isoflop}"
+case "$sweep_dir" in /*) ;; *) sweep_dir="$PWD/$sweep_dir" ;; esac
+cd "$(dirname "$0")/.."
+source launch/setup.sh
+make_environment requirements.txt requirements-plots.txt
+
+say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
+
+say llada sweep --config=experiments/isoflop.py:quick --workdir="$sweep_dir" --predict=1e13

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Job I of N of a sweep on this machine, in the environment it makes; on a TPU host with JAX's TPU support.
+# Usage: bash launch/sweep_job.sh I N --config=... --workdir=DIR_THAT_ALL_JOBS_SEE [flags of llada sweep]
+set -euo pipefail
+if [ $# -lt 3 ]; then
+  echo "usage: bash launch/sweep_job.sh I N --config=... --workdir=..." >&2
+  exit 2
+fi
+share="$1/$2"
+shift 2
+cd "$(dirname "$0")/.."
+source launch/setup.sh
+make_environment requirements.txt requirements-plots.txt
+if compgen -G '/dev/accel*' > /dev/null || compgen -G '/dev/vfio/[0-9]*' > /dev/null; then
+  version=$(python -c 'import jax; print(jax.__version__)')
+  python -c 'import libtpu' 2> /dev/null || python -m pip install --quiet "jax[tpu]==$version"
+  # Each host of a pod is a machine of its own here: its chips, and no others. Hosts of pods have four.
+  export TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS="${TPU_CHIPS_PER_PROCESS_BOUNDS:-2,2,1}"
+fi
+set -x
+exec llada sweep "$@" --only="$share"

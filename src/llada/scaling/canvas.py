@@ -1,0 +1,95 @@
+"""What the pictures of a sweep share: panels under a title and caveats, shades, ticks, labels beside lines.
+
+matplotlib (extra `plots`) is imported where it is used, so that everything else runs without it.
+"""
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llada.errors import UserError
+
+
+def figure(columns: int, title: str, subtitle: str, **shared) -> tuple[Any, list[Any]]:
+    """A row of panels under a title and caveats, both wrapped to the width."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("pictures need matplotlib: pip install 'llada-jax[plots]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    width = 8.0 if columns == 1 else 5.6 * columns
+    title, subtitle = textwrap.fill(title, int(9.2 * width)), textwrap.fill(subtitle, int(15 * width))
+    head, foot = 0.22 * (title.count("\n") + 1) + 0.12, 0.15 * (subtitle.count("\n") + 1) + 0.08
+    height = 4.6 + head + foot
+    made, axes = plt.subplots(
+        1, columns, figsize=(width, height), dpi=150, layout="constrained", squeeze=False, **shared
+    )
+    made.get_layout_engine().set(rect=(0, foot / height, 1, 1 - (head + foot) / height), w_pad=0.08, h_pad=0.06)
+    made.text(0.012, 1 - 0.08 / height, title, fontsize=13, fontweight="bold", va="top")
+    made.text(0.012, 0.07 / height, subtitle, fontsize=8, color="0.35", va="bottom")
+    for ax in axes[0]:
+        ax.grid(alpha=0.2)
+        ax.spines[["top", "right"]].set_visible(False)
+    return made, list(axes[0])
+
+
+def save(made, path: Path) -> None:
+    """Write the figure and let go of it."""
+    from matplotlib import pyplot as plt
+
+    made.savefig(path)
+    plt.close(made)
+
+
+def say(ax, text: str) -> None:
+    """In the middle of an empty panel."""
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="0.4", fontsize=12)
+
+
+def shades(colour: str, number: int) -> list[np.ndarray]:
+    """From light to dark, the colour itself in between."""
+    from matplotlib.colors import to_rgb
+
+    base = np.array(to_rgb(colour))
+    if number == 1:
+        return [base]
+    steps = np.linspace(-0.55, 0.45, number)
+    return [base + (1 - base) * -s if s < 0 else base * (1 - s) for s in steps]
+
+
+def log_ticks(axis, show: Callable[[float], str]) -> None:
+    """Ticks of a logarithmic axis written by `show`: 1 2 5, 1 3, or decades, as many as its limits leave room for."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    subs = (1, 2, 3, 5, 7) if decades < 0.7 else (1, 2, 5) if decades < 2.5 else (1, 3) if decades < 3.5 else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def labels_right(ax, entries: Sequence[tuple[float, float, str, Any]]) -> None:
+    """Name lines at the right edge, at the height where they end, moved apart where they would touch."""
+    if not entries:
+        return
+    ax.figure.canvas.draw()  # fixes the limits and the panel's height
+    height = ax.get_window_extent().height / ax.figure.dpi * 72
+    to_axes = ax.transData + ax.transAxes.inverted()
+    spots = sorted((to_axes.transform((x, y))[1], text, colour, (x, y)) for x, y, text, colour in entries)
+    places: list[float] = []
+    for spot, text, *_ in spots:
+        need = 11 * (text.count("\n") + 1) / height
+        places.append(max(spot, places[-1] + need) if places else spot)
+    shift = max(places[-1] - 1.0, 0.0)
+    for place, (_, text, colour, end) in zip(places, spots, strict=True):
+        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 1}
+        ax.annotate(text, end, xytext=(1.03, place - shift), textcoords="axes fraction", color=colour, fontsize=9,
+                    va="center", annotation_clip=False,
+                    arrowprops=arrow)  # fmt: skip

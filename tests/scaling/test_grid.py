@@ -1,0 +1,166 @@
+"""The grid: every number of a run that a rule makes, and what cannot be planned."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from llada import accounting
+from llada.commands import experiment
+from llada.errors import UserError
+from llada.scaling import grid
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def planned(argument: str, directory=Path("sweep"), **overrides: str):
+    """Grid and runs of experiments/isoflop.py."""
+    base, group = experiment.read_sweep(f"{ROOT / 'experiments' / 'isoflop.py'}:{argument}", overrides)
+    sweep = grid.parse(group)
+    return sweep, grid.plan(base, sweep, directory)
+
+
+@pytest.mark.parametrize("argument", ["quick", "smdm"])
+@pytest.mark.parametrize("matching", ["6nd", "exact"])
+def test_runs_of_a_budget_cost_the_budget_by_the_count_that_was_named(argument, matching):
+    sweep, runs = planned(argument, **{"sweep.matching": matching})
+    per_token = {"6nd": lambda c: accounting.flops_6nd_per_token(c.model), "exact": accounting.flops_exact_per_token}
+    for run in runs:
+        (reading,) = run.readings
+        cost = run.tokens * per_token[matching](run.config)
+        assert cost == pytest.approx(reading.budget, rel=0.5 / grid.LEAST_STEPS)
+        assert reading.step == run.config.steps
+    for budget in sweep.budgets:
+        for objective in sweep.objectives:
+            sizes = {r.size for r in runs if r.readings[0].budget == budget and r.objective == objective}
+            assert len(sizes) >= 4
+
+
+def test_quick_twins_differ_in_the_objective_alone():
+    """By 6ND both families train the same sizes on the same tokens in the same batches."""
+    _, runs = planned("quick")
+    llada, arm = ({(r.size, r.group): r for r in runs if r.objective == name} for name in grid.FAMILIES)
+    assert llada.keys() == arm.keys()
+    for key, run in llada.items():
+        a, b = run.config, arm[key].config
+        assert (a.data, a.optimizer, a.train, a.evaluate, a.seed) == (b.data, b.optimizer, b.train, b.evaluate, b.seed)
+        assert not a.model.causal and b.model.causal
+
+
+def test_the_ladder_is_smdms():
+    """Parameters without embeddings in millions, as its configurations are called."""
+    _, runs = planned("smdm", **{"sweep.sizes_per_budget": "None", "sweep.least_tokens_per_parameter": "0",
+                                 "sweep.most_tokens_per_parameter": "1e9"})  # fmt: skip
+    counts = {round(accounting.parameters(r.config.model).non_embedding / 1e6) for r in runs}
+    assert counts == {6, 19, 34, 48, 66, 85, 113, 142, 170, 180, 206, 231, 268, 302, 336, 472, 551, 571, 629, 666, 717,
+                      761, 831, 944, 1028, 1233, 1476, 1678, 2121}  # fmt: skip
+
+
+def test_the_papers_runs_are_read_at_the_budgets_they_reach():
+    sweep, runs = planned("paper")
+    by_name = {run.name: run for run in runs}
+    assert set(by_name) == {"llada_1B_curve", "llada_8B_curve", "arm_1B_curve", "arm_7B_curve"}
+    one, eight = by_name["llada_1B_curve"], by_name["llada_8B_curve"]
+    assert [r.budget for r in one.readings] == list(sweep.budgets[:5])
+    assert [r.budget for r in eight.readings] == list(sweep.budgets[4:])
+    assert eight.tokens == pytest.approx(1975.5e9, rel=0.01)  # Table 18's last row
+    assert len(eight.config.evaluate.at.split()) == len(eight.readings) - 1  # the last is the end
+
+
+def test_rules_for_rate_batch_and_schedule():
+    changes = {"sweep.reference_tokens": "1e6", "sweep.batch_exponent": "0.5", "sweep.largest_batch": "64",
+               "sweep.warmup_steps": "40", "sweep.warmup_fraction": "0.01"}  # fmt: skip
+    sweep, runs = planned("quick", **changes)
+    for run in runs:
+        c = run.config
+        rate = 5e-3 * (sweep.reference_width / c.model.width) ** sweep.learning_rate_exponent
+        assert c.optimizer.peak_learning_rate == pytest.approx(rate)
+        wanted = 16 * math.sqrt(run.tokens / 1e6)
+        assert c.train.batch_size in (16, 32, 64)
+        if 16 < wanted < 64:
+            assert 1 / math.sqrt(2) <= c.train.batch_size / wanted * (1 + 1e-3) <= math.sqrt(2) * (1 + 2e-3)
+        assert c.evaluate.batches * c.train.batch_size == sweep.evaluation_rows
+        first, warm, *rest = c.optimizer.schedule.split()
+        steps = float(warm.partition(":")[0]) / c.tokens_per_step
+        assert first == "0:0" and steps == min(max(math.ceil(0.01 * c.steps), 40), c.steps // 5)
+        assert " ".join(rest) == sweep.decay
+
+
+def test_repetition_reads_after_whole_epochs():
+    sweep, runs = planned("repeat")
+    for run in runs:
+        unique = run.config.data.unique_tokens // 64 * 64
+        for reading, epochs in zip(run.readings, sweep.epochs, strict=True):
+            assert reading.step * run.config.tokens_per_step == pytest.approx(epochs * unique, rel=0.02)
+        assert run.config.optimizer.schedule.count(":") == 2  # no annealing
+
+
+@pytest.mark.parametrize("jobs", [1, 3, 7, 60])
+def test_shares_are_a_partition_of_about_equal_cost(jobs):
+    _, runs = planned("quick")
+    shares = [grid.share(runs, f"{i}/{jobs}") for i in range(1, jobs + 1)]
+    assert sorted(run.name for share in shares for run in share) == sorted(run.name for run in runs)
+    if jobs <= 7:
+        costs = [sum(run.flops for run in share) for share in shares]
+        assert max(costs) < 1.15 * min(costs)
+
+
+WRONG = [
+    ({"sweep.budgets": "1e12,5e11"}, "must rise"),
+    ({"sweep.budgets": "1e12,1e12"}, "must rise"),
+    ({"sweep.budgets": ""}, "needs one or more"),
+    ({"sweep.budgets": "many"}, "needs one or more"),
+    ({"sweep.budgets": "1e6,2e12"}, "less than 20; raise the budget"),
+    ({"sweep.matching": "flops"}, "6nd, exact"),
+    ({"sweep.mode": "both"}, "isoflop, checkpoints, repeat"),
+    ({"sweep.objectives": "diffusion,arm"}, "diffusion, autoregressive"),
+    ({"sweep.seeds": "a"}, "whole numbers"),
+    ({"sweep.sizes_per_budget": "2"}, "a parabola needs 3"),
+    ({"sweep.most_tokens_per_parameter": "0.01"}, "leaves 0 sizes"),
+    ({"sweep.evaluation_rows": "100"}, "not a multiple of the batch of 16"),
+    ({"sweep.warmup_fraction": "1.5"}, r"\[0, 1\)"),
+    ({"sweep.budget": "1e12"}, "did you mean --config.sweep.budgets"),
+    ({"model.layer": "1"}, "did you mean --config.model.layers"),
+    ({"train.batch_size": "x"}, "not a whole number"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "said"), WRONG, ids=[f"{k}={v}" for o, _ in WRONG for k, v in o.items()])
+def test_what_cannot_be_planned_is_refused_in_words(overrides, said):
+    with pytest.raises(UserError, match=said):
+        planned("quick", **overrides)
+
+
+def test_a_grid_of_one_size_is_refused(tmp_path):
+    path = tmp_path / "one.py"
+    path.write_text(
+        "from llada.config import default_config\n"
+        "def get_config():\n"
+        "    c = default_config()\n"
+        "    c.sweep = dict(budgets=(1e12,), sizes=(dict(layers=2, width=32, heads=2, ffn=64),))\n"
+        "    return c\n"
+    )
+    base, group = experiment.read_sweep(str(path), {})
+    with pytest.raises(UserError, match=r"sizes=\(1 of diffusion\): a parabola"):
+        grid.parse(group)
+    with pytest.raises(UserError, match="describes a sweep"):
+        experiment.read(str(path), {})
+    with pytest.raises(UserError, match="has no group"):
+        experiment.read_sweep(str(ROOT / "experiments" / "quickstart.py"), {})
+
+
+@pytest.mark.parametrize("only", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+def test_a_share_that_is_none_is_refused(only):
+    with pytest.raises(UserError, match="--only="):
+        grid.share([], only)
+
+
+def test_a_corpus_too_small_for_the_tokens_is_refused_in_epochs():
+    sweep, runs = planned("quick")
+    longest = max(run.tokens for run in runs)
+    grid.check_epochs(runs, sweep, math.ceil(longest / sweep.max_epochs))
+    with pytest.raises(UserError, match=r"epochs of the corpus's 100000; .*max_epochs="):
+        grid.check_epochs(runs, sweep, 100_000)
+    sweep, runs = planned("repeat")
+    with pytest.raises(UserError, match="more than the corpus has, 100000"):
+        grid.check_epochs(runs, sweep, 100_000)

@@ -1,0 +1,38 @@
+"""Estimates of time: from a data sheet, from finished runs, from a product."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from llada.errors import UserError
+from llada.scaling import rates
+
+
+def run(size: str, flops: float):
+    return SimpleNamespace(size=size, flops=flops)
+
+
+def test_a_named_accelerator_counts_at_its_stated_share():
+    for name in ("v5p", "TPU v5p", "tpu V5P"):
+        rate = rates.on_device(name, 4)
+        assert rate.typical == pytest.approx(4 * rates.UTILISATION * 459e12)
+    assert rate.seconds(run("any", 1e18)) == pytest.approx(rates.OVERHEAD_SECONDS + 1e18 / rate.typical)
+    assert "4 x TPU v5p" in rate.basis and "assumed" in rate.basis
+    with pytest.raises(UserError, match="--machine=v9 is not one of TPU v4"):
+        rates.on_device("v9", 1)
+
+
+def test_finished_runs_tell_the_rate_of_their_own_size():
+    def result(name, size, speed):
+        return SimpleNamespace(run=name, size=size, tokens_per_second=speed, flops_exact=6e9, tokens=1e3)
+
+    assert rates.measured([result("a", "S", None)]) is None
+    rate = rates.measured([result("a", "S", 10.0), result("b", "S", 30.0), result("c", "M", 2.0), result("d", "L", None)])
+    assert rate.by_size == {"S": 20.0 * 6e6, "M": 2.0 * 6e6}
+    assert rate.seconds(run("M", 6e9)) == pytest.approx(rates.OVERHEAD_SECONDS + 500)
+    assert "3 finished runs" in rate.basis
+
+
+def test_this_machine_is_timed():
+    rate = rates.here("float32", size=64)
+    assert rate.typical > 1e6 and "timed here" in rate.basis
