@@ -32,7 +32,9 @@ def quick():
     c.optimizer.peak_learning_rate = 5e-3
     c.sweep = dict(
         budgets=(3e11, 6e11, 1.2e12, 2.4e12),
-        sizes=tuple(shape(layers, width, heads=width // 16) for layers, width in ((2, 32), (2, 48), (2, 64), (3, 80), (3, 112))),
+        sizes=tuple(
+            shape(layers, width, heads=width // 16) for layers, width in ((2, 32), (2, 48), (2, 64), (3, 80), (3, 112))
+        ),
         sizes_per_budget=5,
         max_epochs=2.0,
         reference_width=192,

@@ -24,7 +24,9 @@ def run(script: str, *arguments: str, path: Path | None = None, **environment: s
 def programs(tmp_path):
     """`gcloud` and `srun` that write down their arguments, one a line, NUL between."""
     for name in ("gcloud", "srun"):
-        (tmp_path / name).write_text(f"#!/bin/sh\nprintf '%s\\0' {name} \"$@\" >> {tmp_path}/calls\necho >> {tmp_path}/calls\n")
+        (tmp_path / name).write_text(
+            f"#!/bin/sh\nprintf '%s\\0' {name} \"$@\" >> {tmp_path}/calls\necho >> {tmp_path}/calls\n"
+        )
         (tmp_path / name).chmod(0o755)
     return tmp_path
 
@@ -62,7 +64,9 @@ def test_a_dry_run_calls_nothing(programs):
 
 
 def test_a_task_of_an_array_gets_its_share_wherever_the_array_begins(programs):
-    slurm = dict(SLURM_ARRAY_TASK_ID="7", SLURM_ARRAY_TASK_MIN="5", SLURM_ARRAY_TASK_COUNT="4", SLURM_SUBMIT_DIR="/repo")
+    slurm = dict(
+        SLURM_ARRAY_TASK_ID="7", SLURM_ARRAY_TASK_MIN="5", SLURM_ARRAY_TASK_COUNT="4", SLURM_SUBMIT_DIR="/repo"
+    )
     done = run("sweep_slurm.sh", *SWEEP, path=programs, **slurm)
     assert done.returncode == 0, done.stderr
     assert calls(programs) == [["srun", "--ntasks=1", "bash", "/repo/launch/sweep_job.sh", "3", "4", *SWEEP]]

@@ -27,7 +27,9 @@ def test_finished_runs_tell_the_rate_of_their_own_size():
         return SimpleNamespace(run=name, size=size, tokens_per_second=speed, flops_exact=6e9, tokens=1e3)
 
     assert rates.measured([result("a", "S", None)]) is None
-    rate = rates.measured([result("a", "S", 10.0), result("b", "S", 30.0), result("c", "M", 2.0), result("d", "L", None)])
+    rate = rates.measured(
+        [result("a", "S", 10.0), result("b", "S", 30.0), result("c", "M", 2.0), result("d", "L", None)]
+    )
     assert rate.by_size == {"S": 20.0 * 6e6, "M": 2.0 * 6e6}
     assert rate.seconds(run("M", 6e9)) == pytest.approx(rates.OVERHEAD_SECONDS + 500)
     assert "3 finished runs" in rate.basis

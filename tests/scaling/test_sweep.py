@@ -190,6 +190,7 @@ def test_one_run_is_read_at_many_budgets_or_epochs(experiment, argument, tmp_pat
         assert [row.step for row in readings] == sorted({row.step for row in readings})
         assert all(row.measured for row in readings)
     if argument == "repeat":
+        assert json.loads((tmp_path / "fits.json").read_text())["crossovers"][0]["unique_tokens"] == 640
         assert [round(row.epochs) for row in rows[:3]] == [1, 4, 16] and (tmp_path / "repeat.png").exists()
         assert {row.unique_tokens for row in rows} == {640}
 

@@ -61,7 +61,7 @@ def read_sweep(experiment: str, overrides: dict[str, str]) -> tuple[dict[str, An
 def override_sweep(
     base: dict[str, Any], group: dict[str, Any], overrides: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`base` and the group `sweep` with some keys changed; what is wrong with the values is found where they are used."""
+    """`base` and the group `sweep` with some keys changed; values are checked where they are used."""
     from llada.scaling.grid import SweepConfig
 
     own = {key.removeprefix("sweep."): text for key, text in overrides.items() if key.startswith("sweep.")}

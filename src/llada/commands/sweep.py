@@ -1,10 +1,10 @@
 """llada sweep --config=FILE[:ARGUMENT] --workdir=DIR [--config.key=value ...] [--only=I/N] [--dry_run]
 
 Trains a grid of runs (budgets x sizes x families), fits scaling laws through them and draws them: DIR/results.csv,
-fits.json, isoflop.png, frontier.png, allocation.png (repeat.png in the data-limited mode) and report.md. Every run is an
-ordinary workdir under DIR/runs. Called again it goes on where it stopped; finished runs are never repeated. N jobs share
-a directory with --only=1/N ... --only=N/N; whichever ends last writes the whole. Without --config the grid is the one
-DIR holds; with --results alone, readings of other sweeps are fitted and nothing is trained.
+fits.json, isoflop.png, frontier.png, allocation.png (repeat.png in the data-limited mode) and report.md. Every run is
+an ordinary workdir under DIR/runs. Called again it goes on where it stopped; finished runs are never repeated. N jobs
+share a directory with --only=1/N ... --only=N/N; whichever ends last writes the whole. Without --config the grid is
+the one DIR holds; with --results alone, readings of other sweeps are fitted and nothing is trained.
 """
 
 import shlex
@@ -21,7 +21,9 @@ ONLY = flags.DEFINE_string("only", None, "I/N: train only the I-th of N shares o
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the planning table and stop; nothing is written")
 RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "train failed runs again, from their last good checkpoint")
 RESULTS = flags.DEFINE_multi_string("results", [], "results.csv of another sweep, to fit together with this one's")
-PREDICT = flags.DEFINE_float("predict", None, "a budget in FLOPs whose best models and losses the report should predict")
+PREDICT = flags.DEFINE_float(
+    "predict", None, "a budget in FLOPs whose best models and losses the report should predict"
+)
 MACHINE = flags.DEFINE_string("machine", None, "accelerator to estimate hours for, such as v5p; default this machine")
 CHIPS = flags.DEFINE_integer("chips", 1, "how many of --machine", lower_bound=1)
 flags.adopt_module_key_flags(experiment)

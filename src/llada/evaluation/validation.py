@@ -27,7 +27,7 @@ class Validation(NamedTuple):
     """`nats_per_token` with its standard errors; `estimator` says what kind of figure it is.
 
     stderr              over rows: how far the figure may be from that of all such text
-    monte_carlo_stderr  over draws, the rows given: how far from that of these rows; what runs on the same rows differ by
+    monte_carlo_stderr  over draws, the rows given: how far from that of these rows; it is what runs differ by
     """
 
     nats_per_token: float

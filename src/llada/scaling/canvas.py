@@ -85,11 +85,11 @@ def labels_right(ax, entries: Sequence[tuple[float, float, str, Any]]) -> None:
     spots = sorted((to_axes.transform((x, y))[1], text, colour, (x, y)) for x, y, text, colour in entries)
     places: list[float] = []
     for spot, text, *_ in spots:
-        need = 11 * (text.count("\n") + 1) / height
+        need = 13.5 * (text.count("\n") + 1) / height
         places.append(max(spot, places[-1] + need) if places else spot)
     shift = max(places[-1] - 1.0, 0.0)
     for place, (_, text, colour, end) in zip(places, spots, strict=True):
-        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 1}
-        ax.annotate(text, end, xytext=(1.03, place - shift), textcoords="axes fraction", color=colour, fontsize=9,
-                    va="center", annotation_clip=False,
-                    arrowprops=arrow)  # fmt: skip
+        at = 1.03, place - shift
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1}
+        ax.annotate("", end, xytext=at, textcoords="axes fraction", annotation_clip=False, arrowprops=leader)
+        ax.text(at[0] + 0.008, at[1], text, transform=ax.transAxes, color=colour, fontsize=9, va="center")

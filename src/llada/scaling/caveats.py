@@ -48,7 +48,7 @@ def lost_runs(results: Sequence[Result]) -> dict[str, str]:
         elif r.status == FAILED:
             why = "failed"
         else:
-            why = f"{r.status}, at step {r.step} of {r.steps}"
+            why = r.status
         found.setdefault(r.run, why + (f" ({r.reason})" if r.reason else ""))
     return found
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llada.files import write_atomically
 from llada.scaling import pictures, results, study
+from llada.scaling.repetition import crossovers, is_data_limited
 from llada.scaling.results import Result
 from llada.scaling.sweep_report import report
 
@@ -25,10 +26,14 @@ def write(
     """
     results.write_csv(rows, directory / "results.csv")
     results.check_comparable(rows)
-    found = study.fit(results.points(rows, annealing_gain))
+    repeated = is_data_limited(rows)
+    # Laws of the budget say nothing of data read again and again: those readings are no isoFLOP profile.
+    found = study.fit({} if repeated else results.points(rows, annealing_gain))
     fits = {"annealing_gain": annealing_gain, "matching": rows[0].matching} | found.to_json()
+    if repeated:
+        fits["crossovers"] = [crossover._asdict() for crossover in crossovers(rows)]
     write_atomically(directory / "fits.json", (json.dumps(fits, indent=2) + "\n").encode())
-    drawn = draw(directory, rows, found, predict)
+    drawn = draw(directory, rows, found, predict, annealing_gain)
     text = report(
         rows,
         found,
@@ -42,19 +47,18 @@ def write(
     return [directory / "results.csv", directory / "fits.json", *drawn.values(), directory / "report.md"]
 
 
-def draw(directory: Path, rows: Sequence[Result], found: study.Study, predict: float | None) -> dict[str, Path]:
+def draw(
+    directory: Path, rows: Sequence[Result], found: study.Study, predict: float | None, annealing_gain: float
+) -> dict[str, Path]:
     """The pictures that suit the readings, by name; none before there is a figure."""
     if not any(row.measured for row in rows):
         return {}
-    if repeats(rows):
-        pictures.repeat(rows, directory / "repeat.png")
-        return {"repeat": directory / "repeat.png"}
-    pictures.isoflop(rows, found, directory / "isoflop.png")
-    pictures.frontier(rows, found, directory / "frontier.png", predict)
-    pictures.allocation(rows, found, directory / "allocation.png")
-    return {name: directory / f"{name}.png" for name in ("isoflop", "frontier", "allocation")}
-
-
-def repeats(rows: Sequence[Result]) -> bool:
-    """Whether the readings are of the data-limited mode: several numbers of epochs of one run."""
-    return any(a.run == b.run and a.epochs != b.epochs for a in rows[:1] for b in rows) and "_U" in rows[0].run
+    names = ("repeat",) if is_data_limited(rows) else ("isoflop", "frontier", "allocation")
+    drawn = {name: directory / f"{name}.png" for name in names}
+    if "repeat" in drawn:
+        pictures.repeat(rows, drawn["repeat"])
+        return drawn
+    pictures.isoflop(rows, found, drawn["isoflop"], annealing_gain=annealing_gain)
+    pictures.frontier(rows, found, drawn["frontier"], predict, annealing_gain=annealing_gain)
+    pictures.allocation(rows, found, drawn["allocation"])
+    return drawn

@@ -27,7 +27,9 @@ BOUND = "LLaDA: upper bound on its NLL; ARM: exact NLL."
 def isoflop(results: Sequence[Result], study: Study, path: Path, *, annealing_gain: float = 0.0) -> None:
     """Loss against N, a panel a family, with a parabola and its minimum per budget; minima outside the sizes hollow."""
     families = [f for f in NAMES if any(r.objective == f for r in results)] or list(NAMES)
-    subtitle = f"Loss axes differ. Dashed: through the minima. Hollow: minimum outside the sizes tried. {BOUND}"
+    subtitle = "Dashed: through the minima. Hollow: minimum outside the sizes tried."
+    if len(families) > 1:
+        subtitle = f"Loss axes differ. {subtitle} {BOUND}"
     figure, axes = canvas.figure(len(families), _isoflop_title(study), subtitle, sharex=True)
     by_family = points(results, annealing_gain)
     for family, ax in zip(families, axes, strict=True):
@@ -47,7 +49,8 @@ def isoflop(results: Sequence[Result], study: Study, path: Path, *, annealing_ga
             # A parabola is given by what it says at the runs, whatever way its coefficients are kept.
             through = np.polynomial.Polynomial.fit(np.log([p.parameters for p in profile]), curve.fitted_P, 2)
             ax.plot(grid, through(np.log(grid)), color=shades[curve.budget], linewidth=1.2, zorder=2)
-        _minima_of_panel(ax, minima, shades)
+        sizes = [p.parameters for profile in profiles for p in profile] or [1.0]
+        _minima_of_panel(ax, minima, shades, (min(sizes), max(sizes)))
         _failed(ax, [r for r in results if r.objective == family], shades)
         if not any(profiles):
             canvas.say(ax, "no finished run")
@@ -83,13 +86,13 @@ def _profile(ax, profile: list[Point], shade, label: str) -> None:
     )  # fmt: skip
 
 
-def _minima_of_panel(ax, minima: list[Minimum], shades) -> None:
+def _minima_of_panel(ax, minima: list[Minimum], shades, sizes: tuple[float, float]) -> None:
     inside = [m for m in minima if m.inside]
     ax.plot([m.parameters for m in inside], [m.loss for m in inside], "--", color="0.4", linewidth=1, zorder=1)
-    low, high = ax.get_xlim()
+    low, high = (end * 3**sign for end, sign in zip(sizes, (-1, 1), strict=True))
     for m in minima:
         factor = math.exp(min(2 * m.log_parameters_stderr, 3.0))
-        x = m.parameters if m.inside else min(max(m.parameters, low), high)  # one far outside sits at the edge
+        x = m.parameters if m.inside else min(max(m.parameters, low), high)  # one far outside stands three times off
         xerr = [[x - x / factor], [x * factor - x]] if m.inside else None
         edge = "black" if m.inside else shades[m.budget]
         ax.errorbar(
@@ -124,7 +127,7 @@ def frontier(
     if any(r.measured and not r.annealed for r in results):
         subtitle += f" Thin lines: one run each, before annealing{_corrected(annealing_gain)}."
     figure, (ax,) = canvas.figure(1, _frontier_title(gap, study), subtitle)
-    ax.set(xscale="log", xlabel="training FLOPs C", ylabel="held-out nats per token")
+    ax.set(xscale="log", xlabel=_flops_label(results), ylabel="held-out nats per token")
     end = gap.value * gap.budget if gap and math.isfinite(gap.value) else 0.0
     at = max(findings.largest_budget(study) or 0.0, end, predict or 0.0)  # where the laws' lines end
     entries = []
@@ -145,8 +148,6 @@ def frontier(
             entries.append((at, value["value"], text, colour))
         elif minima or any(r.measured and r.objective == family for r in results):
             ax.plot([], [], "o", color=colour, label=NAMES[family] + ", no law")
-    if gap and math.isfinite(gap.value):
-        _gap_arrow(ax, gap)
     if predict and entries:
         ax.axvline(predict, color="0.6", linewidth=1, linestyle=":", zorder=1)
         beyond = predict / findings.largest_budget(study)
@@ -158,6 +159,8 @@ def frontier(
         ax.legend(frameon=False, loc="lower left")
     if ax.has_data():
         canvas.log_ticks(ax.xaxis, flops)
+    if end:
+        _gap_arrow(ax, gap)
     canvas.labels_right(ax, entries)
     canvas.save(figure, path)
 
@@ -222,10 +225,12 @@ def _gap_arrow(ax, gap: findings.Gap) -> None:
     ax.annotate("", (end, gap.loss), (gap.budget, gap.loss), zorder=6,
                 arrowprops={"arrowstyle": "->" if end != gap.budget else "-", "color": "black", "linewidth": 1.4,
                             "shrinkA": 0, "shrinkB": 0})  # fmt: skip
-    # Losses fall: the corner at the upper right is empty whatever the laws.
     text = f"at {gap.loss:.2f} nats per token:\nLLaDA {flops(end)}, ARM {flops(gap.budget)} FLOPs\n"
     text += f"= {times(gap.value)} ({times(gap.low)} to {times(gap.high)})"
-    ax.annotate(text, (math.sqrt(end * gap.budget), gap.loss), xytext=(0.5, 0.97), textcoords="axes fraction",
+    # Losses fall: at the top, right of the middle, there is nothing whatever the laws.
+    middle = math.sqrt(end * gap.budget)
+    across = (ax.transData + ax.transAxes.inverted()).transform((middle, gap.loss))[0]
+    ax.annotate(text, (middle, gap.loss), xytext=(min(max(across, 0.5), 0.66), 0.97), textcoords="axes fraction",
                 ha="center", va="top", fontsize=10, zorder=6, bbox={"facecolor": "white", "edgecolor": "none"},
                 arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.8, "shrinkB": 2})  # fmt: skip
 
@@ -239,7 +244,7 @@ def allocation(results: Sequence[Result], study: Study, path: Path) -> None:
     budgets = sorted({r.budget for r in results} | {b for bs in study.budgets.values() for b in bs})
     for ax, quantity in zip(axes, quantities, strict=True):
         symbol = {"parameters": "parameters without embeddings N*", "tokens": "tokens D*"}[quantity]
-        ax.set(xscale="log", yscale="log", xlabel="training FLOPs C", ylabel=symbol)
+        ax.set(xscale="log", yscale="log", xlabel=_flops_label(results), ylabel=symbol)
         if not budgets:
             canvas.say(ax, "no runs")
             continue
@@ -299,6 +304,8 @@ def repeat(results: Sequence[Result], path: Path) -> None:
     corpora = sorted({c.unique_tokens for c in found})
     subtitle = "Star: lowest loss. Square: LLaDA's first reading below the ARM after equally many epochs. Ring: below "
     subtitle += f"the ARM's lowest loss. {BOUND}"
+    if cut := _cut(found):
+        subtitle += " ARM curves go on above the picture."
     figure, axes = canvas.figure(max(len(corpora), 1), _repeat_title(crossed), subtitle, sharex=True, sharey=True)
     sizes = sorted({c.parameters for c in found})
     shades = {f: dict(zip(sizes, canvas.shades(colour, len(sizes)), strict=True)) for f, colour in COLOURS.items()}
@@ -317,6 +324,8 @@ def repeat(results: Sequence[Result], path: Path) -> None:
     axes[0].set_ylabel("held-out nats per token")
     if not found:
         canvas.say(axes[0], "no readings against epochs")
+    if cut:
+        axes[0].set_ylim(*cut)
     for family in NAMES:
         for size in sizes if any(c.objective == family for c in found) else []:
             axes[-1].plot(
@@ -326,6 +335,14 @@ def repeat(results: Sequence[Result], path: Path) -> None:
         canvas.log_ticks(axes[0].xaxis, short)
         axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=9, title="parameters")
     canvas.save(figure, path)
+
+
+def _cut(found: Sequence[Curve]) -> tuple[float, float] | None:
+    """Ends of the loss axis where an ARM that learned its corpus by heart would press all else into a flat line."""
+    low = min((min(c.loss) for c in found), default=0.0)
+    seen = max((x for c in found for x in (c.loss if c.objective == "diffusion" else c.loss[:1])), default=0.0)
+    top = low + 1.5 * (seen - low)
+    return (low - 0.05 * (top - low), top) if low < seen and top < max(max(c.loss) for c in found) else None
 
 
 def _epoch_curve(ax, curve: Curve, shade) -> None:
@@ -360,6 +377,12 @@ def _repeat_title(crossed: Sequence[Crossover]) -> str:
 def _span(values: Sequence[float]) -> str:
     low, high = short(min(values)), short(max(values))
     return low if low == high else f"{low} to {high}"
+
+
+def _flops_label(results: Sequence[Result]) -> str:
+    kinds = {"6nd": "6ND", "exact": "all matrix products"}
+    matched = {kinds.get(r.matching, r.matching) for r in results}
+    return "training FLOPs C" + (f" ({matched.pop()})" if len(matched) == 1 else "")
 
 
 def _interval(estimate: dict[str, Any], show: Callable[[float], str] = "{:.2f}".format) -> str:

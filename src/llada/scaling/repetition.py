@@ -62,12 +62,8 @@ class Crossover(NamedTuple):
 
 
 def is_data_limited(results: Iterable[Result]) -> bool:
-    """Whether some run was read after different numbers of epochs, two or more among them."""
-    epochs: dict[str, set[float]] = {}
-    for r in results:
-        if r.measured and r.epochs is not None:
-            epochs.setdefault(r.run, set()).add(r.epochs)
-    return any(len(seen) > 1 and max(seen) >= 2 for seen in epochs.values())
+    """Whether the readings are those of the data-limited mode."""
+    return any(r.mode == "repeat" for r in results)
 
 
 def curves(results: Iterable[Result]) -> list[Curve]:

@@ -35,6 +35,7 @@ class Result:
     objective: str
     size: str
     seed: int
+    mode: str  # isoflop | checkpoints | repeat
     matching: str  # which count the budget is in: 6nd | exact
     budget: float  # FLOPs asked for
     layers: int
@@ -50,7 +51,6 @@ class Result:
     steps: int  # of the whole run
     batch_size: int
     peak_learning_rate: float
-    annealed: bool  # whether the learning rate had come down at this reading
     status: str
     reason: str | None = None
     nats_per_token: float | None = None
@@ -64,6 +64,11 @@ class Result:
     tokenizer_sha256: str | None = None
     eval_rows_digest: str | None = None
     rows_digest: str | None = None  # of the whole run's batches, at its end
+
+    @property
+    def annealed(self) -> bool:
+        """Whether the learning rate had come down at this reading."""
+        return self.mode == "isoflop"
 
     @property
     def measured(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from llada.config import Config
 from llada.scaling.grid import FAMILIES, PlannedRun
@@ -94,25 +95,25 @@ def grid_table(runs: Sequence[PlannedRun], results: Sequence[Result], current: d
     for run in runs:
         cells[run.size, run.group, run.objective].append(last[run.name])
     for size in sizes:
-        shown = [size]
+        shown: list[str | Text] = [size]
         for column in columns:
             rows = cells.get((size, *column), [])
             best = min((r.nats_per_token for k, v in cells.items() if k[1:] == column for r in v if r.measured),
                        default=None)  # fmt: skip
-            shown.append(" ".join(_cell(row, best, current) for row in rows))
+            shown.append(Text(" ").join(_cell(row, best, current) for row in rows))
         table.add_row(*shown)
     return table
 
 
-def _cell(row: Result, best: float | None, current: dict[str, str]) -> str:
+def _cell(row: Result, best: float | None, current: dict[str, str]) -> Text:
+    # Text, not markup: lines printed beside the live table are without markup, and so would be the table.
     if row.run in current:
-        return f"[yellow]{current[row.run]}[/yellow]"
+        return Text(current[row.run], style="yellow")
     if row.status == FAILED:
-        return "[red]failed[/red]"
+        return Text("failed", style="red")
     if row.measured:
-        text = f"{row.nats_per_token:.4f}"
-        return f"[bold green]{text}[/bold green]" if row.nats_per_token == best else text
-    return "[cyan]begun[/cyan]" if row.status == RUNNING else "[dim]·[/dim]"
+        return Text(f"{row.nats_per_token:.4f}", style="bold green" if row.nats_per_token == best else "")
+    return Text("begun", style="cyan") if row.status == RUNNING else Text("·", style="dim")
 
 
 class Board:
@@ -158,7 +159,7 @@ class Board:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, markup=False, style="red" if "failed" in text else None)
+        self.console.print(Text(text, style="red" if "failed" in text else ""))
 
     def show(self, force: bool = False) -> None:
         """Draw anew, not more often than an eye wants; the disk tells what other jobs did meanwhile."""

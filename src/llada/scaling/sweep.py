@@ -2,8 +2,8 @@
 
 sweep.json  tokenizer.model  data/  runs/NAME/ (ordinary workdirs)  results.csv  fits.json  *.png  report.md
 
-Jobs share a directory without talking: each has its share of the runs (`grid.share`), a lock keeps two processes off one
-run, and whatever the state of the others is, the disk tells it.
+Jobs share a directory without talking: each has its share of the runs (`grid.share`), a lock keeps two processes off
+one run, and whatever the state of the others is, the disk tells it.
 """
 
 import contextlib
@@ -182,6 +182,7 @@ def _rows(sweep: Sweep, run: PlannedRun, metadata: Metadata | None) -> Iterator[
             objective=run.objective,
             size=run.size,
             seed=run.seed,
+            mode=sweep.config.mode,
             matching=sweep.config.matching,
             budget=reading.budget,
             layers=config.model.layers,
@@ -197,7 +198,6 @@ def _rows(sweep: Sweep, run: PlannedRun, metadata: Metadata | None) -> Iterator[
             steps=config.steps,
             batch_size=config.train.batch_size,
             peak_learning_rate=config.optimizer.peak_learning_rate,
-            annealed=sweep.config.mode == "isoflop",
             status=status if status != RUNNING or not found else FINISHED,
             reason=failure(workdir),
             nats_per_token=found.get("eval/nats_per_token"),

@@ -45,7 +45,7 @@ def report(
     pictures        drawn ones, {isoflop | frontier | allocation | repeat: path from the report}
     annealing_gain  share of the loss already taken off readings before annealing, in `study`
     """
-    repeated = "repeat" in pictures if pictures else is_data_limited(results)
+    repeated = is_data_limited(results)
     drawn = "\n\n".join(f"![{CAPTIONS.get(name, name)}]({path})" for name, path in pictures.items())
     sections = [
         ("", _summary(results, study, repeated)),
@@ -128,6 +128,8 @@ def interval(estimate: dict[str, Any], show: Callable[[float], str] = "{:.3f}".f
 
 def _minima(results: Sequence[Result], study: Study) -> str:
     measured = [r for r in results if r.measured]
+    if not measured:
+        return "There are none: no run has a figure yet."
     per_nat = [r.bits_per_byte / r.nats_per_token for r in measured if r.bits_per_byte is not None]
     bits = sum(per_nat) / len(per_nat) if per_nat and len(per_nat) == len(measured) else None
     cells = [["FLOPs", "family", "N*", "D*", "D*/N*", "L*, nats per token", *(["bits per byte"] if bits else []), ""]]
@@ -138,10 +140,8 @@ def _minima(results: Sequence[Result], study: Study) -> str:
                 cells.append([flops(budget), name, *_minimum(minima[budget], bits)])
             else:
                 cells.append([flops(budget), name, *["-"] * (len(cells[0]) - 3), "no minimum"])
-    if len(cells) == 1:
-        return "No budget has runs."
     text = "± are standard errors; those of N* and D* are of the same error, in opposite directions."
-    if not bits and measured:
+    if not bits:
         text += " Not all readings have bits per byte, so none are given."
     return f"{markdown_table(cells)}\n\n{text}"
 
