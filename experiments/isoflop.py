@@ -21,7 +21,7 @@ def get_config(argument="quick"):
 
 
 def quick():
-    """12 to 15 M FLOPs a second and core are enough: 40 runs in half an hour."""
+    """Budgets at which two cores need half an hour for all runs, and sizes about the best ones there."""
     c = default_config()
     c.model.update(dict(vocab_size=384, max_length=64, qk_norm=True, tie_embeddings=True, init_std=0.05))
     c.model.update(dict(dtype="float32", scan_unroll=4))
@@ -33,8 +33,10 @@ def quick():
     c.sweep = dict(
         budgets=(3e11, 6e11, 1.2e12, 2.4e12),
         sizes=tuple(
-            shape(layers, width, heads=width // 16) for layers, width in ((2, 32), (2, 48), (2, 64), (3, 80), (3, 112))
+            shape(2, width, heads)
+            for width, heads in ((16, 1), (24, 2), (36, 3), (48, 4), (64, 4), (80, 5), (96, 6), (112, 7))
         ),
+        tokens_per_parameter=dict(diffusion=(10, 2000), autoregressive=(2, 300)),
         sizes_per_budget=5,
         max_epochs=2.0,
         reference_width=192,
@@ -57,8 +59,8 @@ def smdm():
     c.sweep = dict(
         budgets=(6e18, 1e19, 3e19, 6e19, 1e20),
         sizes=SMDM_LADDER,
-        least_tokens_per_parameter=5.0,
-        most_tokens_per_parameter=500.0,
+        # About those that its minima lie at: 141 to 73 tokens per parameter for diffusion, 43 to 16 for the ARM.
+        tokens_per_parameter=dict(diffusion=(10, 1000), autoregressive=(3, 300)),
         sizes_per_budget=7,
         warmup_fraction=0.01,
         warmup_steps=100,
@@ -89,8 +91,8 @@ def paper():
             dict(name="8B", objective="diffusion", layers=32, width=4096, heads=32, ffn=12288),
             dict(name="7B", objective="autoregressive", layers=28, width=4096, heads=32, kv_heads=8, ffn=13440),
         ),
-        least_tokens_per_parameter=8.0,  # 8B is read from 2.6e21 on, as in Table 18
-        most_tokens_per_parameter=480.0,  # 1B up to 2.7e21
+        # As in Tables 18 and 19: 8B is read from 2.6e21 FLOPs on, 1B up to 2.7e21.
+        tokens_per_parameter=dict(diffusion=(8, 480), autoregressive=(8, 480)),
         warmup_steps=2000,
         warmup_fraction=0.0,
         evaluation_rows=1280,

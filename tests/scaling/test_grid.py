@@ -7,6 +7,7 @@ import pytest
 
 from llada import accounting
 from llada.commands import experiment
+from llada.config import ModelConfig
 from llada.errors import UserError
 from llada.scaling import grid
 
@@ -37,23 +38,22 @@ def test_runs_of_a_budget_cost_the_budget_by_the_count_that_was_named(argument, 
 
 
 def test_quick_twins_differ_in_the_objective_alone():
-    """By 6ND both families train the same sizes on the same tokens in the same batches."""
+    """By 6ND both families train a size on the same tokens in the same batches."""
     _, runs = planned("quick")
     llada, arm = ({(r.size, r.group): r for r in runs if r.objective == name} for name in grid.FAMILIES)
-    assert llada.keys() == arm.keys()
-    for key, run in llada.items():
-        a, b = run.config, arm[key].config
+    assert len(llada.keys() & arm.keys()) >= 8
+    for key in llada.keys() & arm.keys():
+        a, b = llada[key].config, arm[key].config
         assert (a.data, a.optimizer, a.train, a.evaluate, a.seed) == (b.data, b.optimizer, b.train, b.evaluate, b.seed)
         assert not a.model.causal and b.model.causal
 
 
 def test_the_ladder_is_smdms():
     """Parameters without embeddings in millions, as its configurations are called."""
-    _, runs = planned("smdm", **{"sweep.sizes_per_budget": "None", "sweep.least_tokens_per_parameter": "0",
-                                 "sweep.most_tokens_per_parameter": "1e9"})  # fmt: skip
-    counts = {round(accounting.parameters(r.config.model).non_embedding / 1e6) for r in runs}
-    assert counts == {6, 19, 34, 48, 66, 85, 113, 142, 170, 180, 206, 231, 268, 302, 336, 472, 551, 571, 629, 666, 717,
-                      761, 831, 944, 1028, 1233, 1476, 1678, 2121}  # fmt: skip
+    sweep, _ = planned("smdm")
+    counts = [round(accounting.parameters(ModelConfig(**size)).non_embedding / 1e6) for size in sweep.sizes]
+    assert counts == [6, 19, 34, 48, 66, 85, 113, 142, 170, 180, 206, 231, 268, 302, 336, 472, 551, 629, 571, 666, 761,
+                      717, 831, 944, 1028, 1233, 1476, 1678, 2121]  # fmt: skip
 
 
 def test_the_papers_runs_are_read_at_the_budgets_they_reach():
@@ -110,13 +110,13 @@ WRONG = [
     ({"sweep.budgets": "1e12,1e12"}, "must rise"),
     ({"sweep.budgets": ""}, "needs one or more"),
     ({"sweep.budgets": "many"}, "needs one or more"),
-    ({"sweep.budgets": "1e6,2e12"}, "less than 20; raise the budget"),
+    ({"train.batch_size": "4096", "sweep.evaluation_rows": "4096"}, "is 13.6 steps of .*less than 20; raise the budget"),
     ({"sweep.matching": "flops"}, "6nd, exact"),
     ({"sweep.mode": "both"}, "isoflop, checkpoints, repeat"),
     ({"sweep.objectives": "diffusion,arm"}, "diffusion, autoregressive"),
     ({"sweep.seeds": "a"}, "whole numbers"),
     ({"sweep.sizes_per_budget": "2"}, "a parabola needs 3"),
-    ({"sweep.most_tokens_per_parameter": "0.01"}, "leaves 0 sizes"),
+    ({"sweep.budgets": "3e11,1e16"}, "leaves 0 sizes of diffusion with 10 to 2000"),
     ({"sweep.evaluation_rows": "100"}, "not a multiple of the batch of 16"),
     ({"sweep.warmup_fraction": "1.5"}, r"\[0, 1\)"),
     ({"sweep.budget": "1e12"}, "did you mean --config.sweep.budgets"),
@@ -125,7 +125,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "said"), WRONG, ids=[f"{k}={v}" for o, _ in WRONG for k, v in o.items()])
+@pytest.mark.parametrize(
+    ("overrides", "said"), WRONG, ids=[f"{k}={v}" for o, _ in WRONG for k, v in list(o.items())[:1]]
+)
 def test_what_cannot_be_planned_is_refused_in_words(overrides, said):
     with pytest.raises(UserError, match=said):
         planned("quick", **overrides)

@@ -42,9 +42,9 @@ class SweepConfig:
     sizes: tuple = ()  # dicts of model keys, such as dict(layers=6, width=256, ...); `objective` limits one to a family
     objectives: tuple = ("diffusion", "autoregressive")
     seeds: tuple = (0,)
-    # Of the sizes, a budget gets those it trains on this many tokens per parameter, and of these so many, evenly.
-    least_tokens_per_parameter: float = 0.0
-    most_tokens_per_parameter: float = 1e9
+    # A budget gets the sizes that it trains on so many tokens per parameter: dict(diffusion=(10, 1000), ...), all where
+    # a family has no entry; and of these so many, evenly. Diffusion wants more tokens per parameter than an ARM.
+    tokens_per_parameter: dict = dataclasses.field(default_factory=dict)
     sizes_per_budget: int | None = None
     unique_tokens: tuple = ()  # repeat: how much of the corpus, rising
     epochs: tuple = ()  # repeat: when to read, rising; the last ends the run
@@ -114,6 +114,10 @@ def parse(values: dict[str, Any]) -> SweepConfig:
         _require(getattr(sweep, key) > 0, key, getattr(sweep, key), "it must be positive")
     for key in ("warmup_fraction", "annealing_gain"):
         _require(0 <= getattr(sweep, key) < 1, key, getattr(sweep, key), "it must be in [0, 1)")
+    for name, window in sweep.tokens_per_parameter.items():
+        ok = name in FAMILIES and len(window) == 2 and 0 <= window[0] < window[1]
+        _require(ok, "tokens_per_parameter", sweep.tokens_per_parameter,
+                 f"it must be a dict of (least, most) by {', '.join(FAMILIES)}")  # fmt: skip
     if sweep.mode == "isoflop":
         for objective in sweep.objectives:
             count = len([s for s in sweep.sizes if s.get("objective", objective) == objective])
@@ -167,20 +171,21 @@ def _sized(base, sweep: SweepConfig, size: dict[str, Any], objective: str, seed:
 def _budgeted(sweep: SweepConfig, sizes: list[tuple[str, Config]], budgets: list[float]) -> Iterator[PlannedRun]:
     """Runs of one family and seed that are read at `budgets`: at one, annealed, or at all that suit their size."""
     wanted: dict[str, list[float]] = {}
+    family = sizes[0][1].objective.name
+    least, most = sweep.tokens_per_parameter.get(family, (0, math.inf))
     for budget in budgets:
         suited = []
         for name, config in sizes:
             n = accounting.parameters(config.model).non_embedding
             tokens = budget / MATCHING[sweep.matching](config)
-            if sweep.least_tokens_per_parameter <= tokens / n <= sweep.most_tokens_per_parameter:
+            if least <= tokens / n <= most:
                 suited.append(name)
         keep = len(suited) if sweep.sizes_per_budget is None else min(sweep.sizes_per_budget, len(suited))
         suited = [suited[i] for i in sorted(set(np.linspace(0, len(suited) - 1, keep).round().astype(int)))]
         if sweep.mode == "isoflop" and len(suited) < 3:
             raise UserError(
-                f"--config.sweep.budgets={budget:g} leaves {len(suited)} sizes of {sizes[0][1].objective.name} with "
-                f"{sweep.least_tokens_per_parameter:g} to {sweep.most_tokens_per_parameter:g} tokens per parameter; "
-                "a parabola needs 3: add sizes or change --config.sweep.least_tokens_per_parameter / most_..."
+                f"--config.sweep.budgets={budget:g} leaves {len(suited)} sizes of {family} with {least:g} to {most:g} "
+                "tokens per parameter; a parabola needs 3: add sizes, or widen sweep.tokens_per_parameter in the file"
             )
         for name in suited:
             wanted.setdefault(name, []).append(budget)
