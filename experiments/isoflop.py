@@ -27,14 +27,14 @@ def quick():
     c.model.update(dict(dtype="float32", scan_unroll=4))
     c.data.update(dict(sequence_length=64, holdout_fraction=0.05))
     c.train.update(dict(batch_size=16, log_every=100))
-    c.evaluate.draws = 4
+    c.evaluate.draws = 16
     c.checkpoint.update(dict(every=5000, keep=1))
     c.optimizer.peak_learning_rate = 5e-3
     c.sweep = dict(
         budgets=(3e11, 6e11, 1.2e12, 2.4e12),
         sizes=tuple(
             shape(2, width, heads)
-            for width, heads in ((16, 1), (24, 2), (36, 3), (48, 4), (64, 4), (80, 5), (96, 6), (112, 7))
+            for width, heads in ((16, 1), (20, 2), (24, 2), (36, 3), (48, 4), (64, 4), (80, 5), (96, 6), (112, 7))
         ),
         tokens_per_parameter=dict(diffusion=(10, 2000), autoregressive=(2, 300)),
         sizes_per_budget=5,

@@ -3,8 +3,10 @@
 # Usage: bash launch/quickstart_sweep.sh [SWEEP_DIR]      Ctrl-C and a second call continue where it stopped.
 set -euo pipefail
 sweep_dir="${1:-runs/isoflop}"
-case "$sweep_dir" in /*) ;; *) sweep_dir="$PWD/$sweep_dir" ;; esac
-cd "$(dirname "$0")/.."
+checkout="$(cd "$(dirname "$0")/.." && pwd)"
+# Relative to where it was called; in the checkout as it was typed, for the report quotes it.
+case "$sweep_dir" in /*) ;; *) [ "$PWD" = "$checkout" ] || sweep_dir="$PWD/$sweep_dir" ;; esac
+cd "$checkout"
 source launch/setup.sh
 make_environment requirements.txt requirements-plots.txt
 

@@ -1,6 +1,7 @@
 """Files and directories that are there whole, or not at all, whenever the process or the machine stops."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,22 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+class Locked(Exception):
+    """Another process holds the file."""
+
+
+@contextlib.contextmanager
+def lock(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a file's lock, which ends with the process however it ends. Locked where another holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Locked(str(path)) from error
+        yield
 
 
 @contextlib.contextmanager

@@ -110,7 +110,10 @@ WRONG = [
     ({"sweep.budgets": "1e12,1e12"}, "must rise"),
     ({"sweep.budgets": ""}, "needs one or more"),
     ({"sweep.budgets": "many"}, "needs one or more"),
-    ({"train.batch_size": "4096", "sweep.evaluation_rows": "4096"}, "is 13.6 steps of .*less than 20; raise the budget"),
+    (
+        {"train.batch_size": "4096", "sweep.evaluation_rows": "4096"},
+        "is 13.6 steps of .*less than 20; raise the budget",
+    ),
     ({"sweep.matching": "flops"}, "6nd, exact"),
     ({"sweep.mode": "both"}, "isoflop, checkpoints, repeat"),
     ({"sweep.objectives": "diffusion,arm"}, "diffusion, autoregressive"),

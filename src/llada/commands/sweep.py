@@ -60,6 +60,7 @@ def run(overrides: dict[str, str]) -> int:
     if DRY_RUN.value:
         return 0
     sweep_lib.prepare(sweep)
+    results_lib.check_comparable([*sweep_lib.collect(sweep), *others])  # before hours are spent
     try:
         with status.Board(sweep.runs, lambda: sweep_lib.collect(sweep)) as board:
             sweep_lib.run_all(sweep, mine, board.progress, board.ended, RETRY_FAILED.value)

@@ -3,6 +3,7 @@
 matplotlib (extra `plots`) is imported where it is used, so that everything else runs without it.
 """
 
+import io
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llada.errors import UserError
+from llada.files import write_atomically
 
 
 def figure(columns: int, title: str, subtitle: str, **shared) -> tuple[Any, list[Any]]:
@@ -43,8 +45,10 @@ def save(made, path: Path) -> None:
     """Write the figure and let go of it."""
     from matplotlib import pyplot as plt
 
-    made.savefig(path)
+    image = io.BytesIO()
+    made.savefig(image, format="png")
     plt.close(made)
+    write_atomically(path, image.getvalue())
 
 
 def say(ax, text: str) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from llada.files import write_atomically
+from llada.files import lock, write_atomically
 from llada.scaling import pictures, results, study
 from llada.scaling.repetition import crossovers, is_data_limited
 from llada.scaling.results import Result
@@ -24,8 +24,15 @@ def write(
     predict         a budget in FLOPs to foretell
     annealing_gain  share of the loss taken off readings without annealing before the fits
     """
-    results.write_csv(rows, directory / "results.csv")
+    with lock(directory / "outcome.lock", wait=True):  # jobs that end together take turns
+        return _write(directory, rows, command, predict, annealing_gain)
+
+
+def _write(
+    directory: Path, rows: Sequence[Result], command: str, predict: float | None, annealing_gain: float
+) -> list[Path]:
     results.check_comparable(rows)
+    results.write_csv(rows, directory / "results.csv")
     repeated = is_data_limited(rows)
     # Laws of the budget say nothing of data read again and again: those readings are no isoFLOP profile.
     found = study.fit({} if repeated else results.points(rows, annealing_gain))

@@ -140,19 +140,16 @@ def frontier(
                         markerfacecolor=colour if m.inside else "white", zorder=4)  # fmt: skip
         if law := gap.law if gap else findings.law_of(study, family, "loss"):
             _law(ax, study, family, law, min(budgets), max(budgets), at, colour)
-            value = study.estimate(*(float(p(at)) if i == 0 else p(at) for i, p in enumerate(study.laws[family][law])))
-            text = f"{NAMES[family]}" + (" (bound)" if family == "diffusion" else "")
             if predict:
-                text += f"\n{_interval(value)}"
-                _prediction(ax, predict, value, colour)
-            entries.append((at, value["value"], text, colour))
+                _prediction(ax, study, family, law, predict, colour)
+            text = f"{NAMES[family]}" + (" (bound)" if family == "diffusion" else "")
+            entries.append((at, float(study.laws[family][law][0](at)), text, colour))
         elif minima or any(r.measured and r.objective == family for r in results):
             ax.plot([], [], "o", color=colour, label=NAMES[family] + ", no law")
     if predict and entries:
         ax.axvline(predict, color="0.6", linewidth=1, linestyle=":", zorder=1)
         beyond = predict / findings.largest_budget(study)
-        ax.text(predict, 1.0, f"{flops(predict)} FLOPs, {times(beyond)} the largest budget ", rotation=90, fontsize=8,
-                transform=ax.get_xaxis_transform(), ha="right", va="top", color="0.4")  # fmt: skip
+        ax.plot([], [], ":", color="0.6", label=f"{flops(predict)} FLOPs, {times(beyond)} the largest budget")
     if not ax.has_data():
         canvas.say(ax, "no minimum and no law to show")
     if ax.get_legend_handles_labels()[0]:
@@ -214,10 +211,14 @@ def _ends(study: Study, draws: PowerLaw, budget: float) -> tuple[float, float]:
     return tuple(math.nan if found[end] is None else found[end] for end in ("low", "high"))
 
 
-def _prediction(ax, budget: float, value: dict[str, Any], colour: str) -> None:
+def _prediction(ax, study: Study, family: str, law: str, budget: float, colour: str) -> None:
+    """A family's loss at a budget that the user named, with its interval, in the picture and in the legend."""
+    best, draws = study.laws[family][law]
+    value = study.estimate(float(best(budget)), draws(budget))
     y = value["value"]
     ends = [[y - (value["low"] or y)], [(value["high"] or y) - y]]
-    ax.errorbar(budget, y, np.maximum(ends, 0), color=colour, marker="D", markerfacecolor="white", capsize=4, zorder=5)
+    ax.errorbar(budget, y, np.maximum(ends, 0), color=colour, marker="D", markerfacecolor="white", capsize=4, zorder=5,
+                linestyle="", label=f"{NAMES[family]} predicted: {_interval(value)}")  # fmt: skip
 
 
 def _gap_arrow(ax, gap: findings.Gap) -> None:

@@ -101,24 +101,21 @@ SAME = {
 
 
 def check_comparable(results: Sequence[Result]) -> None:
-    """UserError unless all measured readings are of one corpus, tokenizer, set of held-out rows and kind of budget.
+    """UserError unless all readings are of one corpus, tokenizer, set of held-out rows and kind of budget, where known.
 
     And unless runs that differ in the objective alone, and read equally many tokens in equal batches, read the same
     rows in the same order.
     """
-    measured = [r for r in results if r.measured]
-    for r in measured:
-        for key, what in SAME.items():
-            first = measured[0]
+    for key, what in SAME.items():
+        known = [r for r in results if getattr(r, key) is not None]
+        for first, r in zip(known[:1] * len(known), known, strict=True):
             if getattr(r, key) != getattr(first, key):
                 raise UserError(
                     f"{r.run} has {what} than {first.run} ({key} {_short(getattr(r, key))}, not "
                     f"{_short(getattr(first, key))}), so their losses do not compare; leave one of the two out"
                 )
     twins: dict[tuple, Result] = {}
-    for r in measured:
-        if r.rows_digest is None:
-            continue
+    for r in (r for r in results if r.rows_digest is not None):
         key = (r.layers, r.width, r.non_embedding_parameters, r.seed, r.batch_size, r.steps, r.unique_tokens)
         other = twins.setdefault(key, r)
         if other.rows_digest != r.rows_digest:

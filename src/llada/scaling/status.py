@@ -15,6 +15,7 @@ from llada.scaling.results import FAILED, FINISHED, RUNNING, Result
 from llada.training.metrics import Progress, clock
 
 _REFRESH_SECONDS = 2.0
+_LINE_SECONDS = 60.0  # in a file, a line of news so often
 TITLES = {"diffusion": "LLaDA", "autoregressive": "ARM"}
 
 
@@ -126,7 +127,7 @@ class Board:
         self.current: dict[str, str] = {}
         self.line = ""
         self.results = collect()
-        self._shown, self._began = 0.0, time.monotonic()
+        self._shown = self._began = time.monotonic()
 
     def __enter__(self):
         if self.live:
@@ -164,7 +165,12 @@ class Board:
     def show(self, force: bool = False) -> None:
         """Draw anew, not more often than an eye wants; the disk tells what other jobs did meanwhile."""
         now = time.monotonic()
-        if not self.live or (not force and now - self._shown < _REFRESH_SECONDS):
+        if not self.live:
+            if not force and now - self._shown > _LINE_SECONDS and self.line:
+                self._shown = now
+                self.say(self.line)
+            return
+        if not force and now - self._shown < _REFRESH_SECONDS:
             return
         if now - self._shown > 5 * _REFRESH_SECONDS:
             self.results = self.collect()

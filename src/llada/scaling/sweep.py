@@ -6,9 +6,7 @@ Jobs share a directory without talking: each has its share of the runs (`grid.sh
 one run, and whatever the state of the others is, the disk tells it.
 """
 
-import contextlib
 import copy
-import fcntl
 import json
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +20,7 @@ from llada import config as config_lib
 from llada.config import Config
 from llada.data.rows import Metadata
 from llada.errors import UserError
-from llada.files import write_atomically
+from llada.files import Locked, lock, write_atomically
 from llada.scaling.grid import MATCHING, PlannedRun, SweepConfig, check_epochs, parse, plan
 from llada.scaling.results import FAILED, FINISHED, RUNNING, WAITING, Result, failure, write_failure
 from llada.training import loop
@@ -41,10 +39,6 @@ class Sweep(NamedTuple):
     def workdir(self, run: PlannedRun) -> Path:
         """Where the run lives."""
         return self.directory / "runs" / run.name
-
-
-class Locked(Exception):
-    """Another process has it."""
 
 
 def make(directory: Path, base: dict[str, Any], values: dict[str, Any]) -> Sweep:
@@ -100,18 +94,6 @@ def corpus_metadata(sweep: Sweep) -> Metadata | None:
     """Of the shared rows; None before they are prepared."""
     path = sweep.directory / "data" / "metadata.json"
     return Metadata(**json.loads(path.read_text())) if path.exists() else None
-
-
-@contextlib.contextmanager
-def lock(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a file's lock, which ends with the process however it ends. Locked where another holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Locked(str(path)) from error
-        yield
 
 
 def state(workdir: Path, steps: int) -> str:
