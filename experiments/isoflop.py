@@ -36,7 +36,7 @@ def quick():
             shape(2, width, heads)
             for width, heads in ((16, 1), (20, 2), (24, 2), (36, 3), (48, 4), (64, 4), (80, 5), (96, 6), (112, 7))
         ),
-        tokens_per_parameter=dict(diffusion=(10, 2000), autoregressive=(2, 300)),
+        tokens_per_parameter=dict(diffusion=(10, 1500), autoregressive=(2, 300)),
         sizes_per_budget=5,
         max_epochs=2.0,
         reference_width=192,

@@ -86,6 +86,12 @@ def test_rules_for_rate_batch_and_schedule():
         assert " ".join(rest) == sweep.decay
 
 
+def test_every_seed_is_a_run_of_its_own():
+    _, runs = planned("quick", **{"sweep.seeds": "3,5"})
+    assert {run.config.seed for run in runs} == {3, 5} and len({run.name for run in runs}) == len(runs)
+    assert all(run.name.endswith(f"_s{run.seed}") for run in runs)
+
+
 def test_repetition_reads_after_whole_epochs():
     sweep, runs = planned("repeat")
     for run in runs:
@@ -112,14 +118,14 @@ WRONG = [
     ({"sweep.budgets": "many"}, "needs one or more"),
     (
         {"train.batch_size": "4096", "sweep.evaluation_rows": "4096"},
-        "is 13.6 steps of .*less than 20; raise the budget",
+        "steps of 262144 tokens .*less than 20; raise the budget",
     ),
     ({"sweep.matching": "flops"}, "6nd, exact"),
     ({"sweep.mode": "both"}, "isoflop, checkpoints, repeat"),
     ({"sweep.objectives": "diffusion,arm"}, "diffusion, autoregressive"),
     ({"sweep.seeds": "a"}, "whole numbers"),
     ({"sweep.sizes_per_budget": "2"}, "a parabola needs 3"),
-    ({"sweep.budgets": "3e11,1e16"}, "leaves 0 sizes of diffusion with 10 to 2000"),
+    ({"sweep.budgets": "3e11,1e16"}, "leaves 0 sizes of diffusion with 10 to 1500"),
     ({"sweep.evaluation_rows": "100"}, "not a multiple of the batch of 16"),
     ({"sweep.warmup_fraction": "1.5"}, r"\[0, 1\)"),
     ({"sweep.budget": "1e12"}, "did you mean --config.sweep.budgets"),

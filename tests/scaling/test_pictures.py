@@ -75,6 +75,20 @@ def draw_all(readings, fitted, folder, **settings):
     return all(is_a_picture(folder / f"{name}.png") for name in ("isoflop", "frontier", "allocation"))
 
 
+@pytest.mark.parametrize("predict", [3e19, 1e22, 1e24])
+def test_a_prediction_lies_on_the_law_at_its_own_budget(whole, tmp_path, monkeypatch, predict):
+    """Wherever the laws' lines end: before it, at it, or, for the sake of the gap's arrow, beyond."""
+    readings, fitted = whole
+    marks = []
+    monkeypatch.setattr(canvas, "save", lambda figure, path: marks.extend(
+        tuple(float(v) for v in line.get_xydata()[0]) for line in figure.axes[0].lines
+        if line.get_marker() == "D" and len(line.get_xydata())
+    ))  # fmt: skip
+    pictures.frontier(readings, fitted, tmp_path / "frontier.png", predict=predict)
+    wanted = [(predict, float(fitted.laws[family]["loss"][0](predict))) for family in LAWS]
+    np.testing.assert_allclose(sorted(marks), sorted(wanted))
+
+
 def test_the_frontier_says_the_gap_and_the_prediction(whole, tmp_path, said):
     readings, fitted = whole
     pictures.frontier(readings, fitted, tmp_path / "frontier.png", predict=1e22)

@@ -48,6 +48,8 @@ def make(directory: Path, base: dict[str, Any], values: dict[str, Any]) -> Sweep
     """
     config = parse(values)
     sweep = Sweep(directory, config, base, plan(base, config, directory))
+    if metadata := corpus_metadata(sweep):  # otherwise `prepare` will find out
+        check_epochs(sweep.runs, config, metadata.train_tokens)
     for run in sweep.runs:
         path = sweep.workdir(run) / "config.json"
         if path.exists() and (changed := config_lib.differences(config_lib.load(path), run.config)):
