@@ -48,7 +48,8 @@ def test_parameter_counts_and_train_step(name):
 
 
 def test_the_files_are_all_tested():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*COUNTS, "quickstart"}
+    """isoflop is in tests/scaling/test_grid.py."""
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*COUNTS, "quickstart", "isoflop"}
 
 
 def test_the_papers_odd_ffn_is_one_override_away():

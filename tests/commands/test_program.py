@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import in_process
 import pytest
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -21,9 +22,9 @@ def llada(*arguments, cwd=None):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120)
 
 
-def refused(*arguments, cwd=None) -> str:
+def refused(*arguments, cwd=None, program=in_process.llada) -> str:
     """The one line of a refusal."""
-    done = llada(*arguments, cwd=cwd)
+    done = program(*arguments, cwd=cwd)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
     assert "Traceback" not in done.stderr
@@ -109,9 +110,9 @@ def test_wrong_corpora_and_tokenizers_get_one_line(tmp_path):
 
 def test_a_batch_that_does_not_divide_over_the_mesh_gets_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-    line = refused("train", QUICKSTART, f"--workdir={tmp_path}/run", "--config.train.batch_size=12")
+    line = refused("train", QUICKSTART, f"--workdir={tmp_path}/run", "--config.train.batch_size=12", program=llada)
     assert "train.batch_size=12" in line and "= 8" in line
-    line = refused("train", QUICKSTART, f"--workdir={tmp_path}/run", "--config.mesh.tensor=8")
+    line = refused("train", QUICKSTART, f"--workdir={tmp_path}/run", "--config.mesh.tensor=8", program=llada)
     assert "multiple of --config.mesh.tensor=8" in line
 
 

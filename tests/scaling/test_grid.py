@@ -97,7 +97,7 @@ def test_repetition_reads_after_whole_epochs():
     for run in runs:
         unique = run.config.data.unique_tokens // 64 * 64
         for reading, epochs in zip(run.readings, sweep.epochs, strict=True):
-            assert reading.step * run.config.tokens_per_step == pytest.approx(epochs * unique, rel=0.02)
+            assert abs(reading.step * run.config.tokens_per_step - epochs * unique) <= run.config.tokens_per_step / 2
         assert run.config.optimizer.schedule.count(":") == 2  # no annealing
 
 
@@ -173,5 +173,5 @@ def test_a_corpus_too_small_for_the_tokens_is_refused_in_epochs():
     with pytest.raises(UserError, match=r"epochs of the corpus's 100000; .*max_epochs="):
         grid.check_epochs(runs, sweep, 100_000)
     sweep, runs = planned("repeat")
-    with pytest.raises(UserError, match="more than the corpus has, 100000"):
-        grid.check_epochs(runs, sweep, 100_000)
+    with pytest.raises(UserError, match="more than the corpus has, 50000"):
+        grid.check_epochs(runs, sweep, 50_000)
