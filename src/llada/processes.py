@@ -28,7 +28,7 @@ _LAUNCHERS = ("SLURM_", "OMPI_", "KUBERNETES_", "TPU_", "MEGASCALE_")
 _HEARTBEAT_SECONDS = 30  # a process silent for so long is dead, and ends the others
 _SHUTDOWN_SECONDS = 60  # how long a process that has ended well waits for the others to do so
 _POLL_MILLISECONDS = 5_000  # how long waiting keeps Python from handling a signal
-_SHARED_SECONDS = 15  # a network file system may take so long to show a new file to other hosts
+_SHARED_SECONDS = 5  # a network file system may take a moment to show a new file to other hosts
 
 _exchanges = itertools.count()  # the same on every process, because all make the same exchanges in the same order
 
@@ -52,6 +52,8 @@ def start(coordinator: str | None = None, processes: int | None = None, process_
     jax.config.update("jax_enable_preemption_service", False)
     told = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process_id}
     arguments = told | {"cluster_detection_method": "deactivate"} if processes else {}
+    if processes:
+        print(f"process {process_id} of {processes} meets the others at {coordinator}", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(
             **arguments, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS, shutdown_timeout_seconds=_SHUTDOWN_SECONDS
