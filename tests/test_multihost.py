@@ -110,9 +110,9 @@ def runs(experiment, tmp_path_factory):
     checkpoints.close()
     steps = max(STEPS, at + 20)
 
-    said = {}
-    for name, count, devices in (("stopped", 4, 2), ("2 x 4", 2, 4), ("1 x 8", 1, 8), ("1 x 1", 1, 1)):
-        said[name] = start(name, count, devices, steps).finish()
+    said = {name: start(name, *sizes, steps).finish() for name, sizes in {"stopped": (4, 2), "2 x 4": (2, 4)}.items()}
+    single = {name: start(name, *sizes, steps) for name, sizes in {"1 x 8": (1, 8), "1 x 1": (1, 1)}.items()}
+    said |= {name: launched.finish() for name, launched in single.items()}
     return SimpleNamespace(folder=folder, steps=steps, at=at, statuses=statuses, stopped=stopped.said(), said=said)
 
 
