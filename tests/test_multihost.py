@@ -221,6 +221,14 @@ def test_nonsense_is_explained(arguments, words):
         processes.start(*arguments)
 
 
+def test_a_coordinator_that_is_not_there_is_explained(monkeypatch):
+    monkeypatch.setattr(processes, "_MEETING_SECONDS", 0.3)
+    with pytest.raises(
+        UserError, match="nobody listens at --coordinator=127.0.0.1:.*start --process_id=0 on that host"
+    ):
+        processes.start(f"127.0.0.1:{free_port()}", 2, 1)
+
+
 def test_one_process_joins_nobody(monkeypatch):
     for name in list(os.environ):
         if name.startswith(processes._LAUNCHERS):

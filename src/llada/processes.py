@@ -26,6 +26,7 @@ from llada.errors import UserError
 # Where none of these is set and there is no libtpu, no launcher that JAX knows has started us.
 _LAUNCHERS = ("SLURM_", "OMPI_", "KUBERNETES_", "TPU_", "MEGASCALE_")
 _HEARTBEAT_SECONDS = 30  # a process silent for so long is dead, and ends the others
+_MEETING_SECONDS = 300  # how long to look for process 0
 _SHUTDOWN_SECONDS = 60  # how long a process that has ended well waits for the others to do so
 _POLL_MILLISECONDS = 5_000  # how long waiting keeps Python from handling a signal
 _SHARED_SECONDS = 5  # a network file system may take a moment to show a new file to other hosts
@@ -54,6 +55,8 @@ def start(coordinator: str | None = None, processes: int | None = None, process_
     arguments = told | {"cluster_detection_method": "deactivate"} if processes else {}
     if processes:
         print(f"process {process_id} of {processes} meets the others at {coordinator}", file=sys.stderr, flush=True)
+        if process_id != 0:
+            _find(coordinator)
     try:
         jax.distributed.initialize(
             **arguments, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS, shutdown_timeout_seconds=_SHUTDOWN_SECONDS
@@ -178,6 +181,23 @@ def _check(coordinator: str | None, processes: int | None, process_id: int | Non
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator={coordinator} must be HOST:PORT of process 0, like 10.0.0.1:8476")
+
+
+def _find(coordinator: str) -> None:
+    """Wait until process 0 listens; JAX would end in a C++ stack trace where it never does."""
+    host, _, port = coordinator.rpartition(":")
+    until = time.monotonic() + _MEETING_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"nobody listens at --coordinator={coordinator} after {_MEETING_SECONDS} seconds ({error}); start "
+                    "--process_id=0 on that host, and let the others reach it"
+                ) from error
+        time.sleep(0.2)
 
 
 def _launched() -> bool:
