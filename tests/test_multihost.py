@@ -182,24 +182,35 @@ def test_another_number_of_processes_continues_from_what_was_saved(runs, experim
     assert np.isfinite(column(workdir, "loss_nats_per_token")).all()
 
 
-def test_a_mistake_that_the_first_process_meets_ends_all(experiment, tmp_path):
+@pytest.fixture(scope="module")
+def refused(experiment, tmp_path_factory):
+    """Two pairs of processes that must not train."""
+    folder = tmp_path_factory.mktemp("refused")
+    config, workdir = f"--config={experiment}", f"--workdir={folder / 'run'}"
+    each = {i: [f"--workdir={folder / str(i)}"] for i in range(2)}
+    launched = {
+        "unshared": Launched(folder / "unshared", 2, 1, config, only_of=each),
+        "no corpus": Launched(
+            folder / "none", 2, 4, config, workdir, f"--config.data.source=text:{folder}/*.txt", slurm=True
+        ),
+    }
+    for pair in launched.values():
+        assert pair.wait() == [2, 2], pair.said()
+    assert not list(folder.rglob(".seen-by-all*"))
+    return {name: pair.said() for name, pair in launched.items()}
+
+
+def test_a_mistake_that_the_first_process_meets_ends_all(refused):
     """Found by process 0 alone, while the others wait for the corpus; the processes find each other as under Slurm."""
-    flags = (f"--config={experiment}", f"--workdir={tmp_path / 'run'}", f"--config.data.source=text:{tmp_path}/*.txt")
-    launched = Launched(tmp_path / "log", 2, 4, *flags, slurm=True)
-    assert launched.wait() == [2, 2]
-    for text, words in zip(launched.said(), ("llada train: ", "llada train: process 0: "), strict=True):
+    for text, words in zip(refused["no corpus"], ("llada train: ", "llada train: process 0: "), strict=True):
         assert "Traceback" not in text
         assert text.splitlines()[-1].startswith(f"{words}no file matches"), text
 
 
-def test_a_workdir_that_is_not_shared_is_refused_by_all(experiment, tmp_path):
+def test_a_workdir_that_is_not_shared_is_refused_by_all(refused):
     """Process 1 has a directory of its own, as on a host where the file system is not mounted."""
-    each = {i: [f"--workdir={tmp_path / str(i)}"] for i in range(2)}
-    launched = Launched(tmp_path / "log", 2, 1, f"--config={experiment}", only_of=each)
-    assert launched.wait() == [2, 2]
-    for text in launched.said():
+    for text in refused["unshared"]:
         assert "does not see what process 0 writes to --workdir=" in text.splitlines()[-1], text
-    assert not list(tmp_path.rglob(".seen-by-all*"))
 
 
 @pytest.mark.parametrize(
