@@ -2,12 +2,14 @@
 
 Axes: `data` (batch), `fsdp` (batch and parameters), `tensor` (heads, FFN columns, vocabulary). All three exist on a
 laptop too, with size 1. A spec is named by the shape suffix of the array it places (the alphabet is in README).
-Axis types are Auto: the compiler propagates, and every array that matters is pinned through this table.
+Axis types are Auto: the compiler propagates, and every array that matters is pinned through this table. Devices are
+those of all processes; where a batch comes from and goes to is `own_positions` and `place_batch`.
 """
 
 import math
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,6 +30,7 @@ ACTIVATIONS = {
     "BL_rows": P(BATCH, "tensor"),
     "BLD_rows": P(BATCH, "tensor", None),
     "VD_gathered": P(None, None),
+    "devices": P(AXES),  # one entry a device
     "replicated": P(),
 }
 
@@ -46,14 +49,18 @@ PARAMETERS = {
 
 
 def make(mesh: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
-    """Lay `devices` (default: all) out as (data, fsdp, tensor). UserError if the sizes do not multiply out."""
+    """Lay `devices` (default: all) out as (data, fsdp, tensor). UserError if the sizes do not multiply out.
+
+    JAX numbers devices host by host and the last axes vary fastest: tensor, then fsdp, stay within a host where they
+    fit (on TPUs JAX follows the torus instead).
+    """
     devices = jax.devices() if devices is None else devices
     rest = mesh.fsdp * mesh.tensor
     data = mesh.data if mesh.data is not None else max(1, len(devices) // rest)
     if data * rest != len(devices):
         raise UserError(
             f"mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} x mesh.tensor={mesh.tensor} does not make the "
-            f"{len(devices)} device(s) of this machine; leave --config.mesh.data=None, or make it {len(devices)}"
+            f"{len(devices)} device(s) there are; leave --config.mesh.data=None, or make it {len(devices)}"
         )
     return jax.make_mesh((data, mesh.fsdp, mesh.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
@@ -98,6 +105,23 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
 def placement(mesh: jax.sharding.Mesh, name: str) -> NamedSharding:
     """Sharding of the activation or batch called `name`."""
     return NamedSharding(mesh, ACTIVATIONS[name])
+
+
+def own_positions(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
+    """Positions of a global batch that this process's devices hold, ascending; others may hold them too."""
+    indices = placement(mesh, "B").addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in indices]))
+
+
+def place_batch(mesh: jax.sharding.Mesh, rows_RL: np.ndarray, positions_R: np.ndarray, batch_size: int) -> jax.Array:
+    """The global batch_BL of which this process has the rows at `positions_R` (ascending; at least its own)."""
+
+    def part(index):
+        start, stop, _ = index[0].indices(batch_size)
+        first = np.searchsorted(positions_R, start)
+        return rows_RL[first : first + stop - start]
+
+    return jax.make_array_from_callback((batch_size, *rows_RL.shape[1:]), placement(mesh, "BL"), part)
 
 
 def parameter_placements(mesh: jax.sharding.Mesh, tree):

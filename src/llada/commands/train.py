@@ -3,6 +3,9 @@
 Pre-trains the experiment in DIR: config.json, tokenizer.model, data/, checkpoints/, metrics.jsonl, summary.json and
 TensorBoard events. Called again on the same DIR it continues from the newest checkpoint, bit for bit. Without --config
 the experiment is the one that DIR holds: a run to continue, or a model that llada import brought.
+
+On several hosts run the same command on each, with DIR on a file system that all of them share. Slurm (srun) and TPU
+pods are recognised; elsewhere --coordinator, --processes and --process_id say who is there.
 """
 
 import json
@@ -11,17 +14,24 @@ from pathlib import Path
 
 from absl import flags
 
+from llada import processes
 from llada.commands import experiment
 from llada.errors import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if missing, continued if it holds one")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "print the resolved configuration as JSON and stop")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 listens for the others")
+PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are; 1 alone: ask no cluster for others")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 flags.adopt_module_key_flags(experiment)
 
 
 def run(overrides: dict[str, str]) -> int:
     """Train; 130 or 143 after a signal (everything saved), 1 if the loss stopped being a number."""
-    config = _config(overrides)
+    if not PRINT_CONFIG.value:
+        processes.start(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
+    with processes.agreement():
+        config = _config(overrides)
     if PRINT_CONFIG.value:
         from llada.config import to_dict
 
@@ -34,13 +44,19 @@ def run(overrides: dict[str, str]) -> int:
     try:
         summary = loop.train(config, Path(WORKDIR.value))
     except loop.Interrupted as stop:
-        print(f"llada train: {stop}", file=sys.stderr)
+        _say(f"llada train: {stop}", sys.stderr)
         return 128 + stop.signal_number
     except loop.Diverged as error:
-        print(f"llada train: {error}", file=sys.stderr)
+        _say(f"llada train: {error}", sys.stderr)
         return 1
-    print(json.dumps(summary, indent=2))
+    _say(json.dumps(summary, indent=2), sys.stdout)
     return 0
+
+
+def _say(text: str, file) -> None:
+    """What all processes know, once."""
+    if processes.is_first():
+        print(text, file=file)
 
 
 def _config(overrides: dict[str, str]):

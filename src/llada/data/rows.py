@@ -65,8 +65,8 @@ def prepare(
     """Tokenise `source` into rows under `directory`, or reopen them if the same request made them before.
 
     metadata.json is written last: without it nothing here counts, and an interrupted call starts again.
-    One process prepares; the others wait for it. Raises UserError if the directory holds another corpus, if the
-    source is bad (see sources.py), or if either side has too little text for one row.
+    One process prepares; the others wait for it (see training/workdir.py). Raises UserError if the directory holds
+    another corpus, if the source is bad (see sources.py), or if either side has too little text for one row.
     """
     directory = Path(directory)
     if sequence_length < 1:
@@ -152,10 +152,9 @@ def unique_rows(rows_NL: np.ndarray, unique_tokens: int | None) -> np.ndarray:
 
 
 class Batches:
-    """The training stream of one process. Grain shuffles the row ids anew every epoch; the global batch of step s is
-    ids[s*B : (s+1)*B], of which each process reads its contiguous share: concatenated by process index, the shares
-    are the batch that a single process would read. Grain numbers orders by seed + epoch, so epoch 1 of seed 0 is
-    epoch 0 of seed 1.
+    """The training stream. Grain shuffles the row ids anew every epoch; the global batch of step s is
+    ids[s*B : (s+1)*B], whoever reads it: a process may take only the positions that its devices hold. Grain numbers
+    orders by seed + epoch, so epoch 1 of seed 0 is epoch 0 of seed 1.
     """
 
     def __init__(
@@ -163,26 +162,24 @@ class Batches:
         rows_NL: np.ndarray,
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
         unique_tokens: int | None = None,
+        positions: np.ndarray | None = None,
     ):
-        """Take N rows, the global batch size, this process's place. Raises UserError on impossible numbers."""
-        if batch_size < 1 or batch_size % process_count:
-            raise UserError(f"train.batch_size={batch_size} must be a positive multiple of {process_count} processes")
+        """Take N rows, the global batch size, which positions of it to read (default all). UserError if impossible."""
+        if batch_size < 1:
+            raise UserError(f"train.batch_size={batch_size} must be positive")
         if not 0 <= seed < 2**32:
             raise UserError(f"seed={seed} must lie in 0..4294967295; set --config.seed")
         self.rows_NL = rows_NL
         self.batch_size = batch_size
         self._used = unique_rows(rows_NL, unique_tokens)
         self._ids = grain.MapDataset.range(len(self._used)).shuffle(seed=seed).repeat()
-        self._share = batch_size // process_count
-        self._offset = process_index * self._share
+        self.positions = np.arange(batch_size) if positions is None else positions
 
     def at(self, step: int) -> np.ndarray:
-        """Return this process's rows of batch `step` (0 is the first): batch_BL int32, B = batch_size / processes."""
-        start = step * self.batch_size + self._offset
-        ids_B = self._used[[self._ids[index] for index in range(start, start + self._share)]]
+        """Return the rows of batch `step` (0 is the first) at the positions: batch_BL int32, B = len(positions)."""
+        start = step * self.batch_size
+        ids_B = self._used[[self._ids[start + position] for position in self.positions.tolist()]]
         return self.rows_NL[ids_B].astype(np.int32)
 
     def iterate(self, step: int) -> Iterator[np.ndarray]:

@@ -137,6 +137,13 @@ class Checkpoints:
         self.manager.close()
 
 
+def only_imported(workdir: Path) -> bool:
+    """Whether all that the workdir holds is a model that `llada import` brought. No other process is asked."""
+    directory = workdir / "checkpoints"
+    steps = [path.name for path in directory.glob("*") if path.name.isdecimal()]
+    return steps == ["0"] and not (directory / "0" / "optimizer_state").exists()
+
+
 def create(workdir: Path, config: Config, tokenizer: bytes) -> dict[str, Leaf]:
     """Step 0 of a run that has not begun, its parameters zero until the leaves are written: a model from elsewhere, of
     which no more is in memory than the caller holds.

@@ -2,18 +2,21 @@
 
 Resuming follows one rule: if the workdir holds a committed checkpoint, continue from the newest; else start at step 0.
 The next step is a pure function of (state, step), so a continued run ends with the bits of an uninterrupted one.
+
+Several processes run this file side by side, each with the rows of its own devices; process 0 alone prepares, writes
+metrics and summary, and speaks. Whatever decides what to do next must be the same on all of them: a metric, a step, or
+something agreed through `processes`.
 """
 
 import contextlib
 import json
 import math
 import signal
-import sys
 from pathlib import Path
 
 import jax
 
-from llada import accounting
+from llada import accounting, processes
 from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.data.rows import Batches, Corpus, chain_digest
@@ -26,6 +29,7 @@ from llada.training import workdir as workdir_lib
 from llada.training.checkpoint import Checkpoints
 from llada.training.optimizer import parse_position
 from llada.training.step import TrainState, compile_step, init_state, state_placements
+from llada.training.stopping import Stop, stop_signals
 
 
 class Interrupted(Exception):
@@ -43,61 +47,73 @@ class Diverged(Exception):
 def train(config: Config, workdir: Path, progress: metrics_lib.Progress | None = None) -> dict:
     """Train `config` in `workdir` until its last step; returns the summary it wrote to `summary.json`.
 
-    `progress` is told how it goes; default the terminal. Raises UserError, Interrupted (after saving) or Diverged.
+    `progress` is told how it goes; default the terminal. Raises UserError, Interrupted (after saving) or Diverged, on
+    all processes alike.
     """
+    workdir_lib.require_same(config)
     mesh = mesh_lib.make(config.mesh)
     mesh_lib.check(config, mesh)
-    workdir_lib.claim(workdir, config)
-    with jax.set_mesh(mesh), _stop_signals() as stop:
-        run = _Run(config, workdir, mesh, progress or metrics_lib.Progress(config))
-        try:
-            while run.step < config.steps and not stop:
-                run.advance()
-            run.settle()
-            if stop and run.step < config.steps:
-                run.save()
-                raise Interrupted(stop[0], run.step)
-            return run.finish()
-        finally:
-            run.close()
+    with jax.set_mesh(mesh), stop_signals() as received:
+        tokenizer, corpus = workdir_lib.prepare(workdir, config)
+        agreed = (UserError, Interrupted, Diverged)
+        with processes.ending_together(*agreed):
+            run = _Run(config, workdir, mesh, tokenizer, corpus, Stop(received, mesh), progress)
+            with contextlib.closing(run), processes.ending_together(*agreed):
+                while run.step < config.steps and not run.stop.number:
+                    run.advance()
+                run.settle()
+                if run.stop.number and run.step < config.steps:
+                    run.save()
+                    raise Interrupted(run.stop.number, run.step)
+                return run.finish()
 
 
 class _Run:
     """Everything a run holds between steps. `step` counts dispatched steps; `pending` is the newest one's metrics."""
 
-    def __init__(self, config: Config, workdir: Path, mesh: jax.sharding.Mesh, progress: metrics_lib.Progress):
-        self.config, self.workdir, self.mesh, self.progress = config, workdir, mesh, progress
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        mesh: jax.sharding.Mesh,
+        tokenizer: Tokenizer,
+        corpus: Corpus,
+        stop: Stop,
+        progress: metrics_lib.Progress | None,
+    ):
+        self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
+        self.tokenizer, self.corpus = tokenizer, corpus
+        first = processes.is_first()
+        self.progress = (progress if first else None) or metrics_lib.Progress(config, quiet=not first)
         self.evaluate_at = evaluation_steps(config)
         self.checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
-        self.tokenizer: Tokenizer = workdir_lib.tokenizer_for(workdir, config)
-        self.corpus: Corpus = workdir_lib.corpus_for(workdir, config, self.tokenizer)
-        special = self.tokenizer.special
+        special = tokenizer.special
         self._describe()
         self.state, cursor = self._restore_or_init()
         self.step: int = int(self.state.step)
         self.rows_digest: str = cursor.get("rows_digest", "")
         self.meter = metrics_lib.Meter(config, cursor.get("meter"))
-        self.writer = metrics_lib.Writer(workdir, self.step)
+        self.writer = metrics_lib.Writer(workdir, self.step) if first else None
         self.train_step = compile_step(config, special, mesh)
-        self.validate = Validator(config, special, self.tokenizer.token_bytes_V, self.corpus.holdout_NL, mesh)
-        self.batches = Batches(
-            self.corpus.train_NL,
-            config.train.batch_size,
-            config.seed,
-            jax.process_index(),
-            jax.process_count(),
-            config.data.unique_tokens,
-        ).iterate(self.step)
+        self.validate = Validator(config, special, tokenizer.token_bytes_V, corpus.holdout_NL, mesh)
+        # The digest is of whole batches, so the process that keeps it reads them; the others read what they train on.
+        B = config.train.batch_size
+        own = None if first else mesh_lib.own_positions(mesh, B)
+        stream = Batches(corpus.train_NL, B, config.seed, config.data.unique_tokens, own)
+        self.positions = stream.positions
+        self.batches = stream.iterate(self.step)
         self.pending: dict | None = None
         self.last_evaluation: tuple[int, dict] | None = None
 
     def advance(self) -> None:
         """One step of the run; the device works on it while the host looks at the one before."""
-        batch_BL = next(self.batches)
-        self.rows_digest = chain_digest(self.rows_digest, batch_BL)
-        placed = jax.make_array_from_process_local_data(mesh_lib.placement(self.mesh, "BL"), batch_BL)
-        self.state, values = self.train_step(self.state, placed)
+        rows_RL = next(self.batches)
+        if processes.is_first():
+            self.rows_digest = chain_digest(self.rows_digest, rows_RL)
+        batch_BL = mesh_lib.place_batch(self.mesh, rows_RL, self.positions, self.config.train.batch_size)
+        self.state, values = self.train_step(self.state, batch_BL)
         self.log_previous()
+        self.stop.ask()
         self.step += 1
         self.pending = values
         last = self.step == self.config.steps
@@ -114,6 +130,7 @@ class _Run:
             return
         values = {name: float(value) for name, value in jax.device_get(self.pending).items()}
         self.pending = None
+        self.stop.hear()
         # The norm after the step is among them: a finite loss may still have led to parameters that must not be saved.
         if not all(map(math.isfinite, values.values())):
             self.checkpoints.wait()
@@ -127,7 +144,7 @@ class _Run:
         self.meter.add(values)
         if self.step % self.config.train.log_every == 0 or self.step == self.config.steps:
             window = self.meter.window(self.step, values)
-            self.writer.write(self.step, window)
+            self.record(window)
             self.progress.train(self.step, window)
 
     def settle(self) -> None:
@@ -140,9 +157,14 @@ class _Run:
         v = self.validate(self.state.params)
         values = {f"eval/{name}": getattr(v, name) for name in metrics_lib.EVALUATED}
         totals = metrics_lib.run_totals(self.config, self.step)
-        self.writer.write(self.step, values | totals)
+        self.record(values | totals)
         self.progress.evaluation(self.step, values)
         self.last_evaluation = (self.step, values)
+
+    def record(self, values: dict[str, float]) -> None:
+        """A line of metrics.jsonl, written by process 0."""
+        if self.writer is not None:
+            self.writer.write(self.step, values)
 
     def save(self) -> None:
         """Checkpoint the present step; arrays have left the device on return, so donation is safe."""
@@ -150,12 +172,21 @@ class _Run:
         self.checkpoints.save(self.state, self.config, cursor, self.tokenizer.content)
 
     def finish(self) -> dict:
-        """Write `summary.json`: the run's figures in one place."""
+        """Write `summary.json`: the run's figures in one place. Every process returns it."""
         path = self.workdir / "summary.json"
         if self.last_evaluation is None:  # a finished run, called again
-            if path.exists() and json.loads(path.read_text())["step"] == self.step:
-                return json.loads(path.read_text())
+            found = json.loads(path.read_text()) if processes.is_first() and path.exists() else None
+            found = processes.from_first(found)
+            if found is not None and found["step"] == self.step:
+                return found
             self.evaluate()
+        summary = processes.from_first(self.summary() if processes.is_first() else None)
+        if processes.is_first():
+            write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
+        return summary
+
+    def summary(self) -> dict:
+        """The run's figures, as process 0 knows them."""
         count = accounting.parameters(self.config.model)
         totals = metrics_lib.run_totals(self.config, self.step)
         lines = metrics_lib.read(self.workdir / "metrics.jsonl")
@@ -164,7 +195,7 @@ class _Run:
         d = self.corpus.metadata
         _, evaluated = self.last_evaluation
         unique = min(self.config.data.unique_tokens or d.train_tokens, d.train_tokens)
-        summary = {
+        return {
             "step": self.step,
             "objective": self.config.objective.name,
             "parameters": count.total,
@@ -183,17 +214,16 @@ class _Run:
             "corpus_digest": d.digest,
             "tokenizer_sha256": self.tokenizer.sha256,
         }
-        write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
-        return summary
 
     def close(self) -> None:
         """Stop reading ahead, finish saving."""
         self.batches.close()
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
         self.checkpoints.close()
 
     def _restore_or_init(self) -> tuple[TrainState, dict]:
-        step = self.checkpoints.latest()
+        step = processes.from_first(self.checkpoints.latest())
         if step is None:
             places = state_placements(self.config, self.mesh)
             return jax.jit(lambda: init_state(self.config), out_shardings=places)(), {}
@@ -213,6 +243,7 @@ class _Run:
             f"corpus {d.source}: {d.train_documents:,} documents, {d.train_tokens:,} tokens, "
             f"unigram entropy {d.unigram_entropy_nats:.3f} nats/token; "
             f"mesh {dict(self.mesh.shape)} on {jax.devices()[0].device_kind}"
+            + (f", {processes.count()} processes" if processes.count() > 1 else "")
         )
 
 
@@ -229,24 +260,3 @@ def evaluation_steps(config: Config) -> frozenset[int]:
             )
         steps.add(step)
     return frozenset(steps)
-
-
-@contextlib.contextmanager
-def _stop_signals():
-    """Yield a list that receives the number of the first SIGINT or SIGTERM; a second one ends the process as usual."""
-    received: list[int] = []
-    previous = {}
-
-    def handler(number, frame):
-        received.append(number)
-        print("\nfinishing this step and saving; once more to stop at once", file=sys.stderr, flush=True)
-        for other, old in previous.items():
-            signal.signal(other, old)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, handler)
-    try:
-        yield received
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)

@@ -155,9 +155,9 @@ def read(path: Path) -> list[dict]:
 class Progress:
     """One line per window on the terminal (coloured there, plain in a file)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, quiet: bool = False):
         self.config = config
-        self.console = Console(highlight=False, soft_wrap=True, stderr=True)
+        self.console = Console(highlight=False, soft_wrap=True, stderr=True, quiet=quiet)
 
     def say(self, text: str) -> None:
         """A remark between progress lines."""

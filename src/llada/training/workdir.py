@@ -13,6 +13,7 @@ import jax
 
 from llada import config as config_lib
 from llada import mesh as mesh_lib
+from llada import processes
 from llada.config import Config, MeshConfig
 from llada.data import rows, sources, tokenizer_files
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -20,7 +21,7 @@ from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError
 from llada.files import write_atomically
 from llada.model import transformer
-from llada.training.checkpoint import Checkpoints
+from llada.training.checkpoint import Checkpoints, only_imported
 
 
 class Run(NamedTuple):
@@ -41,11 +42,47 @@ class Run(NamedTuple):
         return transformer.logits(self.config.model, self.params, tokens_BL, lengths_B)
 
 
+def require_same(config: Config) -> None:
+    """UserError, on all, unless every process was given the same experiment."""
+    theirs = config_lib.from_config_dict(processes.from_first(config_lib.to_dict(config)))
+    with processes.agreement():
+        if theirs != config:
+            changed = "; ".join(config_lib.differences(theirs, config)[:4]) or "in keys that may change between calls"
+            raise UserError(f"its configuration is not that of process 0 ({changed}); run the same command everywhere")
+
+
+def prepare(workdir: Path, config: Config) -> tuple[Tokenizer, rows.Corpus]:
+    """Make `workdir` this experiment's, with tokenizer and corpus; continue what is there. UserError if that fails.
+
+    Of several processes the first does this, the others wait for it and then open what it made.
+    """
+
+    def opened() -> tuple[Tokenizer, rows.Corpus]:
+        tokenizer = tokenizer_for(workdir, config)
+        return tokenizer, corpus_for(workdir, config, tokenizer)
+
+    with processes.agreement():
+        if processes.is_first():
+            claim(workdir, config)
+            made = opened()
+    processes.require_shared(workdir, "--workdir")
+    with processes.agreement():
+        if not processes.is_first():
+            directory = _rows_directory(workdir, config)
+            if not (directory / "metadata.json").exists():
+                raise UserError(f"no corpus in --config.data.directory={directory}, where process 0 has made one")
+            made = opened()
+    digests = processes.gather(made[1].metadata.digest)
+    if len(set(digests)) > 1:
+        raise UserError(f"--config.data.directory={config.data.directory} does not hold the same corpus on all hosts")
+    return made
+
+
 def claim(workdir: Path, config: Config) -> None:
     """Make `workdir` this experiment's, or continue it. UserError if it is another's, or cannot be written."""
     path = workdir / "config.json"
     if path.exists():
-        changed = config_lib.differences(config_lib.load(path), config, begun=not _only_imported(workdir))
+        changed = config_lib.differences(config_lib.load(path), config, begun=not only_imported(workdir))
         if changed:
             raise UserError(
                 f"--workdir={workdir} belongs to another experiment ({'; '.join(changed[:4])}"
@@ -56,12 +93,6 @@ def claim(workdir: Path, config: Config) -> None:
         write_atomically(path, (json.dumps(config_lib.to_dict(config), indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; choose another") from error
-
-
-def _only_imported(workdir: Path) -> bool:
-    """Whether all that the workdir holds is a model that `llada import` brought."""
-    checkpoints = Checkpoints(workdir)
-    return checkpoints.steps() == [0] and not checkpoints.has_begun(0)
 
 
 def tokenizer_for(workdir: Path, config: Config) -> Tokenizer:
@@ -91,8 +122,12 @@ def tokenizer_for(workdir: Path, config: Config) -> Tokenizer:
 
 def corpus_for(workdir: Path, config: Config, tokenizer: Tokenizer) -> rows.Corpus:
     """The run's rows, tokenised once and kept under `data.directory`, or else `workdir/data`."""
-    d = config.data
-    return rows.prepare(d.directory or workdir / "data", d.source, tokenizer, d.sequence_length, d.holdout_fraction)
+    d, directory = config.data, _rows_directory(workdir, config)
+    return rows.prepare(directory, d.source, tokenizer, d.sequence_length, d.holdout_fraction)
+
+
+def _rows_directory(workdir: Path, config: Config) -> Path:
+    return Path(config.data.directory or workdir / "data")
 
 
 def read_config(workdir: Path) -> Config:

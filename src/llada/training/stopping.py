@@ -1,0 +1,69 @@
+"""Signals that ask a run to stop: received by any of its processes, known to all of them at the same step."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llada import mesh as mesh_lib
+from llada import processes
+
+
+class Stop:
+    """`number` is the signal to stop for, or 0; the same on all processes whenever they look at the same step.
+
+    Alone, it is the signal received. With others, each step is followed by the maximum over all devices of what their
+    processes have received; like the step's metrics it is read one step later, so nobody waits for it.
+    """
+
+    def __init__(self, received: list[int], mesh: jax.sharding.Mesh):
+        self._received = received
+        self._alone = processes.count() == 1
+        self._agreed = 0
+        self._asked: jax.Array | None = None
+        self._place = mesh_lib.placement(mesh, "devices")
+        self._devices = mesh.size
+        self._largest = jax.jit(jnp.max, out_shardings=mesh_lib.placement(mesh, "replicated"))
+
+    @property
+    def number(self) -> int:
+        """The first signal heard of, or 0."""
+        return (self._received or [0])[0] if self._alone else self._agreed
+
+    def ask(self) -> None:
+        """Start asking everyone; all processes call it after dispatching the same step."""
+        if not self._alone:
+            mine = np.full(1, (self._received or [0])[0], np.int32)
+            everyone = jax.make_array_from_callback((self._devices,), self._place, lambda index: mine)
+            self._asked = self._largest(everyone)
+
+    def hear(self) -> None:
+        """Take in what was asked last; all processes call it at the same point of the run."""
+        if self._asked is not None:
+            self._agreed = self._agreed or int(self._asked)
+            self._asked = None
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yield a list that receives the number of the first SIGINT or SIGTERM; a second one ends the process as usual."""
+    received: list[int] = []
+    previous = {}
+
+    def handler(number, frame):
+        received.append(number)
+        print("\nfinishing this step and saving; once more to stop at once", file=sys.stderr, flush=True)
+        for other, old in previous.items():
+            signal.signal(other, old)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handler)
+    try:
+        yield received
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
