@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import in_process
+import jax
 import pytest
 
 from llada import config as config_lib
@@ -40,6 +41,14 @@ def get_config(argument="isoflop"):
                        evaluation_rows=16, objectives=("diffusion",))
     return c
 '''  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    """Dozens of tiny programs, a few steps each: compiling them well takes longer than running them badly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
