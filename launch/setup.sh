@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sourced by the other scripts: makes or reuses .venv in the checkout from requirements.txt and activates it.
-# Usage: source launch/setup.sh; make_environment FILE.txt ...; install_beside NAME FILE.txt
+# Usage: source launch/setup.sh; make_environment FILE.txt ...; add_accelerator; install_beside NAME FILE.txt
 
 make_environment() {
   local python="" candidate wanted stamp
@@ -11,6 +11,11 @@ make_environment() {
         break
       fi
     done
+    if [ -z "$python" ] && has_tpu; then
+      # Images of TPU VMs bring Python 3.10.
+      python3 -m pip install --quiet --user uv && python3 -m uv python install --quiet 3.11 || return 1
+      python=$(python3 -m uv python find 3.11)
+    fi
     if [ -z "$python" ]; then
       echo "llada needs Python 3.11 or newer; none found. Name one: PYTHON=/path/to/python3.11 bash $0" >&2
       return 2
@@ -23,12 +28,30 @@ make_environment() {
   stamp=.venv/installed.cksum
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing $* into .venv"
+    # shellcheck disable=SC2046
     .venv/bin/python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") || return 1
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . || return 1
     echo "$wanted" > "$stamp"
   fi
   # shellcheck disable=SC1091
   source .venv/bin/activate
+}
+
+has_tpu() { compgen -G '/dev/accel*' > /dev/null || compgen -G '/dev/vfio/[0-9]*' > /dev/null; }
+
+# JAX's support for the TPU or the NVIDIA GPU of this machine, beside the JAX that make_environment installed.
+add_accelerator() {
+  local extra="" plugin="" version
+  if has_tpu; then
+    extra=tpu plugin=libtpu
+  elif command -v nvidia-smi > /dev/null && nvidia-smi -L > /dev/null 2>&1; then
+    extra=cuda12 plugin=jax_cuda12_plugin
+  fi
+  if [ -n "$extra" ] && ! python -c "import $plugin" 2> /dev/null; then
+    version=$(python -c 'import jax; print(jax.__version__)') || return 1
+    echo "installing jax[$extra]==$version into .venv"
+    python -m pip install --quiet --disable-pip-version-check "jax[$extra]==$version" || return 1
+  fi
 }
 
 # Packages that exclude some of .venv's, for a process of their own: PYTHONPATH=.venv/NAME. Exact pins, no dependencies.

@@ -11,10 +11,9 @@ shift 2
 cd "$(dirname "$0")/.."
 source launch/setup.sh
 make_environment requirements.txt requirements-plots.txt
-if compgen -G '/dev/accel*' > /dev/null || compgen -G '/dev/vfio/[0-9]*' > /dev/null; then
-  version=$(python -c 'import jax; print(jax.__version__)')
-  python -c 'import libtpu' 2> /dev/null || python -m pip install --quiet "jax[tpu]==$version"
-  # Each host of a pod is a machine of its own here: its chips, and no others. Hosts of pods have four.
+add_accelerator
+# Each host of a pod is a machine of its own here: its chips, and no others. Hosts of pods have four.
+if has_tpu; then
   export TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS="${TPU_CHIPS_PER_PROCESS_BOUNDS:-2,2,1}"
 fi
 set -x

@@ -4,32 +4,22 @@
 # NAME is a TPU VM that exists; /shared is a file system that its hosts have mounted (Filestore or another NFS). Prints
 # what it runs. After a preemption call it again with the new VM: finished runs stay, begun ones go on.
 set -euo pipefail
-dry_run=""
-if [ "${1:-}" = --dry_run ]; then
-  dry_run=yes
-  shift
-fi
+cd "$(dirname "$0")/.."
+source launch/say.sh
+take_options "dry_run" "" "$@"
+set -- ${words[@]+"${words[@]}"}
 if [ $# -lt 5 ] || ! [[ "$3" =~ ^[1-9][0-9]*$ ]]; then
-  echo "usage: bash launch/sweep_tpu_pod.sh [--dry_run] NAME ZONE HOSTS --config=... --workdir=... (HOSTS a number)" >&2
-  exit 2
+  refuse "usage: bash launch/sweep_tpu_pod.sh [--dry_run] NAME ZONE HOSTS --config=... --workdir=... (HOSTS a number)"
 fi
 name="$1" zone="$2" hosts="$3"
 shift 3
-cd "$(dirname "$0")/.."
-
-say() {
-  printf '$ '
-  printf '%q ' "$@"
-  printf '\n'
-  if [ -z "$dry_run" ]; then "$@"; fi
-}
 
 archive=$(mktemp -t llada.XXXXXX.tar.gz)
 trap 'rm -f "$archive"' EXIT
 say git archive --format=tar.gz --output="$archive" HEAD
 say gcloud compute tpus tpu-vm scp "$archive" "$name:llada.tar.gz" --zone="$zone" --worker=all
 for ((i = 1; i <= hosts; i++)); do
-  job=$(printf '%q ' bash launch/sweep_job.sh "$i" "$hosts" "$@")
+  job=$(typed bash launch/sweep_job.sh "$i" "$hosts" "$@")
   say gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$((i - 1))" --command \
     "mkdir -p llada && tar -xzf llada.tar.gz -C llada && cd llada && (nohup $job > ../sweep.log 2>&1 < /dev/null &)"
 done

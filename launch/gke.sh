@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Trains on TPU slices of a GKE cluster: as an xpk workload, or with --jobset as a JobSet of our own through kubectl.
+# Usage: bash launch/gke.sh [OPTIONS] NAME CLUSTER ZONE TYPE IMAGE --config=experiments/llada_8b.py --workdir=/shared/run [flags ...]
+# TYPE is generation:topology as in llada plan (v5p:4x4x8, v6e:16x16), IMAGE a container with llada and jax[tpu]
+# (launch/Dockerfile). OPTIONS: --dry_run prints and calls nothing; --slices=N; --spot; --restarts=N; --project=P;
+# --storage=NAME:DIR is where the workdir lies: a storage that xpk has attached at DIR, or the volume claim to mount there.
+# A preempted or crashed run starts again on all hosts and goes on from its checkpoint; after a mistake (2) it does not.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/say.sh
+jobset="" spot="" slices=1 restarts=100 project="" storage=""
+take_options "dry_run jobset spot" "slices restarts project storage" "$@"
+set -- ${words[@]+"${words[@]}"}
+[ $# -ge 5 ] || refuse "usage: bash launch/gke.sh [OPTIONS] NAME CLUSTER ZONE TYPE IMAGE --config=... --workdir=..."
+name="$1" cluster="$2" zone="$3" type="$4" image="$5"
+shift 5
+[[ "$name" =~ ^[a-z]([-a-z0-9]{0,26}[a-z0-9])?$ ]] || refuse "NAME $name must be a-z, 0-9 and -, 28 characters at most"
+[[ "$type" =~ ^(v4|v5e|v5p|v6e|tpu7x):([0-9]+)x([0-9]+)(x([0-9]+))?$ ]] ||
+  refuse "TYPE $type must be GENERATION:TOPOLOGY, with v4, v5e, v5p, v6e or tpu7x, like v5p:4x4x8"
+generation="${type%%:*}" topology="${type#*:}"
+chips=$((BASH_REMATCH[2] * BASH_REMATCH[3] * ${BASH_REMATCH[5]:-1}))
+for number in "slices=$slices" "restarts=$restarts"; do
+  [[ "$number" =~ =[1-9][0-9]*$ ]] || refuse "--$number must be a number from 1 on"
+done
+[ -z "$storage" ] || [[ "$storage" =~ ^[-a-z0-9.]+:/.+ ]] || refuse "--storage=$storage must be NAME:/DIR"
+read_training "$@"
+
+# Slices of several hosts have four chips on each.
+hosts=$(((chips + 3) / 4))
+chips_a_host=$((chips < 4 ? chips : 4))
+[ $((hosts * chips_a_host)) -eq "$chips" ] || refuse "TYPE $type has $chips chips: not a whole number of hosts of four"
+
+run_xpk() {
+  local prefix="$generation"
+  [ "$generation" != v5e ] || prefix=v5litepod
+  # exec: signals reach llada, which saves. 1 is the status of those whose peers have died.
+  say xpk workload create --workload="$name" --cluster="$cluster" --zone="$zone" --tpu-type="$prefix-$topology" \
+    --num-slices="$slices" --docker-image="$image" --command="exec llada train $(typed "$@")" \
+    --max-restarts="$restarts" --restart-on-exit-codes=1 --termination-grace-period-seconds=120 \
+    ${spot:+--spot} ${project:+--project="$project"} ${storage:+--storage="${storage%%:*}"}
+}
+
+# A YAML string in double quotes, as JSON writes it.
+quoted() {
+  local text="${1//\\/\\\\}"
+  text="${text//\"/\\\"}"
+  text="${text//$'\n'/\\n}"
+  printf '"%s"' "${text//$'\t'/\\t}"
+}
+
+render_jobset() {
+  local accelerator word arguments=""
+  case "$generation" in
+    v4) accelerator=tpu-v4-podslice ;;
+    v5e) accelerator=tpu-v5-lite-podslice ;;
+    v5p) accelerator=tpu-v5p-slice ;;
+    v6e) accelerator=tpu-v6e-slice ;;
+    tpu7x) accelerator=tpu7x ;;
+  esac
+  for word in llada train "$@"; do arguments+="${arguments:+, }$(quoted "$word")"; done
+  cat << YAML
+# One Job a slice, one Pod a host. Any Pod's end restarts all of them, up to maxRestarts; status 2 ends them.
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $name
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  failurePolicy:
+    maxRestarts: $restarts
+    rules:
+      - name: mistake
+        action: FailJobSet
+        onJobFailureReasons: [PodFailurePolicy]
+  replicatedJobs:
+    - name: slice
+      replicas: $slices
+      template:
+        spec:
+          parallelism: $hosts
+          completions: $hosts
+          completionMode: Indexed
+          backoffLimit: 0
+          podFailurePolicy:
+            rules:
+              - action: FailJob
+                onExitCodes: {containerName: llada, operator: In, values: [2]}
+          template:
+            spec:
+              restartPolicy: Never
+              hostNetwork: true
+              dnsPolicy: ClusterFirstWithHostNet
+              terminationGracePeriodSeconds: 120
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $accelerator
+                cloud.google.com/gke-tpu-topology: $topology
+${spot:+                cloud.google.com/gke-spot: \"true\"
+}              containers:
+                - name: llada
+                  image: $(quoted "$image")
+                  command: [$arguments]
+                  ports:
+                    - containerPort: 8471
+                    - containerPort: 8080
+                  resources:
+                    limits: {google.com/tpu: $chips_a_host}
+YAML
+  if [ -n "$storage" ]; then
+    cat << YAML
+                  volumeMounts:
+                    - {name: shared, mountPath: $(quoted "${storage#*:}")}
+              volumes:
+                - name: shared
+                  persistentVolumeClaim: {claimName: ${storage%%:*}}
+YAML
+  fi
+}
+
+if [ -z "$jobset" ]; then
+  run_xpk "$@"
+  exit
+fi
+file=$(mktemp -t jobset.XXXXXX.yaml)
+trap 'rm -f "$file"' EXIT
+render_jobset "$@" | tee "$file"
+echo "---"
+say gcloud container clusters get-credentials "$cluster" --location="$zone" ${project:+--project="$project"}
+say kubectl apply --filename="$file"
+echo "# its log, and its end (Ctrl-C leaves it running):"
+show kubectl logs --follow --selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
+show kubectl delete jobset "$name"

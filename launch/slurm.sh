@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=llada
+#SBATCH --output=llada-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@180
+# Trains on several nodes under Slurm, one task a GPU; submits itself, and is queued again until training has ended.
+# Usage: bash launch/slurm.sh [--dry_run] [--sbatch='--partition=P --time=24:00:00'] NODES GPUS_A_NODE --config=... --workdir=/shared/run
+# GPUS_A_NODE 0: one task a node, on its CPU. Checkout and workdir lie on a file system that all nodes share. Prints what it
+# runs. Three minutes before the time limit the run saves and goes back to the queue, as it does when preempted; after a
+# crash it goes back only if it has saved since it began; after a mistake (2) or scancel, not.
+set -euo pipefail
+
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+  cd "$(dirname "$0")/.."
+  source launch/say.sh
+  sbatch=""
+  take_options "dry_run" "sbatch" "$@"
+  set -- ${words[@]+"${words[@]}"}
+  if [ $# -lt 3 ] || ! [[ "$1" =~ ^[1-9][0-9]*$ && "$2" =~ ^[0-9]+$ ]]; then
+    refuse "usage: bash launch/slurm.sh [--dry_run] [--sbatch=FLAGS] NODES GPUS_A_NODE --config=... --workdir=... (numbers)"
+  fi
+  resources=(--nodes="$1" --ntasks-per-node="$2" --gpus-per-node="$2")
+  [ "$2" -gt 0 ] || resources=(--nodes="$1" --ntasks-per-node=1)
+  shift 2
+  read_training "$@"
+  read -r -a more <<< "$sbatch"
+  say sbatch "${resources[@]}" ${more[@]+"${more[@]}"} launch/slurm.sh "$@"
+  exit
+fi
+
+# Slurm runs a copy of this file from its spool directory; the checkout is where sbatch was called.
+cd "$SLURM_SUBMIT_DIR"
+source launch/say.sh
+read_training "$@"
+source launch/setup.sh
+make_environment requirements.txt
+add_accelerator
+
+before=$(newest_checkpoint "$workdir")
+again="" heard=""
+# Slurm tells the tasks of a preempted or cancelled job itself; a second SIGTERM would kill them unsaved.
+trap 'heard=yes' TERM
+trap 'heard=yes again=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+show srun --kill-on-bad-exit=1 llada train "$@"
+srun --kill-on-bad-exit=1 llada train "$@" &
+tasks=$!
+status=0
+wait "$tasks" || status=$?
+while [ -n "$heard" ]; do
+  heard=""
+  code=0
+  wait "$tasks" || code=$?
+  [ "$code" -eq 127 ] || status=$code
+done
+case "$status" in
+  0 | 2 | 130) again="" ;;
+  143) ;;
+  *) if [ "$(newest_checkpoint "$workdir")" != "$before" ]; then again=yes; fi ;;
+esac
+if [ -n "$again" ]; then say scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# On a TPU host, over ssh: starts training and leaves it running, shows its log, stops it, says how it ended.
+# Usage: bash llada/launch/tpu_host.sh start SETUP --config=... --workdir=... | follow | status | stop
+# In the home directory: llada/ (the checkout), training.log, training.lock (held while training), training.status.
+set -uo pipefail
+cd || exit 1
+
+training() { ! flock -n training.lock true; }
+
+case "${1:-}" in
+  start)
+    setup="$2"
+    shift 2
+    if training; then
+      echo "$(hostname) is training already"
+      exit 0
+    fi
+    rm -f training.status
+    if [ -n "$setup" ]; then bash -c "$setup" || exit 1; fi
+    # A session of its own: it outlives ssh, and can be signalled as a whole.
+    nohup setsid flock -n training.lock bash llada/launch/tpu_host.sh train "$@" >> training.log 2>&1 < /dev/null &
+    echo "$!" > training.pid
+    for _ in $(seq 50); do
+      if training || [ -e training.status ]; then exit 0; fi
+      sleep 0.1
+    done
+    ;;
+  train)
+    shift
+    trap : TERM
+    bash llada/launch/keep_training.sh bash llada/launch/train_job.sh "$@"
+    status=$?
+    # 143: the machine goes down, and another will go on; or `stop` says so itself.
+    [ "$status" -eq 143 ] || echo "$status" > training.status
+    ;;
+  follow)
+    tail -n 50 -F training.log 2> /dev/null &
+    tail=$!
+    while training; do sleep 1; done
+    sleep 1
+    kill "$tail"
+    ;;
+  status) cat training.status 2> /dev/null || true ;;
+  stop)
+    kill -TERM -- "-$(cat training.pid)"
+    while training; do sleep 1; done
+    [ -e training.status ] || echo 143 > training.status
+    ;;
+  *)
+    echo "usage: bash llada/launch/tpu_host.sh start SETUP --config=... --workdir=... | follow | status | stop" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Sourced by tpu_vm.sh and tpu_pod.sh: from a resource that may come and go to a training run that ends.
+# Usage: set what is checked below, define request, source launch/tpu_hosts.sh; keep_on_hosts FLAGS_OF_LLADA_TRAIN
+
+poll="${POLL_SECONDS:-30}"
+patience=20   # looks at a resource that is up and does not train
+ended="" state=""
+# kind is gcloud's word, field where its state stands; all and first name workers, delete are flags.
+: "${kind:?}" "${name:?}" "${zone:?}" "${field:?}" "${all[0]:?}" "${first[0]:?}" "${delete[0]:?}" "${type:?}" "${setup?}"
+
+gcloud_tpus() { say gcloud compute tpus "$kind" "$@" --zone="$zone"; }
+show_tpus() { show gcloud compute tpus "$kind" "$@" --zone="$zone"; }
+
+# Checks $type and finds the software that its VMs start with, unless $runtime names it.
+read_tpu_type() {
+  [[ "$type" =~ ^[a-z0-9]+-[0-9]+$ ]] || refuse "TYPE $type must be one of gcloud's accelerator types, like v5p-256"
+  case "$runtime$type" in
+    v2-[0-9]* | v3-[0-9]* | v4-[0-9]*) runtime=tpu-ubuntu2204-base ;;
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+  esac
+  [ -n "$runtime" ] || refuse "TYPE $type: which software do its VMs start with? give --runtime=VERSION"
+}
+
+# Sets state: the resource's, NONE where there is none, UNKNOWN where it could not be asked. Said once, then its changes.
+look() {
+  local answer before="$state"
+  local ask=(gcloud compute tpus "$kind" describe "$name" --zone="$zone" --format="value($field)")
+  if [ -z "$before" ]; then show "${ask[@]}"; fi
+  if [ -n "$dry_run" ]; then return; fi
+  if answer=$("${ask[@]}" 2>&1); then
+    state="$answer"
+  elif [[ "$answer" == *NOT_FOUND* || "$answer" == *"not found"* ]]; then
+    state=NONE
+  else
+    state=UNKNOWN
+    echo "$answer" >&2
+  fi
+  [ "$state" = "$before" ] || echo "$name is $state"
+}
+
+# Takes the committed checkout to all hosts, starts what does not run, follows it. Sets ended, where training has.
+train_on_hosts() {
+  local archive host="bash llada/launch/tpu_host.sh" workers=() status
+  local unpack="if flock -n training.lock true; then mkdir -p llada && tar -xzf llada.tar.gz -C llada; fi"
+  if [ -z "$dry_run" ] && ! git diff --quiet HEAD; then echo "# what is not committed stays here"; fi
+  archive=$(mktemp -t llada.XXXXXX.tar.gz)
+  say git archive --format=tar.gz --output="$archive" HEAD &&
+    gcloud_tpus scp "$archive" "$name:llada.tar.gz" "${all[@]}" &&
+    gcloud_tpus ssh "$name" "${all[@]}" --command="$unpack && $host start $(typed "$setup" "$@")"
+  status=$?
+  rm -f "$archive"
+  [ "$status" -eq 0 ] || return 1
+  echo "# Ctrl-C leaves it running. It saves and ends with:"
+  show_tpus ssh "$name" "${all[@]}" --command="$host stop"
+  gcloud_tpus ssh "$name" "${first[@]}" --command="$host follow" || true
+  workers=("${first[@]}" --command="$host status")
+  if [ -n "$dry_run" ]; then
+    gcloud_tpus ssh "$name" "${workers[@]}"
+    ended=0
+  else
+    ended=$(gcloud compute tpus "$kind" ssh "$name" --zone="$zone" "${workers[@]}" 2> /dev/null | tail -n 1 | tr -d '\r')
+    [[ "$ended" =~ ^[0-9]+$ ]] || ended=""
+  fi
+}
+
+remove() { gcloud_tpus delete "$name" "${delete[@]}"; }
+
+# Until training has ended: asks for the resource, trains there, and once it is lost (preempted) asks again.
+keep_on_hosts() {
+  local idle=0 failed=0 had="" began
+  if [ -n "$dry_run" ]; then
+    look
+    request
+    train_on_hosts "$@"
+    echo "# whenever it is preempted (PREEMPTED, TERMINATED, SUSPENDED, FAILED), and then all of it again:"
+    remove
+    exit 0
+  fi
+  while :; do
+    look
+    case "$state" in
+      NONE)
+        if ! request && [ -z "$had" ]; then
+          echo "$name was not granted" >&2
+          exit 1
+        fi
+        ;;
+      READY | ACTIVE)
+        had=yes failed=0 began="$SECONDS"
+        train_on_hosts "$@" || true
+        if [ -n "$ended" ]; then
+          echo "# training ended with status $ended; $name is still there, and is deleted with:"
+          show_tpus delete "$name" "${delete[@]}"
+          exit "$ended"
+        fi
+        idle=$((SECONDS - began > 600 ? 0 : idle + 1))
+        ;;
+      PREEMPTED | TERMINATED | SUSPENDED | FAILED)
+        idle=0
+        if [ "$state" = FAILED ]; then failed=$((failed + 1)); fi
+        if [ "$failed" -ge 3 ]; then
+          echo "$name FAILED $failed times in a row; gcloud compute tpus $kind describe $name --zone=$zone says why" >&2
+          exit 1
+        fi
+        remove || true
+        continue
+        ;;
+      STOPPED) gcloud_tpus start "$name" || true ;;
+      UNKNOWN) idle=$((idle + 1)) ;;
+    esac
+    if [ "$idle" -ge "$patience" ]; then
+      echo "$name is $state and does not train, after $idle tries" >&2
+      exit 1
+    fi
+    sleep "$poll"
+  done
+}

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Trains on a TPU pod slice, or on several joined ones, through queued resources: asks, waits until ACTIVE, ships the
+# committed checkout to all hosts, starts training on all of them, follows the first one's log; preempted, asks again.
+# Usage: bash launch/tpu_pod.sh [OPTIONS] NAME ZONE TYPE --config=experiments/llada_8b.py --workdir=/shared/run [flags of llada train]
+# TYPE is gcloud's: v5p-256, v6e-256 ... OPTIONS: --dry_run prints and calls nothing; --slices=N; --spot or --reserved;
+# --runtime=VERSION; --setup=COMMAND runs on every host first ('sudo mount 10.0.0.2:/share /shared'). /shared is a file
+# system that all hosts mount (Filestore, NFS, gcsfuse). Prints what it runs. Called again, it takes up what is there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/say.sh
+spot="" reserved="" slices=1 runtime="" setup=""
+take_options "dry_run spot reserved" "slices runtime setup" "$@"
+set -- ${words[@]+"${words[@]}"}
+[ $# -ge 3 ] || refuse "usage: bash launch/tpu_pod.sh [OPTIONS] NAME ZONE TYPE --config=... --workdir=..."
+kind=queued-resources name="$1" zone="$2" type="$3" field=state.state delete=(--quiet --force)
+all=(--node=all --worker=all) first=(--node=0 --worker=0)
+shift 3
+source launch/tpu_hosts.sh
+read_tpu_type
+[[ "$slices" =~ ^[1-9][0-9]*$ ]] || refuse "--slices=$slices must be a number from 1 on"
+[ -z "$spot" ] || [ -z "$reserved" ] || refuse "--spot and --reserved exclude each other"
+read_training "$@"
+nodes=(--node-id="$name")
+if [ "$slices" -gt 1 ]; then nodes=(--node-count="$slices" --node-prefix="$name"); fi
+
+request() {
+  gcloud_tpus create "$name" "${nodes[@]}" --accelerator-type="$type" --runtime-version="$runtime" \
+    ${spot:+--spot} ${reserved:+--reserved}
+}
+
+keep_on_hosts "$@"

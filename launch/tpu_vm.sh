@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Trains on one TPU VM: makes it or uses the one there is, ships the committed checkout, starts training, follows its log.
+# Usage: bash launch/tpu_vm.sh [OPTIONS] NAME ZONE TYPE --config=experiments/llada_1b.py --workdir=/shared/run [flags of llada train]
+# TYPE is gcloud's: v6e-8, v5litepod-8, v5p-8 ... OPTIONS: --dry_run prints and calls nothing; --spot; --runtime=VERSION;
+# --setup=COMMAND runs on every host first ('sudo mount 10.0.0.2:/share /shared'). Prints what it runs. Ssh may be lost and
+# this script called again: training goes on. A preempted VM is deleted and made anew, so --spot wants a workdir elsewhere.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/say.sh
+spot="" runtime="" setup=""
+take_options "dry_run spot" "runtime setup" "$@"
+set -- ${words[@]+"${words[@]}"}
+[ $# -ge 3 ] || refuse "usage: bash launch/tpu_vm.sh [OPTIONS] NAME ZONE TYPE --config=... --workdir=..."
+kind=tpu-vm name="$1" zone="$2" type="$3" field=state delete=(--quiet)
+all=(--worker=all) first=(--worker=0)
+shift 3
+source launch/tpu_hosts.sh
+read_tpu_type
+read_training "$@"
+
+request() {
+  gcloud_tpus create "$name" --accelerator-type="$type" --version="$runtime" ${spot:+--spot}
+}
+
+keep_on_hosts "$@"

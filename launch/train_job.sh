@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# llada train on this machine, in the environment it makes.
+# Usage: bash launch/train_job.sh --config=... --workdir=... [flags of llada train]
+set -euo pipefail
+if [ $# -lt 1 ]; then
+  echo "usage: bash launch/train_job.sh --config=... --workdir=..." >&2
+  exit 2
+fi
+cd "$(dirname "$0")/.."
+source launch/setup.sh
+make_environment requirements.txt
+add_accelerator
+set -x
+exec llada train "$@"
