@@ -1,0 +1,236 @@
+"""A whole optimizer step against the published formulation in PyTorch: python benchmarks/train_speed.py --shape=20m
+
+  --shape   20m          12 layers, d 384, vocabulary 126,464, 4 sequences of 512 tokens
+            tiny         6 layers, d 256, vocabulary 126,464, 4 sequences of 512 tokens
+            small_vocab  6 layers, d 256, vocabulary 4,096, 16 sequences of 256 tokens
+            toy          2 layers, d 64, vocabulary 512, 4 sequences of 64 tokens
+  --rival   eager    `torch_training.py`: logits of all positions, then the masked ones'
+            compile  the same through torch.compile
+            dense    our own step with logits of all positions, the oracle of the vocabulary head
+
+Forward, backward, clipping and AdamW in float32, from the same weights, on the same tokens and masks. Both programs run
+alternately in one process, after one step each to compile; that first step is also where loss, gradient and updated
+parameters are compared. Later steps compare the loss. Printed are medians and ranges of seconds, of the ratio per pair,
+and tokens, useful FLOPs (head on masked rows) and dense-credit FLOPs (head on all rows) per second. Needs torch.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import timing
+import torch
+import torch_reference
+import torch_training
+
+from llada import accounting, config
+from llada import mesh as mesh_lib
+from llada.objectives import diffusion
+from llada.objectives import noise as noise_lib
+from llada.objectives.contract import LossTerms, SpecialTokens
+from llada.objectives.objective import LOSSES
+from llada.training import step as step_lib
+
+SHAPES = {  # layers, width, heads, ffn, vocabulary, tokens, sequences
+    "20m": (12, 384, 6, 1024, 126_464, 512, 4),
+    "tiny": (6, 256, 4, 704, 126_464, 512, 4),
+    "small_vocab": (6, 256, 4, 704, 4_096, 256, 16),
+    "toy": (2, 64, 2, 128, 512, 64, 4),
+}
+
+
+def build(shape: str) -> tuple[config.Config, SpecialTokens, np.ndarray]:
+    """`(config, special tokens, random tokens_BL)`; constant learning rate, no sequence cut short."""
+    layers, width, heads, ffn, vocab, length, batch = SHAPES[shape]
+    made = config.Config(
+        model=config.ModelConfig(
+            **dict(layers=layers, width=width, heads=heads, ffn=ffn, vocab_size=vocab, max_length=length),
+            **dict(dtype="float32", scan_unroll=layers if jax.default_backend() == "cpu" else 1),
+        ),
+        objective=config.ObjectiveConfig(random_length_fraction=0.0),
+        data=config.DataConfig(sequence_length=length),
+        optimizer=config.OptimizerConfig(schedule="0:1", peak_learning_rate=1e-4),
+        mesh=config.MeshConfig(data=1),
+        train=config.TrainConfig(batch_size=batch, steps=1000),
+    )
+    special = SpecialTokens(mask=vocab - 128, eos=vocab - 383)
+    return made, special, np.random.default_rng(0).integers(0, special.mask, (batch, length)).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def corrupt(c: config.Config, special: SpecialTokens, x0_BL: jax.Array, step: jax.Array):
+    """What the training step of that number sees, by the same functions: `(x_t, masked, p_B)`."""
+    B, L = x0_BL.shape
+    noise = noise_lib.Noise(c.seed, step, jnp.arange(B), B)
+    t_B = noise_lib.times(noise, c.objective.time_sampling)
+    uniform_BL = noise_lib.uniform(noise, noise_lib.MASK, (L,))
+    maskable_BL = jnp.ones((B, L), bool)
+    got = diffusion.forward_process(x0_BL, t_B, uniform_BL, maskable_BL, special.mask, c.objective.eps)
+    return got.xt_BL, got.masked_BL, 1 / got.weight_B
+
+
+def dense_loss(predict, head_VD, x0_BL, noise, special, objective) -> LossTerms:
+    """`diffusion.loss` with logits of all positions, kept for the backward pass."""
+    B, L = x0_BL.shape
+    t_B = noise_lib.times(noise, objective.time_sampling)
+    uniform_BL = noise_lib.uniform(noise, noise_lib.MASK, (L,))
+    got = diffusion.forward_process(x0_BL, t_B, uniform_BL, jnp.ones((B, L), bool), special.mask, objective.eps)
+    hidden_BLD = predict(got.xt_BL, None)
+    logits_BLV = jnp.einsum("bld,vd->blv", hidden_BLD, head_VD.astype(hidden_BLD.dtype))
+    nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV.astype(jnp.float32), x0_BL)
+    nats_BL = jnp.where(got.masked_BL, nats_BL, 0.0)
+    return LossTerms(
+        jnp.sum(nats_BL * got.weight_B[:, None]),
+        jnp.float32(B * L),
+        jnp.sum(nats_BL),
+        jnp.sum(got.masked_BL, dtype=jnp.float32),
+    )
+
+
+LOSSES["dense"] = dense_loss
+
+
+class Ours:
+    """The compiled step of `llada train` on one device, with its state."""
+
+    def __init__(self, c: config.Config, special: SpecialTokens, x0_BL: np.ndarray):
+        self.config, self.mesh = c, mesh_lib.make(c.mesh, jax.devices()[:1])
+        with jax.set_mesh(self.mesh):
+            self.train_step = step_lib.compile_step(c, special, self.mesh)
+            place = step_lib.state_placements(c, self.mesh)
+            self.state = jax.jit(functools.partial(step_lib.init_state, c), out_shardings=place)()
+            self.batch_BL = jax.device_put(x0_BL, mesh_lib.placement(self.mesh, "BL"))
+
+    def step(self) -> tuple[float, float]:
+        """One optimizer step: `(loss in nats per token, gradient norm before clipping)`."""
+        with jax.set_mesh(self.mesh):
+            self.state, metrics = jax.block_until_ready(self.train_step(self.state, self.batch_BL))
+        return float(metrics["loss_nats_per_token"]), float(metrics["grad_norm"])
+
+    def first_moments(self):
+        """AdamW's first moments: after one step, 1 - beta1 times the clipped gradient."""
+        return optax.tree_utils.tree_get(self.state.optimizer_state, "mu")
+
+    def named(self, tree) -> dict[str, torch.Tensor]:
+        """A tree like the parameters under the names of the PyTorch model."""
+        return dict(torch_reference.from_jax(self.config.model, jax.device_get(tree)).named_parameters())
+
+
+class Torch:
+    """The published formulation, on the masks that our step of the same number draws."""
+
+    def __init__(self, c: config.Config, special: SpecialTokens, x0_BL: np.ndarray, params: dict, compiled: bool):
+        self.trainer, self.count = torch_training.Trainer(c, params, compiled), 0
+        self.given = lambda step: [np.asarray(a) for a in corrupt(c, special, x0_BL, step)]
+        self.x0_BL, self.next = x0_BL, self.given(0)
+
+    def step(self) -> tuple[float, float]:
+        """As `Ours.step`."""
+        xt_BL, masked_BL, p_B = self.next
+        return self.trainer.step(xt_BL, self.x0_BL, masked_BL, p_B)
+
+    def prepare(self) -> None:
+        """Draw the masks of the next step, outside the clock."""
+        self.count += 1
+        self.next = self.given(self.count)
+
+    def first_moments(self) -> dict[str, torch.Tensor]:
+        """As `Ours.first_moments`, by name."""
+        return self.trainer.first_moments()
+
+    def named_parameters(self) -> dict[str, torch.Tensor]:
+        """Parameters by name."""
+        return dict(self.trainer.model.named_parameters())
+
+
+class Dense(Ours):
+    """Our own step with logits of all positions, in the shape of the rival."""
+
+    def __init__(self, c: config.Config, special: SpecialTokens, x0_BL: np.ndarray):
+        super().__init__(dataclasses.replace(c, objective=dataclasses.replace(c.objective, name="dense")), special, x0_BL)
+
+    def prepare(self) -> None:
+        """Nothing: it draws its own masks, the same ones."""
+
+    def first_moments(self) -> dict[str, torch.Tensor]:
+        """By name."""
+        return self.named(super().first_moments())
+
+    def named_parameters(self) -> dict[str, torch.Tensor]:
+        """Parameters by name."""
+        return self.named(self.state.params)
+
+
+def compare_first_step(ours: Ours, rival, before: dict[str, torch.Tensor], mine, theirs) -> dict[str, float]:
+    """Loss, gradient and parameters after one step from the same weights; AssertionError where they differ.
+
+    Gradients are compared leaf by leaf, the largest error against the largest entry. AdamW divides each entry by its
+    own size, so entries near zero move by rounding alone: the update is compared by its norm over the leaf.
+    """
+    found = {
+        "loss_error": abs(mine[0] / theirs[0] - 1),
+        "gradient_norm_error": abs(mine[1] / theirs[1] - 1),
+        "gradient_error": 0.0,
+        "update_error": 0.0,
+    }
+    with torch.no_grad():
+        moments, wanted = ours.named(ours.first_moments()), rival.first_moments()
+        after, expected = ours.named(ours.state.params), rival.named_parameters()
+        for name in wanted:
+            error = (moments[name] - wanted[name]).abs().max() / wanted[name].abs().max()
+            found["gradient_error"] = max(found["gradient_error"], error.item())
+            moved = (expected[name] - before[name]).norm()
+            error = (after[name] - expected[name]).norm() / moved
+            found["update_error"] = max(found["update_error"], error.item())
+    limits = {"loss_error": 1e-5, "gradient_norm_error": 1e-4, "gradient_error": 1e-3, "update_error": 1e-2}
+    wrong = {name: value for name, value in found.items() if not value <= limits[name]}
+    assert not wrong, f"{wrong} above {limits}"
+    return found
+
+
+def measure(shape: str, rival: str, pairs: int) -> dict:
+    """The line of one shape and rival."""
+    torch.set_num_threads(os.cpu_count())
+    c, special, x0_BL = build(shape)
+    ours = Ours(c, special, x0_BL)
+    params = jax.device_get(ours.state.params)
+    before = ours.named(params)
+    other = Dense(c, special, x0_BL) if rival == "dense" else Torch(c, special, x0_BL, params, rival == "compile")
+    del params
+    facts = {}
+
+    def same(mine, theirs):
+        if not facts:
+            facts.update(compare_first_step(ours, other, before, mine, theirs))
+            before.clear()
+        assert abs(mine[0] / theirs[0] - 1) < 1e-3, f"losses {mine[0]} and {theirs[0]}"
+        other.prepare()
+        return facts
+
+    found = timing.alternate(ours.step, other.step, same, pairs, rival)
+    tokens, median = x0_BL.size, found["ours"]["median"]
+    useful = accounting.flops_exact_per_token(c) * tokens
+    dense = useful + 6 * c.model.vocab_size * c.model.width * (1 - accounting.head_fraction(c)) * tokens
+    found["tokens_per_second"] = {name: tokens / found[name]["median"] for name in ("ours", rival)}
+    found["useful_gflops_per_second"] = useful / median / 1e9
+    found["dense_credit_gflops_per_second"] = {name: dense / found[name]["median"] / 1e9 for name in ("ours", rival)}
+    return dict(benchmark="train_step", shape=shape, rival=rival, pairs=pairs) | found
+
+
+def main() -> None:
+    """Print a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="20m")
+    parser.add_argument("--rival", choices=("eager", "compile", "dense"), default="eager")
+    parser.add_argument("--pairs", type=int, default=5)
+    options = parser.parse_args()
+    timing.report(**measure(options.shape, options.rival, options.pairs))
+
+
+if __name__ == "__main__":
+    main()
