@@ -4,6 +4,7 @@
 # Not again after its end (0), a mistake in what it was told (2), Ctrl-C (130), or once this script has had a SIGTERM itself.
 # After five deaths in a row without a new checkpoint it gives up, with the last status.
 set -uo pipefail
+# shellcheck source=launch/say.sh
 source "$(dirname "$0")/say.sh"
 patience=5
 pause="${PAUSE_SECONDS:-10}"
@@ -13,21 +14,13 @@ done
 [ -n "$workdir" ] || refuse "usage: bash launch/keep_training.sh COMMAND ... --workdir=DIR ..."
 
 # The signal is not passed on: whoever stops a machine or a group tells the command too, and a second one would kill it unsaved.
-stop="" heard=""
+stop=""
 trap 'stop=yes heard=yes' TERM
 deaths=0
 before=$(newest_checkpoint "$workdir")
 while :; do
   "$@" &
-  child=$!
-  wait "$child"
-  status=$?
-  while [ -n "$heard" ]; do
-    heard=""
-    wait "$child"
-    again=$?
-    [ "$again" -eq 127 ] || status=$again
-  done
+  wait_for $!
   case "$status" in 0 | 2 | 130) exit "$status" ;; esac
   [ -z "$stop" ] || exit "$status"
   now=$(newest_checkpoint "$workdir")

@@ -5,6 +5,8 @@
 dry_run=""   # with any value: say prints and calls nothing
 workdir=""   # set by read_training
 words=()     # set by take_options
+status=0     # set by wait_for
+heard=""     # set by a trap during wait_for
 
 # Words as one would type them: 'in quotes' where a shell would split or expand them.
 typed() {
@@ -79,4 +81,20 @@ newest_checkpoint() {
     if [[ "$path" =~ ^[0-9]+$ ]] && [ "$path" -gt "${newest:--1}" ]; then newest="$path"; fi
   done
   echo "$newest"
+}
+
+# Sets $status to that of a process of ours, however many trapped signals come in between; their traps set $heard.
+wait_for() {
+  local code
+  status=0
+  wait "$1" || status=$?
+  while [ -n "$heard" ] || kill -0 "$1" 2> /dev/null; do
+    heard="" code=0
+    wait "$1" || code=$?
+    # Bash may have lost sight of it during the signal (127, or -1): then the signal's status stands.
+    case "$code" in
+      127 | -1) sleep 0.1 ;;
+      *) status="$code" ;;
+    esac
+  done
 }

