@@ -1,4 +1,4 @@
-"""Real processes on this machine, each with some of eight pretended devices, run through `llada train` itself.
+"""Real processes on this machine, each with some of eight pretended devices: `llada train`, by multihost_process.py.
 
 The runs are shared: one is stopped by a signal to its second process and continued by other numbers of processes, and
 ends like runs that nobody stopped.
@@ -27,6 +27,7 @@ from llada.errors import UserError
 from llada.training import metrics
 from llada.training.checkpoint import Checkpoints
 
+PROCESS = Path(__file__).with_name("multihost_process.py")
 STEPS = 50
 # What one run compiles the next need not.
 CACHE = {
@@ -42,20 +43,33 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-class Launched:
-    """`count` processes of `devices` devices each, told of each other by flags, or by what Slurm would set."""
+def slurm(i: int, count: int) -> dict[str, str]:
+    """What a task of a Slurm step finds."""
+    step = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(count)}
+    return step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
 
-    def __init__(self, log: Path, count: int, devices: int, *arguments, slurm=False, only_of: dict | None = None):
+
+def tpu_slices(i: int, count: int) -> dict[str, str]:
+    """What a host of TPU slices finds, each a slice: on GKE, and in the metadata of queued resources."""
+    slices = {"MEGASCALE_NUM_SLICES": str(count), "MEGASCALE_SLICE_ID": str(i)}
+    here = {"TPU_HOST": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "127.0.0.1", "TPU_WORKER_ID": "0"}
+    return slices | here | {"MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1:8080"}
+
+
+class Launched:
+    """`count` processes of `devices` devices each, told of each other by flags, or by what a cluster sets."""
+
+    def __init__(self, log: Path, count: int, devices: int, *arguments, cluster=None, only_of: dict | None = None):
         self.logs = [log.with_name(f"{log.name}.{i}.log") for i in range(count)]
         self.processes = []
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         port = free_port()
         for i in range(count):
             environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **CACHE}
-            command = [sys.executable, "-m", "llada", "train", *map(str, arguments), *(only_of or {}).get(i, [])]
-            if slurm:
-                environment |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(count)}
-                environment |= {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_COORDINATOR_PORT": str(port)}
+            environment["MASKS"] = f"{log}.masks"
+            command = [sys.executable, PROCESS, "train", *map(str, arguments), *(only_of or {}).get(i, [])]
+            if cluster:
+                environment |= cluster(i, count) | {"JAX_COORDINATOR_PORT": str(port)}
             elif count > 1:
                 command += [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process_id={i}"]
             with self.logs[i].open("w") as file:
@@ -162,6 +176,22 @@ def test_rows_and_masks_are_those_of_one_device_and_the_loss_agrees(runs, name):
     assert summary["eval_nats_per_token"] == pytest.approx(expected["eval_nats_per_token"], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["2 x 4", "1 x 8", "stopped"])
+def test_times_lengths_and_masks_have_the_same_bits_wherever_they_are_drawn(runs, name):
+    here, one = (masks(runs.folder / f"{run}-{runs.steps}.masks") for run in (name, "1 x 1"))
+    assert len(one) == 3 * 8 and len(set(one.values())) == len(one)
+    assert here == one
+
+
+def masks(path: Path) -> dict[str, str]:
+    """Digests by step and sequence, of all processes; where several hold a sequence they agree."""
+    found = {}
+    for part in path.parent.glob(f"{path.name}.*"):
+        for sequence, digest in json.loads(part.read_text()).items():
+            assert found.setdefault(sequence, digest) == digest
+    return found
+
+
 def test_only_the_first_process_speaks_and_writes(runs):
     for name in ("2 x 4", "stopped"):
         first, *others = runs.said[name]
@@ -189,9 +219,9 @@ def refused(experiment, tmp_path_factory):
     config, workdir = f"--config={experiment}", f"--workdir={folder / 'run'}"
     each = {i: [f"--workdir={folder / str(i)}"] for i in range(2)}
     launched = {
-        "unshared": Launched(folder / "unshared", 2, 1, config, only_of=each),
+        "unshared": Launched(folder / "unshared", 2, 1, config, only_of=each, cluster=tpu_slices),
         "no corpus": Launched(
-            folder / "none", 2, 4, config, workdir, f"--config.data.source=text:{folder}/*.txt", slurm=True
+            folder / "none", 2, 4, config, workdir, f"--config.data.source=text:{folder}/*.txt", cluster=slurm
         ),
     }
     for pair in launched.values():
@@ -208,7 +238,7 @@ def test_a_mistake_that_the_first_process_meets_ends_all(refused):
 
 
 def test_a_workdir_that_is_not_shared_is_refused_by_all(refused):
-    """Process 1 has a directory of its own, as on a host where the file system is not mounted."""
+    """Process 1 has a directory of its own; the processes find each other as two TPU slices of one host would."""
     for text in refused["unshared"]:
         assert "does not see what process 0 writes to --workdir=" in text.splitlines()[-1], text
 
@@ -254,13 +284,15 @@ def test_one_process_joins_nobody(monkeypatch):
     assert processes.gather({"a": 1}) == [{"a": 1}]
 
 
-@pytest.mark.parametrize(("hosts", "count"), [("10.0.0.1", 1), ("10.0.0.1,10.0.0.2", 2)])
-def test_a_tpu_pod_is_recognised_by_its_workers(monkeypatch, hosts, count):
+@pytest.mark.parametrize(
+    ("hosts", "slices", "count"), [("10.0.0.1", 1, 1), ("10.0.0.1,10.0.0.2", 1, 2), ("10.0.0.1,10.0.0.2", 3, 6)]
+)
+def test_a_tpu_pod_is_recognised_by_its_workers(monkeypatch, hosts, slices, count):
     from jax._src.clusters import cloud_tpu_cluster
 
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", hosts)
-    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "1")
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", str(slices))
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
     assert processes._cluster_size() == count
