@@ -35,12 +35,16 @@ SHAPES = {  # layers, width, heads, ffn, vocabulary
 
 
 def build(name: str, head_scale: float = 1.0):
-    """`(config, parameters, PyTorch model, special tokens)` with random weights."""
+    """`(config, parameters, PyTorch model, special tokens)` with random weights.
+
+    They are larger than those that training begins with: there masked positions differ by little more than rounding,
+    and two programs need not rank them alike.
+    """
     layers, width, heads, ffn, vocab = SHAPES[name]
     unroll = layers if jax.default_backend() == "cpu" else 1
     config = ModelConfig(
         **dict(layers=layers, width=width, heads=heads, ffn=ffn, vocab_size=vocab, max_length=512),
-        **dict(dtype="float32", scan_unroll=unroll),
+        **dict(dtype="float32", scan_unroll=unroll, init_std=0.1),
     )
     params = jax.jit(lambda key: transformer.init(config, key))(jax.random.key(0))
     params["head"] = params["head"] * head_scale
@@ -49,7 +53,7 @@ def build(name: str, head_scale: float = 1.0):
 
 def sampling(shape: str, dual: bool, batch: int = 1):
     """Two functions that return (tokens, forward passes)."""
-    config, params, model, special = build(shape, head_scale=20.0 if dual else 1.0)
+    config, params, model, special = build(shape, head_scale=4.0 if dual else 1.0)
     prompt = np.random.default_rng(1).integers(0, special.mask, (batch, 64)).astype(np.int32)
     canvas_BL = np.concatenate([prompt, np.full((batch, 128), special.mask, np.int32)], axis=1)
     nothing_V = np.zeros(config.vocab_size, bool)  # we always forbid the mask token; the published loops do not

@@ -12,7 +12,7 @@ import numpy as np
 
 from llada.config import ModelConfig
 from llada.inference.choice import choose
-from llada.inference.sampler import Observer, Sample, position_keys, report, seeds, timed
+from llada.inference.sampler import Observer, Sample, position_keys, repeated, report, seeds, timed
 from llada.inference.settings import check_temperature
 from llada.model import transformer
 from llada.objectives.autoregressive import shift_right
@@ -41,7 +41,7 @@ def ancestral(
     forbidden_V = np.asarray(forbidden_V) | (np.arange(config.vocab_size) == special.mask)
     return timed(
         _ancestral,
-        *(config, special, temperature, longest, observe, params, np.asarray(canvas_BL, np.int32)),
+        *(config, special, temperature, longest, observe, repeated(params), np.asarray(canvas_BL, np.int32)),
         *(prompt_length_B, forbidden_V, seeds(seed_B, len(canvas_BL))),
     )
 
@@ -53,8 +53,8 @@ def _ancestral(config, special, temperature, longest, observe, params, canvas_BL
     # Position i sees the tokens before i, so the prompts and one more position are known from the start.
     inputs_BP = shift_right(canvas_BL, special.eos)[:, : longest + 1]
     hidden_BPD, cache = transformer.prefill(config, params, inputs_BP)
-    pad = ((0, 0), (0, 0), (0, L - longest - 1), (0, 0), (0, 0))
-    cache = transformer.Cache(*(jnp.pad(x, pad) for x in cache))
+    pad = ((0, 0), (0, L - longest - 1), (0, 0), (0, 0))
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 4) + pad), cache)
     first_B1D = jnp.take_along_axis(hidden_BPD, prompt_length_B[:, None, None], axis=1)
 
     def write(i, hidden_B1D, tokens_BL, step_BL, ended_B):

@@ -1,7 +1,7 @@
 """From hidden states to a token and its confidence, for the rows that need one.
 
-Only needed rows meet the vocabulary matrix, at most `ROWS` at a time; confidence is a logit minus a logsumexp, so no
-softmax over the vocabulary is ever stored.
+Only needed rows meet the vocabulary matrix, a block at a time; confidence is a logit minus a logsumexp, so no softmax
+over the vocabulary is ever stored. Logits stand as (V, R): on CPU a product with the matrix on the left is faster.
 Shapes: B sequences, K candidate positions of each, N = B K flat rows of one device, R rows of a block, V vocabulary.
 """
 
@@ -12,7 +12,10 @@ import jax.numpy as jnp
 
 from llada.mesh import ACTIVATIONS, AXES
 
-ROWS = 256
+
+def _block_rows() -> int:
+    """Rows per block. On CPU so few that their logits stay in the cache until they are reduced."""
+    return 16 if jax.default_backend() == "cpu" else 256
 
 
 class Choice(NamedTuple):
@@ -70,19 +73,19 @@ def level(confidence_BK: jax.Array, visible_BL: jax.Array) -> jax.Array:
 
 
 def _needed_rows(hidden_ND, head_VD, needed_N, forbidden_V, temperature, data_N2):
-    N = len(needed_N)
-    if N <= ROWS:
+    N, R = len(needed_N), _block_rows()
+    if N <= R:
         return _rows(hidden_ND, head_VD, forbidden_V, temperature, data_N2)
     # Needed rows first, then as many blocks of them as there are.
     order_N = jnp.argsort(~needed_N, stable=True)
-    order = jnp.pad(order_N, (0, -N % ROWS))
+    order = jnp.pad(order_N, (0, -N % R))
 
     def block(i, carry):
-        at_R = jax.lax.dynamic_slice_in_dim(order, i * ROWS, ROWS)
+        at_R = jax.lax.dynamic_slice_in_dim(order, i * R, R)
         found = _rows(hidden_ND[at_R], head_VD, forbidden_V, temperature, data_N2[at_R])
-        return jax.tree.map(lambda all_, x: jax.lax.dynamic_update_slice_in_dim(all_, x, i * ROWS, 0), carry, found)
+        return jax.tree.map(lambda all_, x: jax.lax.dynamic_update_slice_in_dim(all_, x, i * R, 0), carry, found)
 
-    blocks = (jnp.sum(needed_N) + ROWS - 1) // ROWS
+    blocks = (jnp.sum(needed_N) + R - 1) // R
     empty = (jnp.zeros(len(order), jnp.int32), jnp.zeros(len(order), jnp.float32))
     token, confidence = jax.lax.fori_loop(0, blocks, block, empty)
     back_N = jnp.argsort(order_N)
@@ -90,27 +93,39 @@ def _needed_rows(hidden_ND, head_VD, needed_N, forbidden_V, temperature, data_N2
 
 
 def _rows(hidden_RD, head_VD, forbidden_V, temperature, data_R2):
-    logits_RV = jnp.einsum("rd,vd->rv", hidden_RD, head_VD, preferred_element_type=jnp.float32)
-    logits_RV = jnp.where(forbidden_V, -jnp.inf, logits_RV)
-    top_R, token_R = _max_and_argmax(logits_RV)
-    log_z_R = top_R + jnp.log(jnp.sum(jnp.exp(logits_RV - top_R[:, None]), axis=-1))
+    logits_VR = jnp.einsum("vd,rd->vr", head_VD, hidden_RD, preferred_element_type=jnp.float32)
+    logits_VR = jnp.where(forbidden_V[:, None], -jnp.inf, logits_VR)
+    top_R, token_R = _max_and_argmax(logits_VR)
+    log_z_R = top_R + jnp.log(_sum(jnp.exp(logits_VR - top_R)))
     if temperature == 0:
         return token_R, top_R - log_z_R
 
     def gumbel(data):
         # mode="high": noise made of one float32 uniform cannot be large, which cuts the tail off (arXiv 2409.02908).
-        return jax.random.gumbel(jax.random.wrap_key_data(data), logits_RV.shape[1:], mode="high")
+        return jax.random.gumbel(jax.random.wrap_key_data(data), logits_VR.shape[:1], mode="high")
 
-    _, token_R = _max_and_argmax(logits_RV / temperature + jax.vmap(gumbel)(data_R2))
-    return token_R, jnp.take_along_axis(logits_RV, token_R[:, None], axis=-1)[:, 0] - log_z_R
+    _, token_R = _max_and_argmax(logits_VR / temperature + jax.vmap(gumbel, out_axes=1)(data_R2))
+    return token_R, jnp.take_along_axis(logits_VR, token_R[None], axis=0)[0] - log_z_R
 
 
-def _max_and_argmax(x_RV):
-    """The maximum and its first place, by maxima of groups: on CPU a plain argmax takes several times as long."""
-    R, V = x_RV.shape
-    group = 64
-    x_RGC = jnp.pad(x_RV, ((0, 0), (0, -V % group)), constant_values=-jnp.inf).reshape(R, -1, group)
-    top_RG = jnp.max(x_RGC, axis=-1)
-    best_R = jnp.argmax(top_RG, axis=-1)
-    inside_R = jnp.argmax(jnp.take_along_axis(x_RGC, best_R[:, None, None], axis=1)[:, 0], axis=-1)
-    return jnp.max(top_RG, axis=-1), (best_R * group + inside_R).astype(jnp.int32)
+# Reductions go by groups of the vocabulary: CPU cores share a reduction by its outputs, and rows alone are too few; and
+# a plain argmax takes several times as long there.
+_GROUP = 64
+
+
+def _sum(x_VR):
+    return jnp.sum(jnp.sum(_grouped(x_VR, 0.0), axis=1), axis=0)
+
+
+def _max_and_argmax(x_VR):
+    """The maximum over the vocabulary and its first place."""
+    x_GIR = _grouped(x_VR, -jnp.inf)
+    top_GR = jnp.max(x_GIR, axis=1)
+    best_R = jnp.argmax(top_GR, axis=0)
+    inside_R = jnp.argmax(jnp.take_along_axis(x_GIR, best_R[None, None], axis=0)[0], axis=0)
+    return jnp.max(top_GR, axis=0), (best_R * _GROUP + inside_R).astype(jnp.int32)
+
+
+def _grouped(x_VR, filler):
+    V, R = x_VR.shape
+    return jnp.pad(x_VR, ((0, -V % _GROUP), (0, 0)), constant_values=filler).reshape(-1, _GROUP, R)

@@ -22,6 +22,7 @@ from llada.inference import guidance
 from llada.inference.choice import Choice, choose, level
 from llada.inference.settings import SamplerConfig, check
 from llada.model import transformer
+from llada.model.layers import take
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import SpecialTokens
 
@@ -77,6 +78,7 @@ def reverse_process(
         forbidden_V = forbidden_V | np.isin(np.arange(config.vocab_size), special.ends)
     # Positions from a block's start to the canvas's end: what a pass over the prefix cache has to compute.
     suffix = int(np.max(ends_B - open_BL.argmax(axis=1)))
+    params = repeated(params)
     sample = timed(
         _reverse_process,
         *(config, settings, special, int(blocks_B.max()), suffix, observe),
@@ -92,6 +94,11 @@ def timed(loop, *arguments) -> Sample:
     compiled = time.perf_counter()
     tokens_BL, step_BL, passes = jax.device_get(loop(*arguments))
     return Sample(tokens_BL, step_BL, int(passes), time.perf_counter() - compiled, compiled - start)
+
+
+def repeated(params: transformer.Parameters) -> transformer.Parameters:
+    """The parameters as many passes of one compiled loop read them best on the device there is."""
+    return transformer.unstacked(params) if jax.default_backend() == "cpu" else params
 
 
 def report(observe: Observer | None, tokens_BL: jax.Array, step_BL: jax.Array, step: jax.Array) -> None:
@@ -153,10 +160,10 @@ class _Process:
         if self.settings.speculate > 1:
             return self.loop_speculative(block, position_BK, carry)
         if self.settings.cache == "none":
-            return self.loop(lambda tokens_BL: self.whole_canvas(tokens_BL)[0], block, position_BK, carry)
+            return self.loop(lambda *given: self.whole_canvas(*given)[0], block, position_BK, carry)
         # The block's first pass is a whole one: it renews the cache and counts as a step.
-        hidden_BLD, cache = self.whole_canvas(state.tokens_BL, keep_cache=True)
-        carry = self.step(_take(hidden_BLD, position_BK), block, position_BK, carry)
+        hidden_BKD, cache = self.whole_canvas(state.tokens_BL, position_BK, keep_cache=True)
+        carry = self.step(hidden_BKD, block, position_BK, carry)
         if self.settings.cache == "dual":
             return self.loop_cached(K, cache, block, position_BK, carry)
         # What lies behind a prefix shrinks from block to block; shapes are static, so there is a loop for each halving.
@@ -177,35 +184,24 @@ class _Process:
             place_BK = position_BK - position_BK[:, :1]
         position_BQ, lengths_B = self.both(position_BQ), self.both(self.lengths_B)
 
-        def hidden(tokens_BL):
-            tokens_BQ = _take(self.branches(tokens_BL), position_BQ)
-            hidden_BQD, _ = transformer.extend(self.config, self.params, tokens_BQ, position_BQ, cache, lengths_B)
-            return guidance.mixed(hidden_BQD, self.settings.cfg_scale)
+        def hidden(tokens_BL, at_BK):
+            inputs = take(self.branches(tokens_BL), position_BQ), position_BQ, cache, lengths_B
+            hidden_BKD, _ = transformer.extend(self.config, self.params, *inputs, at_BR=self.both(at_BK))
+            return guidance.mixed(hidden_BKD, self.settings.cfg_scale)
 
         return self.loop(hidden, block, position_BK, carry, place_BK)
 
     def loop(self, hidden, block, position_BK, carry, place_BK=None):
-        """Steps from `hidden(tokens_BL)`, where the block's positions stand at `place_BK`, until the block is full.
-
-        Only masked positions meet the vocabulary matrix. Shapes are static, so as they get fewer the loop is left for
-        one with half as many, twice; not in small blocks, nor with a prefix cache, which has a loop for every suffix.
-        """
+        """Steps from `hidden(tokens_BL, at_BK)`, with the block's positions at `place_BK`, until the block is full."""
         place_BK = position_BK if place_BK is None else place_BK
-        K = position_BK.shape[1]
-        sizes = [K] if K < 16 or self.settings.cache == "prefix" else [K, -(-K // 2), -(-K // 4)]
-        for size, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
 
-            def unfinished(carry, smaller=smaller):
-                return jnp.any(jnp.sum(self.masked(carry[0].tokens_BL, position_BK), axis=1) > smaller)
+        def unfinished(carry):
+            return jnp.any(self.masked(carry[0].tokens_BL, position_BK))
 
-            def step(carry, size=size):
-                tokens_BL = carry[0].tokens_BL
-                first_BK = jnp.argsort(~self.masked(tokens_BL, position_BK), axis=1, stable=True)[:, :size]
-                at_BK, position = (jnp.take_along_axis(x, first_BK, axis=1) for x in (place_BK, position_BK))
-                return self.step(_take(hidden(tokens_BL), at_BK), block, position, carry)
+        def step(carry):
+            return self.step(hidden(carry[0].tokens_BL, place_BK), block, position_BK, carry)
 
-            carry = jax.lax.while_loop(unfinished, step, carry)
-        return carry
+        return jax.lax.while_loop(unfinished, step, carry)
 
     def loop_speculative(self, block, position_BK, carry):
         """Steps taken several a pass: drafts from the last predictions, kept as far as fresh predictions confirm them.
@@ -222,7 +218,7 @@ class _Process:
             while len(drafts) < copies:
                 drafts.append(self.advance(drafts[-1], chosen, block, position_BK))
             tokens, done = (jnp.concatenate([draft[i] for draft in drafts]) for i in (0, 2))
-            hidden = _take(self.whole_canvas(tokens, copies=copies)[0], tall(position_BK))
+            hidden, _ = self.whole_canvas(tokens, tall(position_BK), copies=copies)
             fresh = self.choose(hidden, tokens, done, block, tall(position_BK), copies)
             right_B1 = jnp.ones_like(state.done_B1, bool)
             for i, part in enumerate(zip(*(jnp.split(x, copies) for x in fresh), strict=True)):
@@ -277,12 +273,13 @@ class _Process:
         keys_BK = position_keys(seed_B, block * self.steps_per_block + done_B1[:, 0], position_BK)
         return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, use)))(keys_BK)
 
-    def whole_canvas(self, tokens_BL, keep_cache=False, copies=1):
-        """Hidden states of every position, branches mixed, and the cache of both branches if kept."""
+    def whole_canvas(self, tokens_BL, at_BK, keep_cache=False, copies=1):
+        """Hidden states of the positions asked for, branches mixed, and the cache of both branches if kept."""
         run = transformer.prefill if keep_cache else lambda *given: (transformer.hidden(*given), None)
         lengths_B = None if self.lengths_B is None else self.both(jnp.tile(self.lengths_B, copies))
-        hidden_BLD, cache = run(self.config, self.params, self.branches(tokens_BL, copies), lengths_B)
-        return guidance.mixed(hidden_BLD, self.settings.cfg_scale), cache
+        given = self.branches(tokens_BL, copies), lengths_B, self.both(at_BK)
+        hidden_BKD, cache = run(self.config, self.params, *given)
+        return guidance.mixed(hidden_BKD, self.settings.cfg_scale), cache
 
     def branches(self, tokens_BL, copies=1):
         """The rows to run: twice as many with guidance."""
@@ -295,7 +292,7 @@ class _Process:
 
     def masked(self, tokens_BL, position_BK):
         """Which positions of the block are still to be filled."""
-        return (_take(tokens_BL, position_BK) == self.special.mask) & (position_BK < self.L)
+        return (take(tokens_BL, position_BK) == self.special.mask) & (position_BK < self.L)
 
 
 def _kept(settings, special, chosen, masked_BK, steps_left_B1, keys_BK):
@@ -317,12 +314,6 @@ def _kept(settings, special, chosen, masked_BK, steps_left_B1, keys_BK):
     if settings.confidence_threshold is not None:
         keep_BK |= score_BK >= math.log(settings.confidence_threshold)
     return masked_BK & keep_BK
-
-
-def _take(x_BL, position_BK):
-    """x[b, position[b, k]] of `x_BL` or `x_BLD`; a position off the canvas reads the last one."""
-    position_BK = jnp.minimum(position_BK, x_BL.shape[1] - 1)
-    return jnp.take_along_axis(x_BL, position_BK if x_BL.ndim == 2 else position_BK[..., None], axis=1)
 
 
 def position_keys(seed_B: jax.Array, step_B: jax.Array, position_BK: jax.Array) -> jax.Array:

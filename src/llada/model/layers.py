@@ -28,6 +28,19 @@ def rotary_angles(position: jax.Array, channels: int, theta: float) -> tuple[jax
     return jnp.cos(angle), jnp.sin(angle)
 
 
+def take(x_BL: jax.Array, at_BR: jax.Array) -> jax.Array:
+    """`x[b, at[b, r]]` of `x_BL` or `x_BLD`; a place off its end reads the last one."""
+    at_BR = jnp.minimum(at_BR, x_BL.shape[1] - 1)
+    return jnp.take_along_axis(x_BL, at_BR if x_BL.ndim == 2 else at_BR[..., None], axis=1)
+
+
+def angles_at(angles: tuple[jax.Array, jax.Array], at_BR: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`rotary_angles` of some places, where the queries stand."""
+    return tuple(
+        table[jnp.minimum(at_BR, len(table) - 1)] if table.ndim == 2 else take(table, at_BR) for table in angles
+    )
+
+
 def rotate(x_BLHC: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Apply rotary position embedding in float32; returned in the dtype of `x`."""
     cos, sin = (table[..., None, :] for table in angles)  # the same for all heads

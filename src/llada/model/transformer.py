@@ -3,8 +3,8 @@
 RMSNorm, SwiGLU, rotary embedding, no bias; t is not an input (LLaDA section 2.1, Table 5). The model ends at the
 normalised hidden states; the vocabulary matrix is handed out beside them, so that an objective can turn hidden states
 into nats without ever holding all logits. Everything outside this file sees a nested dict and the functions below.
-Shapes: B sequences, L tokens, Q of them computed anew, D width, H query heads, K key/value heads, C channels,
-F feed-forward, V vocabulary, N = B Q rows.
+Shapes: B sequences, L tokens, Q of them computed anew, R of those whose last state is wanted, D width, H query heads,
+K key/value heads, C channels, F feed-forward, V vocabulary, N = B Q rows.
 """
 
 import functools
@@ -23,7 +23,8 @@ Parameters = dict
 
 
 class Cache(NamedTuple):
-    """Keys (rotated) and values of every position and layer, `(layers, B, L, K, C)` in the compute dtype."""
+    """Keys (rotated) and values of every position, `(B, L, K, C)` in the compute dtype, the layers on axis 0 before it;
+    of unstacked parameters a tuple of these, one a layer."""
 
     key: jax.Array
     value: jax.Array
@@ -36,10 +37,11 @@ class Block(nn.Module):
     keep_cache: bool = False
 
     @nn.compact
-    def __call__(self, x_BLD, cache, angles, lengths_B, position_BQ):
+    def __call__(self, x_BLD, cache, angles, lengths_B, position_BQ, at_BR=None):
         """Map the residual stream to itself; the second value is what `nn.scan` stacks: this layer's cache, if kept.
 
-        With a `cache`, `x` holds only the positions `position_BQ`, whose keys and values replace the cached ones.
+        With a `cache`, `x` holds only the positions `position_BQ`, whose keys and values replace the cached ones. With
+        `at_BR` only those places of `x` go on behind the keys and values: `(B, R, D)`.
         """
         c = self.config
         D, H, K, C, F = c.width, c.heads, c.key_value_heads, c.head_size, c.ffn
@@ -50,19 +52,23 @@ class Block(nn.Module):
         ones = nn.initializers.ones_init()
 
         y = layers.rms_norm(x_BLD, self.param("attention_norm", ones, (D,)), c.norm_eps)
-        q_BLHC = layers.project(y, self.param("query", normal, (D, H, C)).astype(dtype))
+        query, query_angles = (y, angles) if at_BR is None else (layers.take(y, at_BR), layers.angles_at(angles, at_BR))
+        q_BLHC = layers.project(query, self.param("query", normal, (D, H, C)).astype(dtype))
         k_BLKC = layers.project(y, self.param("key", normal, (D, K, C)).astype(dtype))
         v_BLKC = layers.project(y, self.param("value", normal, (D, K, C)).astype(dtype))
         if c.qk_norm:
             q_BLHC = layers.rms_norm(q_BLHC, self.param("query_norm", ones, (C,)), c.norm_eps)
             k_BLKC = layers.rms_norm(k_BLKC, self.param("key_norm", ones, (C,)), c.norm_eps)
-        q_BLHC = layers.rotate(constrain(q_BLHC, "BLHC"), angles)
+        q_BLHC = layers.rotate(constrain(q_BLHC, "BLHC"), query_angles)
         k_BLKC = layers.rotate(constrain(k_BLKC, "BLHC"), angles)
         v_BLKC = constrain(v_BLKC, "BLHC")
         if cache is not None:
             at = (jnp.arange(len(x_BLD))[:, None], position_BQ)
             k_BLKC = cache.key.at[at].set(k_BLKC, mode="drop")
             v_BLKC = cache.value.at[at].set(v_BLKC, mode="drop")
+        if at_BR is not None:
+            x_BLD = layers.take(x_BLD, at_BR)
+            position_BQ = at_BR if position_BQ is None else layers.take(position_BQ, at_BR)
         mixed_BLHC = layers.attend(q_BLHC, k_BLKC, v_BLKC, c.causal, lengths_B, position_BQ)
         x_BLD += layers.project(mixed_BLHC, self.param("output", branch_end, (H, C, D)).astype(dtype), contracted=2)
         x_BLD = constrain(x_BLD, "BLD")
@@ -82,9 +88,10 @@ class Transformer(nn.Module):
 
     config: ModelConfig
     keep_cache: bool = False
+    unstacked: bool = False
 
     @nn.compact
-    def __call__(self, tokens_BL, lengths_B=None, position_BQ=None, cache=None):
+    def __call__(self, tokens_BL, lengths_B=None, position_BQ=None, cache=None, at_BR=None):
         """Hidden states `hidden_BLD` in the compute dtype, and the cache if kept; the head is declared, not used."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
@@ -97,6 +104,23 @@ class Transformer(nn.Module):
         x_BLD = constrain(table_VD[tokens_BL], "BLD")
         position = jnp.arange(tokens_BL.shape[1]) if position_BQ is None else position_BQ
         angles = layers.rotary_angles(position, c.head_size, c.rope_theta)
+        if self.unstacked:
+            kept = []
+            for i in range(c.layers):
+                at = at_BR if i + 1 == c.layers else None
+                block = Block(c, self.keep_cache, name=f"layer_{i}")
+                x_BLD, own = block(x_BLD, cache and cache[i], angles, lengths_B, position_BQ, at)
+                kept.append(own)
+            cache = tuple(kept)
+        else:
+            x_BLD, cache = self.scanned()(x_BLD, cache, angles, lengths_B, position_BQ)
+            x_BLD = x_BLD if at_BR is None else layers.take(x_BLD, at_BR)
+        scale_D = self.param("final_norm", nn.initializers.ones_init(), (c.width,))
+        return layers.rms_norm(x_BLD, scale_D, c.norm_eps), cache
+
+    def scanned(self):
+        """All blocks as one: compile time does not grow with their number."""
+        c = self.config
         block = Block
         if c.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
@@ -109,9 +133,7 @@ class Transformer(nn.Module):
             length=c.layers,
             unroll=c.scan_unroll,
         )
-        x_BLD, cache = stack(c, self.keep_cache, name="layers")(x_BLD, cache, angles, lengths_B, position_BQ)
-        scale_D = self.param("final_norm", nn.initializers.ones_init(), (c.width,))
-        return layers.rms_norm(x_BLD, scale_D, c.norm_eps), cache
+        return stack(c, self.keep_cache, name="layers")
 
 
 def init(config: ModelConfig, key: jax.Array) -> Parameters:
@@ -119,14 +141,40 @@ def init(config: ModelConfig, key: jax.Array) -> Parameters:
     return Transformer(config).init(key, jnp.zeros((1, 8), jnp.int32))["params"]
 
 
-def hidden(config: ModelConfig, params: Parameters, tokens_BL: jax.Array, lengths_B: jax.Array | None = None):
-    """Normalised last hidden states `hidden_BLD`; positions >= lengths_B are neither seen nor meaningful."""
-    return Transformer(config).apply({"params": params}, tokens_BL, lengths_B)[0]
+def unstacked(params: Parameters) -> Parameters:
+    """The same parameters with a leaf per layer, for inference on CPU: copied once, not at every use of a layer.
+
+    There a product with a slice of a stacked leaf first copies the slice, a third of the time of a pass over 192 tokens
+    at width 384. Compile time grows with the number of layers, and memory holds the layers twice.
+    """
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    count = len(params["layers"]["attention_norm"])
+    return rest | {f"layer_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)}
 
 
-def prefill(config: ModelConfig, params: Parameters, tokens_BL: jax.Array, lengths_B: jax.Array | None = None):
+def hidden(
+    config: ModelConfig,
+    params: Parameters,
+    tokens_BL: jax.Array,
+    lengths_B: jax.Array | None = None,
+    at_BR: jax.Array | None = None,
+):
+    """Normalised last hidden states `hidden_BLD`; positions >= lengths_B are neither seen nor meaningful.
+
+    With `at_BR` the states of those positions only, `(B, R, D)`: the last layer then leaves the others out.
+    """
+    return _apply(config, params, False, tokens_BL, lengths_B, at_BR=at_BR)[0]
+
+
+def prefill(
+    config: ModelConfig,
+    params: Parameters,
+    tokens_BL: jax.Array,
+    lengths_B: jax.Array | None = None,
+    at_BR: jax.Array | None = None,
+):
     """`hidden`, and the Cache of all positions beside it."""
-    return Transformer(config, keep_cache=True).apply({"params": params}, tokens_BL, lengths_B)
+    return _apply(config, params, True, tokens_BL, lengths_B, at_BR=at_BR)
 
 
 def extend(
@@ -134,18 +182,23 @@ def extend(
     params: Parameters,
     tokens_BQ: jax.Array,
     position_BQ: jax.Array,
-    cache: Cache,
+    cache: Cache | tuple[Cache, ...],
     lengths_B: jax.Array | None = None,
     keep_cache: bool = False,
+    at_BR: jax.Array | None = None,
 ):
     """Hidden states of the tokens at `position_BQ` only, and the renewed Cache if it is to be kept (else None).
 
     Keys and values of all other positions are the cached ones: exact for a causal model whose cached positions come
     before, an approximation for the mask predictor, whose every state depends on every token. Queries at positions
-    >= L are padding: nothing sees them.
+    >= L are padding: nothing sees them. With `at_BR` the states of those places among the Q only.
     """
-    apply = Transformer(config, keep_cache=keep_cache).apply
-    return apply({"params": params}, tokens_BQ, lengths_B, position_BQ, cache)
+    return _apply(config, params, keep_cache, tokens_BQ, lengths_B, position_BQ, cache, at_BR)
+
+
+def _apply(config, params, keep_cache, *inputs, **more):
+    module = Transformer(config, keep_cache=keep_cache, unstacked="layers" not in params)
+    return module.apply({"params": params}, *inputs, **more)
 
 
 def head(config: ModelConfig, params: Parameters) -> jax.Array:
