@@ -152,7 +152,9 @@ class Dense(Ours):
     """Our own step with logits of all positions, in the shape of the rival."""
 
     def __init__(self, c: config.Config, special: SpecialTokens, x0_BL: np.ndarray):
-        super().__init__(dataclasses.replace(c, objective=dataclasses.replace(c.objective, name="dense")), special, x0_BL)
+        super().__init__(
+            dataclasses.replace(c, objective=dataclasses.replace(c.objective, name="dense")), special, x0_BL
+        )
 
     def prepare(self) -> None:
         """Nothing: it draws its own masks, the same ones."""

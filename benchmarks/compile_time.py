@@ -1,0 +1,184 @@
+"""What compiling the training step costs, and what the compiled program contains: python benchmarks/compile_time.py
+
+  depth   seconds to trace, lower and compile the step of 32 layers and of 2, scanned, alternately
+  warm    the same in fresh processes, with an empty compilation cache and with a full one
+  traces  how often a short `llada train` traces its step
+  head    matrix-product FLOPs of the vocabulary head in one step of the compiled program (those of the loop's body times
+          its turns), over those of logits of all positions
+
+Measured on CPU or whatever JAX finds; a line of JSON each.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import timing
+
+from llada import config as config_lib
+from llada import mesh as mesh_lib
+from llada.objectives import noise as noise_lib
+from llada.objectives.contract import SpecialTokens
+from llada.training import loop
+from llada.training import step as step_lib
+
+BATCH, LENGTH = 4, 256
+
+
+def build(layers: int, width: int, vocab: int = 4096) -> tuple[config_lib.Config, SpecialTokens]:
+    """A scanned model in the dtype of a real run, and special tokens."""
+    model = dict(layers=layers, width=width, heads=width // 64, ffn=4 * width, vocab_size=vocab, max_length=LENGTH)
+    values = dict(
+        model=model,
+        objective=dict(random_length_fraction=0.0),
+        data=dict(sequence_length=LENGTH),
+        mesh=dict(data=1),
+        train=dict(batch_size=BATCH, steps=100),
+    )
+    return config_lib.from_config_dict(values), SpecialTokens(mask=vocab - 1, eos=vocab - 2)
+
+
+def compile_once(config: config_lib.Config, special: SpecialTokens):
+    """`(seconds by phase, compiled program)`; nothing is kept from an earlier call."""
+    jax.clear_caches()
+    mesh = mesh_lib.make(config.mesh, jax.devices()[:1])
+    state = jax.eval_shape(lambda: step_lib.init_state(config))
+    batch_BL = jax.ShapeDtypeStruct((BATCH, LENGTH), np.int32)
+    with jax.set_mesh(mesh):
+        marks = [time.perf_counter()]
+        traced = step_lib.compile_step(config, special, mesh).trace(state, batch_BL)
+        marks.append(time.perf_counter())
+        lowered = traced.lower()
+        marks.append(time.perf_counter())
+        compiled = lowered.compile()
+        marks.append(time.perf_counter())
+    seconds = dict(zip(("trace", "lower", "compile"), np.diff(marks).tolist(), strict=True))
+    return seconds | {"total": marks[-1] - marks[0]}, compiled
+
+
+def depth(width: int, pairs: int) -> dict:
+    """32 layers against 2."""
+    seconds = {32: [], 2: []}
+    compile_once(*build(2, width))  # JAX's own start-up
+    for _ in range(pairs):
+        for layers, found in seconds.items():
+            found.append(compile_once(*build(layers, width))[0]["total"])
+    ratio = [a / b for a, b in zip(seconds[32], seconds[2], strict=True)]
+    return {f"layers_{n}": timing.spread(found) for n, found in seconds.items()} | {"ratio": timing.spread(ratio)}
+
+
+def warm(width: int) -> dict:
+    """A process with an empty cache, then one with what that left there."""
+    with tempfile.TemporaryDirectory() as cache:
+        # Small programs too: at this size some take less than the second below which JAX does not keep them.
+        kept = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        command = [sys.executable, __file__, "child", f"--width={width}"]
+        found = {}
+        for name in ("cold", "warm"):
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | kept)
+            found[name] = json.loads(done.stdout)
+    # The cache saves compiling; tracing and lowering come before it can be asked.
+    ratios = {f"ratio_{phase}": found["warm"][phase] / found["cold"][phase] for phase in ("compile", "total")}
+    return found | ratios
+
+
+def traces() -> dict:
+    """Calls of `train_step`, which Python enters only when JAX traces it, in a run of 6 steps with an evaluation."""
+    calls, original = [], step_lib.train_step
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    step_lib.train_step = counting
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            text = Path(directory) / "text.txt"
+            text.write_text("\n\n".join(f"{i} is followed by {i + 1}, and {i * i} is its square." for i in range(2000)))
+            config, _ = build(2, 64, vocab=300)
+            data = dataclasses.replace(config.data, source=f"text:{text}", sequence_length=32)
+            evaluate = dataclasses.replace(config.evaluate, every=3, batches=1, draws=1)
+            train = dataclasses.replace(config.train, steps=6)
+            config = dataclasses.replace(config, data=data, evaluate=evaluate, train=train)
+            with open(os.devnull, "w") as nowhere:
+                terminal, sys.stdout = sys.stdout, nowhere
+                try:
+                    loop.train(config, Path(directory) / "run")
+                finally:
+                    sys.stdout = terminal
+    finally:
+        step_lib.train_step = original
+    return {"steps": 6, "traces": len(calls)}
+
+
+DOT = re.compile(r"%?([\w.-]+) = \w+\[([\d,]*)\][^=]* dot\((.*?)\), lhs_contracting_dims=\{([\d,]*)\}")
+SHAPE = re.compile(r"%?([\w.-]+) = \w+\[([\d,]*)\]")
+
+
+def head_flops(text: str, vocab: int) -> float:
+    """FLOPs of the matrix products in a compiled program that touch the vocabulary, every loop body counted once."""
+    sizes = {name: _ints(shape) for name, shape in SHAPE.findall(text)}
+    total = 0
+    for _, result, operands, contracted in DOT.findall(text):
+        names = [re.split(r"[ %]", operand.strip())[-1] for operand in operands.split(", ") if "[" not in operand]
+        typed = re.findall(r"\w+\[([\d,]*)\]", operands)
+        left = _ints(typed[0]) if typed else sizes[names[0]]
+        right = _ints(typed[1]) if len(typed) > 1 else sizes[names[-1]]
+        if vocab in (*left, *right, *_ints(result)):
+            total += 2 * math.prod(_ints(result)) * math.prod(left[i] for i in _ints(contracted))
+    return float(total)
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(",") if word)
+
+
+def head(width: int) -> dict:
+    """C11's ratio, and the bound it must keep: masked rows rounded up to whole blocks, over all rows."""
+    config, special = build(2, width)
+    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, head_rows=128))
+    _, compiled = compile_once(config, special)
+    body = head_flops(compiled.as_text(), config.model.vocab_size)
+    noise = noise_lib.Noise(config.seed, 0, np.arange(BATCH), BATCH)
+    p_B = (1 - config.objective.eps) * noise_lib.times(noise, config.objective.time_sampling) + config.objective.eps
+    masked = int(np.sum(noise_lib.uniform(noise, noise_lib.MASK, (LENGTH,)) < p_B[:, None]))
+    rows, block = BATCH * LENGTH, config.objective.head_rows
+    turns = math.ceil(masked / block)
+    dense = 6.0 * rows * config.model.vocab_size * width
+    assert body > 0, "no product with the vocabulary was found in the compiled program"
+    return dict(rows=rows, masked=masked, block=block, turns=turns, body_gflops=body / 1e9, dense_gflops=dense / 1e9,
+                ratio=body * turns / dense, bound=turns * block / rows)  # fmt: skip
+
+
+def main() -> None:
+    """Run what is named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="*", default=["depth", "warm", "traces", "head"])
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--pairs", type=int, default=3)
+    options = parser.parse_args()
+    if options.which == ["child"]:
+        print(json.dumps(compile_once(*build(32, options.width))[0]))
+        return
+    programs = {
+        "depth": lambda: depth(options.width, options.pairs),
+        "warm": lambda: warm(options.width),
+        "traces": traces,
+        "head": lambda: head(options.width),
+    }
+    for name in options.which:
+        timing.report(benchmark=f"compile_{name}", width=options.width, **programs[name]())
+
+
+if __name__ == "__main__":
+    main()

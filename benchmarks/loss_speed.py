@@ -1,0 +1,163 @@
+"""The vocabulary head alone, forward and backward, against other ways to compute it: python benchmarks/loss_speed.py
+
+  linear    PyTorch: logits of all rows, then those of the masked ones, cross-entropy (the published formulation)
+  cce       PyTorch: masked rows first, then logits and cross-entropy under torch.compile, as in Apple's
+            cut-cross-entropy (its `torch_compile` implementation)
+  md4, levanter, maxtext   JAX: see `jax_rivals.py`
+
+float32; half of the rows carry the weight 2, the others 0. Ours and each rival run alternately after one run each to
+compile; value and both gradients are compared after every pair. Memory is the peak of resident memory above that of the
+inputs, measured in a process of its own (Linux) in a second run; the gradients themselves are part of it. Needs torch.
+"""
+
+import argparse
+import ctypes
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jax_rivals
+import numpy as np
+import timing
+import torch
+import torch.nn.functional as F
+
+from llada.config import ObjectiveConfig
+from llada.objectives.vocabulary_head import weighted_nats
+
+RIVALS = ("linear", "cce", *jax_rivals.ALL)
+
+
+def inputs(rows: int, width: int, vocab: int):
+    """`(hidden_ND, head_VD, targets_N, weights_N)`, NumPy."""
+    rng = np.random.default_rng(0)
+    hidden_ND = rng.standard_normal((rows, width), np.float32)
+    head_VD = rng.standard_normal((vocab, width), np.float32) * np.float32(0.02)
+    weights_N = 2 * rng.permutation(np.arange(rows) % 2).astype(np.float32)
+    return hidden_ND, head_VD, rng.integers(0, vocab, rows).astype(np.int32), weights_N
+
+
+def our_nats(hidden_ND, head_VD, targets_N, weights_N):
+    """`weighted_nats` on one long row."""
+    args = (hidden_ND[None], head_VD, targets_N[None], weights_N[None])
+    return weighted_nats(*args, ObjectiveConfig().head_rows)[0]
+
+
+def jax_program(function, arrays):
+    """A function that returns the value and the gradients of hidden and head."""
+    given = [jnp.asarray(a) for a in arrays]
+    run = jax.jit(jax.value_and_grad(function, argnums=(0, 1)))
+    return lambda: jax.block_until_ready(run(*given))
+
+
+def torch_program(name: str, arrays):
+    """As `jax_program`, for `linear` and `cce`."""
+    hidden_ND, head_VD = (torch.from_numpy(a).requires_grad_() for a in arrays[:2])
+    targets_N, weights_N = torch.from_numpy(arrays[2]).long(), torch.from_numpy(arrays[3])
+    masked_N = weights_N != 0
+
+    def nats_of(x_ND, y_N):
+        return F.cross_entropy(F.linear(x_ND, head_VD), y_N, reduction="none")
+
+    compiled = torch.compile(nats_of)
+
+    def run():
+        hidden_ND.grad = head_VD.grad = None
+        if name == "linear":
+            logits_NV = F.linear(hidden_ND, head_VD)
+            nats = F.cross_entropy(logits_NV[masked_N], targets_N[masked_N], reduction="none")
+            del logits_NV
+        else:
+            nats = compiled(hidden_ND[masked_N], targets_N[masked_N])
+        total = (nats * weights_N[masked_N]).sum()
+        total.backward()
+        return total.item(), (hidden_ND.grad, head_VD.grad)
+
+    return run
+
+
+def program(name: str, arrays):
+    """Any of them by name."""
+    if name in ("linear", "cce"):
+        torch.set_num_threads(os.cpu_count())
+        return torch_program(name, arrays)
+    return jax_program(our_nats if name == "ours" else jax_rivals.ALL[name], arrays)
+
+
+def same(mine, theirs) -> dict[str, float]:
+    """Relative errors of the value and of both gradients (largest error against largest entry), asserted small."""
+    found = {"value_error": abs(float(mine[0]) / float(theirs[0]) - 1)}
+    assert found["value_error"] <= 1e-5, found
+    for name, a, b in zip(("hidden", "head"), mine[1], theirs[1], strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        found[f"d_{name}_error"] = float(
+            max(np.max(np.abs(x - y)) for x, y in zip(a, b, strict=True)) / np.max(np.abs(b))
+        )
+        assert found[f"d_{name}_error"] <= 1e-4, found
+    return found
+
+
+def resident(key: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most since it was reset."""
+    return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def extra_bytes(run) -> int:
+    """Peak memory of a second run above that before it."""
+    run()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the first run freed goes back, or it would hide in the baseline
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def extra_bytes_in_a_process(name: str, sizes: list[int]) -> int:
+    """`extra_bytes` of the program of that name, in a fresh process."""
+    command = [sys.executable, __file__, f"--memory={name}", *(f"--{k}={v}" for k, v in zip(SIZES, sizes, strict=True))]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+SIZES = ("rows", "width", "vocab")
+
+
+def measure(rival: str, rows: int, width: int, vocab: int, pairs: int, memory: bool) -> dict:
+    """The line of one rival."""
+    arrays = inputs(rows, width, vocab)
+    found = timing.alternate(program("ours", arrays), program(rival, arrays), same, pairs, rival)
+    if memory:
+        del arrays
+        extra = {name: extra_bytes_in_a_process(name, [rows, width, vocab]) for name in ("ours", rival)}
+        gradients = 4 * width * (rows + vocab)
+        found["extra_gb"] = {name: value / 1e9 for name, value in extra.items()}
+        found["extra_gb_besides_gradients"] = {name: (value - gradients) / 1e9 for name, value in extra.items()}
+    return dict(benchmark="loss", rival=rival, rows=rows, width=width, vocab=vocab, pairs=pairs) | found
+
+
+def main() -> None:
+    """A line of JSON for each rival."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rivals", nargs="*", default=RIVALS, metavar="RIVAL", help=", ".join(RIVALS))
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=126_464)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--memory", choices=("ours", *RIVALS), help="print the extra bytes of one program and stop")
+    options = parser.parse_args()
+    sizes = options.rows, options.width, options.vocab
+    if options.memory:
+        print(extra_bytes(program(options.memory, inputs(*sizes))))
+        return
+    with_memory = functools.partial(measure, memory=os.path.exists("/proc/self/clear_refs"))
+    for rival in options.rivals:
+        timing.report(**with_memory(rival, *sizes, options.pairs))
+
+
+if __name__ == "__main__":
+    main()
