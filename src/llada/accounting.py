@@ -31,12 +31,16 @@ def flops_6nd_per_token(m: ModelConfig) -> float:
     return 6.0 * parameters(m).non_embedding
 
 
-def flops_exact_per_token(config: Config) -> float:
-    """Matrix products per trained token, forward and backward: 6 per weight, attention 12 L d S, head 6 V d."""
+def flops_exact_per_token(config: Config, dense_head: bool = False) -> float:
+    """Matrix products per trained token, forward and backward: 6 per weight, attention 12 L d S, head 6 V d.
+
+    `dense_head` credits the head on every position, as codes that multiply them all are credited.
+    """
     m, length = config.model, config.data.sequence_length
     weights = m.layers * (2 * m.width * m.head_size * (m.heads + m.key_value_heads) + 3 * m.width * m.ffn)
     attention = 12 * m.layers * m.heads * m.head_size * length * (0.5 if m.causal else 1.0)
-    return 6.0 * weights + attention + 6.0 * m.vocab_size * m.width * head_fraction(config)
+    fraction = 1.0 if dense_head else head_fraction(config)
+    return 6.0 * weights + attention + 6.0 * m.vocab_size * m.width * fraction
 
 
 def head_fraction(config: Config) -> float:

@@ -15,6 +15,7 @@ COMMANDS = {
     "sample": "text from a trained model: continue a prompt or fill gaps",
     "export": "a checkpoint as a Hugging Face directory, for PyTorch",
     "import": "a Hugging Face directory (LLaDA-8B, Llama ...) as a workdir",
+    "plan": "what a program would need and do on a TPU slice, compiled for it on any machine",
     "sweep": "a grid of runs under FLOP budgets: fits, plots, report",
     "compare": "curves and a report of a LLaDA and its ARM twin",
 }
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         extra = flags.FLAGS([f"llada {name}", *rest])[1:]
         if extra:
             raise UserError(f"{extra[0]!r} is not a flag; flags look like --name=value; see llada {name} --help")
-        configures = name in ("train", "import", "sweep")
+        configures = name in ("train", "import", "sweep", "plan")
         if overrides and not configures:
             raise UserError(f"--config.{next(iter(overrides))} belongs to llada train; a workdir keeps its own config")
         return command.run(overrides) if configures else command.run()

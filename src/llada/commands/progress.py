@@ -1,6 +1,7 @@
 """A bar on standard error while something long goes on, where someone is looking."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -17,3 +18,16 @@ def bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(console=Console(stderr=True), transient=True) as drawn:
         task = drawn.add_task(title)
         yield lambda done, total: drawn.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def line() -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows what is going on now: a spinner with its text, or nothing where nobody looks."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+
+    # Not standard error itself: libtpu's chatter there is kept away while it compiles.
+    with os.fdopen(os.dup(2), "w") as stream, Console(file=stream).status("") as status:
+        yield status.update

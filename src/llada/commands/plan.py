@@ -1,0 +1,72 @@
+"""llada plan --config=FILE --topology=v5p:4x4x8 [--slices=2] [--config.key=value ...] [--program=sample] [--search]
+
+Compiles the real program of a config for a TPU slice, on any machine, and says what it would need and do there: HBM per
+chip, matrix FLOPs, bytes of every collective and how much of them other work hides, a projection of its speed (never a
+measurement), days and chip-hours for the config's tokens. --search looks for mesh, remat and batch per chip. Needs
+libtpu: pip install 'llada-jax[tpu]'.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from absl import flags
+
+from llada.commands import experiment
+from llada.errors import UserError
+
+TOPOLOGY = flags.DEFINE_string("topology", None, "the slice: v5e:16x16, v5p:4x4x8, v4, v6e or tpu7x likewise")
+SLICES = flags.DEFINE_integer("slices", 1, "so many equal slices, joined by the data-centre network")
+PROGRAM = flags.DEFINE_string("program", "train", "train, sample or likelihood")
+SEARCH = flags.DEFINE_bool("search", False, "try meshes, remat and batches per chip; print the best trade-offs")
+JSON = flags.DEFINE_string("json", None, "write all figures to this file too")
+BATCH = flags.DEFINE_integer(
+    "batch", None, "sample, likelihood: sequences at once; default one per device", lower_bound=1
+)
+PROMPT = flags.DEFINE_integer("prompt_length", None, "sample: tokens of the prompt; default 0", lower_bound=0)
+LENGTH = flags.DEFINE_integer("gen_length", None, "sample: tokens to write; default 64", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", None, "sample: steps of the reverse process; default one per token")
+BLOCK = flags.DEFINE_integer("block_length", None, "sample: positions of a block; default one block")
+CACHE = flags.DEFINE_string("cache", None, "sample: none, prefix or dual")
+flags.adopt_module_key_flags(experiment)
+
+
+def run(overrides: dict[str, str]) -> int:
+    """Compile, read, report."""
+    if not TOPOLOGY.value:
+        raise UserError("--topology is missing; for example --topology=v5p:4x4x8")
+    config = experiment.read(experiment.CONFIG.value, overrides)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs on what this machine has
+    from llada import mesh as mesh_lib
+    from llada.commands import progress
+    from llada.planning import programs, report, search, topology
+
+    place = topology.describe(TOPOLOGY.value, SLICES.value)
+    request = programs.Request(BATCH.value, PROMPT.value, LENGTH.value, STEPS.value, BLOCK.value, CACHE.value)
+    if SEARCH.value:
+        if PROGRAM.value != "train":
+            raise UserError(f"--search is for --program=train, not {PROGRAM.value}")
+        with progress.line() as say:
+            found = search.search(config, place, say)
+        _write(found.figures)
+        print(search.text(found))
+        return 0
+    mesh = mesh_lib.make(config.mesh, place.devices)
+    program = programs.make(config, mesh, PROGRAM.value, request)
+    with progress.line() as say:
+        say(f"compiling {PROGRAM.value} for {place.chips} chips of {place.name}")
+        compiled = programs.lower_and_compile(program, mesh)
+    if compiled.refusal:
+        raise UserError(report.refusal(config, place, mesh, program, compiled))
+    found = report.figures(config, place, mesh, program, compiled)
+    _write(found)
+    print(report.text(found))
+    return 0
+
+
+def _write(found: dict) -> None:
+    if JSON.value:
+        try:
+            Path(JSON.value).write_text(json.dumps(found, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--json={JSON.value} cannot be written: {error.strerror}") from error

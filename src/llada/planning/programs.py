@@ -1,0 +1,234 @@
+"""What is compiled: the real training step, sampler or likelihood of a config, from abstract arguments.
+
+The compiled program is the one that a TPU slice would run: same function, same mesh, same shardings. Nothing of the
+model's size is allocated.
+"""
+
+import functools
+import re
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llada import accounting
+from llada import mesh as mesh_lib
+from llada.config import Config
+from llada.errors import UserError
+from llada.inference import ancestral, likelihood, sampler
+from llada.inference import settings as settings_lib
+from llada.model import transformer
+from llada.objectives.contract import SpecialTokens
+from llada.planning import topology
+from llada.training import step as step_lib
+
+PROGRAMS = ("train", "sample", "likelihood")
+Trips = Callable[[str], tuple[float, str]]
+
+
+class Request(NamedTuple):
+    """What to plan besides training: a batch of `batch` rows, `prompt` + `gen_length` tokens each, and how to fill it.
+
+    `steps` and `block_length` None are one step per token and one block, as in `llada sample`.
+    """
+
+    batch: int | None = None
+    prompt: int = 0
+    gen_length: int | None = None
+    steps: int | None = None
+    block_length: int | None = None
+    cache: str | None = None
+
+
+class Program(NamedTuple):
+    """A function to compile and what is known of it beforehand.
+
+    trips         from the source path of a loop whose turns depend on data to (expected turns, why)
+    useful        matrix FLOPs of one run on all chips without recomputation; None where the term means nothing
+    dense         the same with the vocabulary head credited on every position
+    tokens        tokens that one run trains on, scores or writes
+    """
+
+    name: str
+    jitted: Callable
+    arguments: tuple
+    trips: Trips
+    useful: float | None
+    dense: float | None
+    tokens: int
+
+
+class Compiled(NamedTuple):
+    """What the compiler made: its text and its memory figures (bytes per device), or why it does not fit."""
+
+    text: str
+    memory: dict[str, int]
+    refusal: str | None
+    seconds: float
+
+
+def make(config: Config, mesh: jax.sharding.Mesh, name: str, request: Request) -> Program:
+    """The program called `name`. UserError for an unknown one, or options that it does not take."""
+    if name not in PROGRAMS:
+        raise UserError(f"--program={name} is not one of {', '.join(PROGRAMS)}")
+    given = [key for key, value in request._asdict().items() if value]
+    allowed = {"train": (), "likelihood": ("batch",), "sample": request._fields}[name]
+    if wrong := [key for key in given if key not in allowed]:
+        raise UserError(f"--{wrong[0]} is not for --program={name}; leave it out")
+    if wrong := [key for key in given if name == "sample" and config.model.causal and key in _DIFFUSION_ONLY]:
+        raise UserError(f"--{wrong[0]} needs a diffusion model; this one is an ARM, written left to right")
+    return {"train": _train, "sample": _sample, "likelihood": _likelihood}[name](config, mesh, request)
+
+
+_DIFFUSION_ONLY = ("steps", "block_length", "cache")
+
+
+def lower_and_compile(program: Program, mesh: jax.sharding.Mesh, options: dict | None = None) -> Compiled:
+    """Compile for the mesh's devices. A program that is too large for them comes back with a refusal."""
+    start = time.perf_counter()
+    with jax.set_mesh(mesh), topology.quiet():
+        lowered = program.jitted.trace(*program.arguments).lower(lowering_platforms=("tpu",))
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return Compiled("", {}, str(error), time.perf_counter() - start)
+    memory = compiled.memory_analysis()
+    figures = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+    }
+    return Compiled(compiled.as_text(), figures, None, time.perf_counter() - start)
+
+
+def special_tokens(config: Config) -> SpecialTokens:
+    """Ids that stand for a tokenizer's: which they are changes no shape."""
+    return SpecialTokens(mask=config.model.vocab_size - 1, eos=0)
+
+
+def _train(config: Config, mesh, request: Request) -> Program:
+    mesh_lib.check(config, mesh)
+    B, L = config.train.batch_size, config.data.sequence_length
+    abstract = jax.eval_shape(functools.partial(step_lib.init_state, config))
+    state = _placed(abstract, step_lib.state_placements(config, mesh))
+    batch_BL = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=mesh_lib.placement(mesh, "BL"))
+    rows = B // config.train.microbatches * L // mesh.devices.size
+    tokens = config.tokens_per_step
+    return Program(
+        "train",
+        step_lib.compile_step(config, special_tokens(config), mesh),
+        (state, batch_BL),
+        head_trips(rows, config.objective.head_rows, accounting.head_fraction(config)),
+        tokens * accounting.flops_exact_per_token(config),
+        tokens * accounting.flops_exact_per_token(config, dense_head=True),
+        tokens,
+    )
+
+
+def head_trips(rows: int, block: int, fraction: float) -> Trips:
+    """Turns of the vocabulary head's loop: as many blocks as the rows with work on one device fill, on average."""
+    block = min(block, rows)
+    # A share of the rows needs work; the last block is half empty on average, and none is when all rows do.
+    expected = rows / block if fraction == 1 else min(-(-rows // block), rows * fraction / block + 0.5)
+
+    def trips(path: str) -> tuple[float, str]:
+        return expected, f"vocabulary head: {fraction:.1%} of {rows} rows in blocks of {block}"
+
+    return trips
+
+
+def _likelihood(config: Config, mesh, request: Request) -> Program:
+    L = config.model.max_length
+    B = mesh_lib.local_batch(request.batch or 1, mesh)
+    params = _inference_parameters(config, mesh)
+    rows = [
+        jax.ShapeDtypeStruct((B, L), dtype, sharding=mesh_lib.placement(mesh, "BL"))
+        for dtype in (jnp.int32, bool, bool, bool)
+    ]
+    special = special_tokens(config)
+    fraction = accounting.head_fraction(config) if not config.model.causal else 1.0
+    per_device = B * L // mesh.devices.size
+    return Program(
+        "likelihood",
+        jax.jit(functools.partial(likelihood._row_nats, config.model, special, 0.0)),
+        (params, *rows, None),
+        head_trips(per_device, 512, fraction),
+        B * L * accounting.flops_exact_per_token(config) / 3,
+        B * L * accounting.flops_exact_per_token(config, dense_head=True) / 3,
+        B * L,
+    )
+
+
+def _sample(config: Config, mesh, request: Request) -> Program:
+    m, special = config.model, special_tokens(config)
+    B = mesh_lib.local_batch(request.batch or 1, mesh)
+    written = request.gen_length or min(64, m.max_length - request.prompt)
+    L = request.prompt + written
+    if written < 1 or m.max_length < L:
+        raise UserError(
+            f"--prompt_length={request.prompt} and --gen_length={written} are {L} tokens; the context is {m.max_length}"
+        )
+    params = _inference_parameters(config, mesh)
+    rows, each = mesh_lib.placement(mesh, "BL"), mesh_lib.placement(mesh, "B")
+    tokens_BL = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=rows)
+    forbidden_V = jax.ShapeDtypeStruct((m.vocab_size,), bool, sharding=mesh_lib.placement(mesh, "replicated"))
+    seed_B = jax.ShapeDtypeStruct((B,), jnp.uint32, sharding=each)
+    if m.causal:
+        prompt_B = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=each)
+        jitted = functools.partial(ancestral._ancestral, config.model, special, 0.0, request.prompt, None)
+        arguments = (params, tokens_BL, prompt_B, forbidden_V, seed_B)
+        trips = _ordered_trips({"while": (max(0, written - 1), "a token a pass, to the end of the canvas")})
+        return Program("sample", jax.jit(jitted), arguments, trips, None, None, B * written)
+    settings = settings_lib.SamplerConfig(
+        steps=request.steps or written, block_length=request.block_length or written, cache=request.cache or "none"
+    )
+    settings_lib.check(settings, written)
+    blocks = -(-written // settings.block_length)
+    open_BL = jax.ShapeDtypeStruct((B, L), bool, sharding=rows)
+    jitted = functools.partial(sampler._reverse_process, config.model, settings, special, blocks, written, None)
+    arguments = (params, tokens_BL, open_BL, seed_B, forbidden_V, None)
+    return Program(
+        "sample", jax.jit(jitted), arguments, _sampler_trips(settings, blocks, B, mesh), None, None, B * written
+    )
+
+
+def _sampler_trips(settings, blocks: int, B: int, mesh) -> Trips:
+    """Turns of a block's loops: an equal quota a step, so a loop over half the positions takes half the steps."""
+    steps = settings.steps // blocks - (settings.cache != "none")
+    whole = settings.block_length < 16 or settings.cache == "prefix"
+    shares = [1.0] if whole else [0.5, 0.25, 0.25]
+    rows = B // (mesh.shape["data"] * mesh.shape["fsdp"]) * settings.block_length
+    seen: dict[str, int] = {}
+
+    def trips(path: str) -> tuple[float, str]:
+        if "shard_map" in path:
+            return max(1.0, rows / 2 / 256 + 0.5), "vocabulary head: half of a block's positions, on average"
+        key = re.sub(r"[^/]*$", "", path)
+        share = shares[min(seen.setdefault(key, 0), len(shares) - 1)]
+        seen[key] += 1
+        return max(0.0, steps * share), f"steps of a block: {share:.0%} of {steps}"
+
+    return trips
+
+
+def _ordered_trips(table: dict[str, tuple[float, str]]) -> Trips:
+    def trips(path: str) -> tuple[float, str]:
+        return next((found for key, found in table.items() if key in path), (1.0, "not known; counted once"))
+
+    return trips
+
+
+def _inference_parameters(config: Config, mesh):
+    abstract = transformer.abstract_parameters(config.model)
+    return _placed(abstract, mesh_lib.parameter_placements(mesh, abstract))
+
+
+def _placed(abstract, placements):
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, placements)

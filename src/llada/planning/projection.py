@@ -1,0 +1,116 @@
+"""From a compiled program to seconds: a projection, not a measurement.
+
+Two estimates that share the collectives. `compiler`: the compiler's own cycles over the clock, and after them the link
+time that its schedule leaves unhidden. `roofline`: the largest of matrix products at 80 % of peak, HBM traffic at 90 %
+of its bandwidth, and link time; it supposes perfect overlap, so it is the floor.
+"""
+
+from typing import NamedTuple
+
+from llada.planning.hlo import Instruction, Module
+from llada.planning.topology import Slice
+from llada.planning.traffic import Traffic
+
+MATH_SHARE = 0.8  # of peak FLOP/s that large products reach
+HBM_SHARE = 0.9
+
+_FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota")
+_FREE += ("copy-done", "after-all", "partition-id", "replica-id")
+
+
+class Projection(NamedTuple):
+    """Seconds of one run of the program; `binding` names what the roofline stands on."""
+
+    matrix_flops: float  # executed, per chip
+    hbm_bytes: float  # per chip
+    math_seconds: float
+    hbm_seconds: float
+    link_seconds: float
+    exposed_seconds: float
+    compiler_seconds: float
+    binding: str
+
+    @property
+    def roofline_seconds(self) -> float:
+        """The floor."""
+        return max(self.math_seconds, self.hbm_seconds, self.link_seconds)
+
+    @property
+    def seconds(self) -> float:
+        """What to plan with: the larger of the two estimates."""
+        return max(self.roofline_seconds, self.compiler_seconds)
+
+
+def project(module: Module, traffic: Traffic, place: Slice) -> Projection:
+    """Project one run."""
+    chip, per_chip = place.chip, place.chip.devices
+    flops = per_chip * matrix_flops(module)
+    hbm = per_chip * hbm_bytes(module)
+    bounds = {
+        "matrix products": flops / (chip.peak_flops * MATH_SHARE),
+        "HBM": hbm / (chip.hbm * HBM_SHARE),
+        "links": traffic.link_seconds,
+    }
+    cycles = module.cycles(module.entry) / chip.clock
+    return Projection(
+        flops,
+        hbm,
+        *bounds.values(),
+        traffic.exposed_seconds,
+        cycles + traffic.exposed_seconds,
+        max(bounds, key=bounds.get),
+    )
+
+
+def matrix_flops(module: Module) -> float:
+    """Executed matrix FLOPs of one device: every dot, convolution and declared kernel times how often it runs."""
+    return sum(
+        module.executions[name] * module.flops(name, instruction)
+        for name, body in module.computations.items()
+        if module.executions[name]
+        for instruction in body
+    )
+
+
+def hbm_bytes(module: Module) -> float:
+    """HBM bytes read and written by one device: operands and results of every instruction outside fusions.
+
+    What lies in on-chip memory is free; of an operand that is only sliced, the slices count.
+    """
+    fused = {
+        c for body in module.computations.values() for i in body if i.opcode == "fusion" for c in i.called("calls")
+    }
+    total = 0.0
+    for name, body in module.computations.items():
+        if module.executions[name] and name not in fused:
+            total += module.executions[name] * sum(_moved(module, name, i) for i in body if i.opcode not in _FREE)
+    return total
+
+
+def _moved(module: Module, name: str, instruction: Instruction) -> float:
+    called = instruction.called("calls") if instruction.opcode == "fusion" else []
+    inner = module.computations[called[0]] if called else []
+    written = sum(a.bytes for a in instruction.arrays if not a.fast)
+    read = 0.0
+    parameters = {i.arguments: i for i in inner if i.opcode == "parameter"}
+    if instruction.opcode == "dynamic-update-slice":
+        part = module.operand(name, instruction, 1)
+        return 2 * sum(a.bytes for a in part.arrays) if part else 0.0
+    for number, operand in enumerate(instruction.operands):
+        made = module.by_name[name].get(operand)
+        whole = sum(a.bytes for a in made.arrays if not a.fast) if made is not None else 0.0
+        if instruction.opcode in ("dynamic-slice", "gather", "slice"):
+            whole = min(whole, sum(a.bytes for a in instruction.arrays))
+        if str(number) in parameters:
+            parameter = parameters[str(number)]
+            users = [i for i in inner if parameter.name in i.operands]
+            if users and all(i.opcode in ("dynamic-slice", "gather", "slice") for i in users):
+                whole = min(whole, sum(a.bytes for i in users for a in i.arrays))
+            for user in users:
+                if user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+                    part = module.operand(called[0], user, 1)
+                    change = sum(a.bytes for a in part.arrays) if part else 0.0
+                    written -= sum(a.bytes for a in user.arrays if not user.arrays[0].fast) - change
+                    whole = 0.0
+        read += whole
+    return read + max(written, 0.0)

@@ -1,0 +1,293 @@
+"""What a plan says: one nested dict, for JSON, and the same as text.
+
+Figures are per chip and per run of the program (a step of training) unless their name says otherwise. Seconds are
+projections, never measurements.
+"""
+
+import math
+from collections import defaultdict
+from typing import Any
+
+from llada import accounting
+from llada.config import Config
+from llada.planning import projection, traffic
+from llada.planning.hlo import Module
+from llada.planning.programs import Compiled, Program
+from llada.planning.topology import Slice
+
+METHOD = (
+    "A projection, not a measurement. Compiled ahead of time for the slice; seconds are the larger of (a) the "
+    "compiler's cycle estimates times loop turns over the clock plus the link time its schedule leaves unhidden, and (b) "
+    f"a roofline of matrix products at {projection.MATH_SHARE:.0%} of peak, HBM at {projection.HBM_SHARE:.0%} and links."
+)
+
+
+def figures(config: Config, place: Slice, mesh, program: Program, compiled: Compiled) -> dict[str, Any]:
+    """Everything there is to say about a program that fits."""
+    module = Module(compiled.text, program.trips)
+    moved = traffic.Traffic(module, traffic.Links(mesh, place))
+    found = projection.project(module, moved, place)
+    peak = place.chip.peak_flops
+    useful, dense = (None if total is None else total / place.chips for total in (program.useful, program.dense))
+    return {
+        **heading(config, place, mesh, program),
+        "compile_seconds": compiled.seconds,
+        "hbm_bytes": memory(place, compiled),
+        "matrix_flops": {
+            "executed": found.matrix_flops,
+            "useful": useful,
+            "dense_credit": dense,
+            "executed_over_useful": None if useful is None else found.matrix_flops / useful,
+        },
+        "loops": _loops(module),
+        "collectives": _collectives(moved, place.chip.devices),
+        "traffic": _traffic(config, program, mesh, moved, place),
+        "projection": {
+            "method": METHOD,
+            "seconds": found.seconds,
+            "compiler_seconds": found.compiler_seconds,
+            "roofline_seconds": found.roofline_seconds,
+            "roofline_binding": found.binding,
+            "math_seconds": found.math_seconds,
+            "hbm_seconds": found.hbm_seconds,
+            "hbm_bytes_moved": found.hbm_bytes,
+            "link_seconds": found.link_seconds,
+            "exposed_link_seconds": found.exposed_seconds,
+            "tokens_per_second": program.tokens / found.seconds,
+            "tokens_per_second_per_chip": program.tokens / found.seconds / place.chips,
+            "useful_mfu": None if useful is None else useful / found.seconds / peak,
+            "dense_credit_mfu": None if dense is None else dense / found.seconds / peak,
+            "roofline_useful_mfu": None if useful is None else useful / found.roofline_seconds / peak,
+            **(_budget(config, found.seconds, place) if program.name == "train" else {}),
+        },
+    }
+
+
+def heading(config: Config, place: Slice, mesh, program: Program) -> dict[str, Any]:
+    """What was compiled for what."""
+    return {
+        "program": program.name,
+        "topology": place.name,
+        "slices": place.slices,
+        "chips": place.chips,
+        "devices": len(place.devices),
+        "mesh": dict(mesh.shape),
+        "parameters": accounting.parameters(config.model).total,
+        "remat": config.model.remat,
+        "batch_size": config.train.batch_size if program.name == "train" else None,
+        "microbatches": config.train.microbatches if program.name == "train" else None,
+        "tokens": program.tokens,
+    }
+
+
+def memory(place: Slice, compiled: Compiled) -> dict[str, float]:
+    """HBM bytes per chip by kind, beside what there is."""
+    per_chip = {kind: value * place.chip.devices for kind, value in compiled.memory.items()}
+    return per_chip | {"capacity": place.chip.capacity, "peak_share": per_chip["peak"] / place.chip.capacity}
+
+
+def _loops(module: Module) -> list[dict[str, Any]]:
+    """Loops with products in them, and every loop whose turns are expected rather than counted."""
+    return [loop._asdict() for loop in module.loops if not loop.counted or "searchsorted" not in loop.path]
+
+
+def _collectives(moved: traffic.Traffic, devices: int) -> list[dict[str, Any]]:
+    """One entry for all collectives of a kind, axes and array; bytes per chip."""
+    groups: dict[tuple, list[traffic.Collective]] = defaultdict(list)
+    for c in moved.collectives:
+        groups[c.kind, c.axes, c.array.dtype, c.array.dims, c.asynchronous].append(c)
+    found = []
+    for (kind, axes, dtype, dims, asynchronous), members in groups.items():
+        size = devices * sum(c.times * c.bytes for c in members)
+        seconds = sum(c.times * c.seconds for c in members)
+        hidden = sum(c.times * c.hidden for c in members)
+        found.append(
+            {
+                "kind": kind,
+                "axes": list(axes),
+                "largest_array": f"{dtype}[{','.join(map(str, dims))}]",
+                "times": sum(c.times for c in members),
+                "bytes": size,
+                "seconds": seconds,
+                "hidden_seconds": hidden,
+                "asynchronous": asynchronous,
+            }
+        )
+    return sorted(found, key=lambda entry: -entry["bytes"])
+
+
+def _traffic(config: Config, program: Program, mesh, moved: traffic.Traffic, place: Slice) -> dict[str, Any]:
+    """Bytes per axis and kind, the least that FSDP can do with, and how much is hidden."""
+    devices = place.chip.devices
+    per_axis: dict[str, float] = defaultdict(float)
+    for c in moved.collectives:
+        per_axis["+".join(c.axes) or "none"] += devices * c.times * c.bytes
+    total = sum(per_axis.values())
+    hidden = devices * sum(c.times * c.bytes * c.hidden / c.seconds for c in moved.collectives if c.seconds)
+    overlapped = devices * sum(c.times * c.bytes for c in moved.collectives if c.asynchronous)
+    minimum = None
+    if program.name == "train" and mesh.shape["fsdp"] > 1:
+        share = (mesh.shape["fsdp"] - 1) / mesh.shape["fsdp"] / mesh.shape["tensor"]
+        passes = 3 * config.train.microbatches
+        minimum = devices * passes * 2.0 * accounting.parameters(config.model).total * share
+    fsdp = per_axis.get("fsdp", 0.0)
+    return {
+        "bytes": total,
+        "bytes_by_axes": dict(per_axis),
+        "fsdp_minimum_bytes": minimum,
+        "fsdp_over_minimum": None if minimum is None else fsdp / minimum,
+        "asynchronous_share": overlapped / total if total else None,
+        "hidden_share": hidden / total if total else None,
+    }
+
+
+def _budget(config: Config, seconds: float, place: Slice) -> dict[str, float]:
+    days = config.steps * seconds / 86_400
+    return {
+        "budget_tokens": float(config.steps * config.tokens_per_step),
+        "budget_days": days,
+        "budget_chip_hours": days * 24 * place.chips,
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """The dict as aligned lines."""
+    p, t, f, m = (found[key] for key in ("projection", "traffic", "matrix_flops", "hbm_bytes"))
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
+    slices = f"{found['slices']} slices of " if found["slices"] > 1 else ""
+    batch = f", {found['batch_size']} sequences a step" if found["batch_size"] else ""
+    batch += f" in {found['microbatches']} microbatches" if (found["microbatches"] or 1) > 1 else ""
+    lines = [
+        f"{found['program']} on {slices}{found['topology']}: {found['chips']} chips, {found['devices']} devices",
+        f"mesh {mesh}",
+        f"{found['parameters']:,} parameters, remat {found['remat']}{batch}, {found['tokens']:,} tokens a run",
+        "",
+        "HBM per chip",
+        *(_row(kind, gibibytes(m[kind])) for kind in ("arguments", "outputs", "aliased", "temporaries", "program")),
+        _row("peak", f"{gibibytes(m['peak'])} of {gibibytes(m['capacity'])}: {m['peak_share']:.1%}"),
+        "",
+        "matrix FLOPs per chip",
+        _row("executed", f"{f['executed']:.4g}"),
+    ]
+    if f["useful"] is not None:
+        lines += [
+            _row("useful", f"{f['useful']:.4g}; executed / useful {f['executed_over_useful']:.3f}"),
+            _row("head on every row", f"{f['dense_credit']:.4g}"),
+        ]
+    lines += [
+        _row("expected loop", f"{loop['turns']:.1f} turns, {loop['why']}") for loop in found["loops"] if loop["why"]
+    ]
+    lines += ["", "collectives per chip"]
+    for entry in found["collectives"][:12]:
+        size = gigabytes(entry["bytes"])
+        axes = "+".join(entry["axes"]) or "one device"
+        share = entry["hidden_seconds"] / entry["seconds"] if entry["seconds"] else 0.0
+        how = f"{share:.0%} hidden" if entry["asynchronous"] else "synchronous"
+        lines.append(
+            _row(f"{entry['kind']} {axes}", f"{size:>10}  {entry['times']:g} x {entry['largest_array']}, {how}")
+        )
+    if len(found["collectives"]) > 12:
+        lines.append(_row("smaller ones", gigabytes(sum(entry["bytes"] for entry in found["collectives"][12:]))))
+    lines.append(_row("all", gigabytes(t["bytes"])))
+    if t["fsdp_minimum_bytes"] is not None:
+        lines.append(
+            _row("least FSDP needs", f"{gigabytes(t['fsdp_minimum_bytes'])}; fsdp axis {t['fsdp_over_minimum']:.2f} x")
+        )
+    if t["hidden_share"] is not None:
+        lines.append(
+            _row("overlap", f"{t['asynchronous_share']:.1%} of bytes asynchronous, {t['hidden_share']:.1%} hidden")
+        )
+    lines += [
+        "",
+        "projection, not a measurement",
+        _row("seconds", f"{p['seconds']:.4g}"),
+        _row("compiler's cycles", f"{p['compiler_seconds']:.4g}, of it links unhidden {p['exposed_link_seconds']:.3g}"),
+        _row(
+            "roofline",
+            f"{p['roofline_seconds']:.4g} ({p['roofline_binding']}): products {p['math_seconds']:.3g}, "
+            f"HBM {p['hbm_seconds']:.3g}, links {p['link_seconds']:.3g}",
+        ),
+        _row("tokens/s", f"{p['tokens_per_second']:,.0f}; per chip {p['tokens_per_second_per_chip']:,.0f}"),
+    ]
+    if p["useful_mfu"] is not None:
+        lines.append(
+            _row("MFU", f"useful {p['useful_mfu']:.1%}, dense-credit {p['dense_credit_mfu']:.1%}; at the roofline "
+                        f"{p['roofline_useful_mfu']:.1%} useful")
+        )  # fmt: skip
+    if "budget_days" in p:
+        lines.append(
+            _row(
+                f"{p['budget_tokens']:.3g} tokens",
+                f"{p['budget_days']:,.1f} days, {p['budget_chip_hours']:,.0f} chip-hours",
+            )
+        )
+    return "\n".join(lines)
+
+
+def refusal(config: Config, place: Slice, mesh, program: Program, compiled: Compiled) -> str:
+    """One line for a program that does not fit: how much it wants, what is largest, what to change."""
+    import re
+
+    wants = re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", compiled.refusal)
+    said = f"needs {wants[1]} and has {wants[2]} a device" if wants else compiled.refusal.splitlines()[0]
+    buffers = largest_buffers(config, mesh, program)
+    named = ", ".join(f"{name} {gibibytes(size)}" for name, size in buffers[:3])
+    return f"does not fit {place.name}: {said}; largest: {named}; {advice(config, mesh, program)}"
+
+
+def largest_buffers(config: Config, mesh, program: Program) -> list[tuple[str, float]]:
+    """What a device must hold at least, by arithmetic, the largest first; bytes."""
+    m, axes = config.model, mesh.shape
+    shard = axes["fsdp"] * axes["tensor"]
+    total = accounting.parameters(m).total
+    width = 2 if m.dtype in ("bfloat16", "float16") else 4
+    if program.name != "train":
+        return [("parameters", 4.0 * total / shard), ("vocabulary matrix", width * m.vocab_size * m.width)]
+    L = config.data.sequence_length
+    rows = config.train.batch_size // config.train.microbatches * L / (axes["data"] * axes["fsdp"])
+    per_layer = {
+        "full": m.width,
+        "dots": m.width * 3 + (2 * m.ffn + m.head_size * (2 * m.heads + 2 * m.key_value_heads)) / axes["tensor"],
+    }
+    per_layer["none"] = 2 * per_layer["dots"] + 2 * m.width + m.ffn / axes["tensor"]
+    found = [
+        ("parameters and moments (float32)", 12.0 * total / shard),
+        ("gradients (float32)", 4.0 * total / shard),
+        (f"activations kept for the backward pass (remat={m.remat})", width * rows * m.layers * per_layer[m.remat]),
+        ("gradient of the vocabulary matrix (float32)", 4.0 * m.vocab_size * m.width),
+        ("vocabulary matrix", float(width * m.vocab_size * m.width)),
+    ]
+    return sorted(found, key=lambda entry: -entry[1])
+
+
+def advice(config: Config, mesh, program: Program) -> str:
+    """What to change, in the order in which it costs least."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if program.name != "train":
+        return "a larger --config.mesh.fsdp, a smaller --batch or a larger slice"
+    changes = []
+    per_device = config.train.batch_size // ways
+    if config.model.remat != "full":
+        changes.append("--config.model.remat=full")
+    if per_device > config.train.microbatches:
+        # The next number of microbatches that divides what a device holds.
+        more = next(g for g in range(config.train.microbatches + 1, per_device + 1) if per_device % g == 0)
+        changes.append(f"--config.train.microbatches={more}")
+    if mesh.shape["fsdp"] < math.prod(mesh.shape.values()):
+        changes.append("a larger --config.mesh.fsdp")
+    changes.append("a larger slice")
+    return "try " + " or ".join(changes)
+
+
+def gibibytes(size: float) -> str:
+    """Memory: GiB, or MiB where it is little."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.2f} MiB"
+
+
+def gigabytes(size: float) -> str:
+    """Traffic: GB, or MB where it is little."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _row(name: str, value: str) -> str:
+    return f"  {name:<26}{value}"
