@@ -10,6 +10,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -52,7 +53,8 @@ def make(mesh: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
     """Lay `devices` (default: all) out as (data, fsdp, tensor). UserError if the sizes do not multiply out.
 
     JAX numbers devices host by host and the last axes vary fastest: tensor, then fsdp, stay within a host where they
-    fit (on TPUs JAX follows the torus instead).
+    fit. On TPUs JAX follows the torus instead, and `data` goes over slices first: only its gradients cross the slower
+    network between them.
     """
     devices = jax.devices() if devices is None else devices
     rest = mesh.fsdp * mesh.tensor
@@ -62,7 +64,21 @@ def make(mesh: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
             f"mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} x mesh.tensor={mesh.tensor} does not make the "
             f"{len(devices)} device(s) there are; leave --config.mesh.data=None, or make it {len(devices)}"
         )
-    return jax.make_mesh((data, mesh.fsdp, mesh.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.sharding.Mesh(_laid_out((data, mesh.fsdp, mesh.tensor), devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _laid_out(shape: tuple[int, int, int], devices: list) -> np.ndarray:
+    """The devices as an array of that shape, neighbours in the network near each other."""
+    slices = {device.slice_index for device in devices} if hasattr(devices[0], "slice_index") else set()
+    if devices[0].platform != "tpu" or len(slices) < 2:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % len(slices):
+        raise UserError(
+            f"the mesh's data axis is {shape[0]} and there are {len(slices)} slices; make it a multiple of that: "
+            f"--config.mesh.fsdp times --config.mesh.tensor at most {len(devices) // len(slices)}"
+        )
+    within = (shape[0] // len(slices), *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, (len(slices), 1, 1), devices, allow_split_physical_axes=True)
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
