@@ -62,7 +62,8 @@ def make(mesh: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
     if data * rest != len(devices):
         raise UserError(
             f"mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} x mesh.tensor={mesh.tensor} does not make the "
-            f"{len(devices)} device(s) there are; leave --config.mesh.data=None, or make it {len(devices)}"
+            f"{len(devices)} device(s) there are; leave --config.mesh.data=None, "
+            f"with fsdp x tensor a divisor of {len(devices)}"
         )
     return jax.sharding.Mesh(_laid_out((data, mesh.fsdp, mesh.tensor), devices), AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -116,6 +117,15 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, ACTIVATIONS[name])
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: what the program being traced is for.
+
+    The mesh in force says it, also that of a TPU which is only described; without one it is JAX's default backend.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def placement(mesh: jax.sharding.Mesh, name: str) -> NamedSharding:

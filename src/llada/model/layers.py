@@ -1,6 +1,6 @@
-"""Normalisation, rotary embedding, attention: the stateless pieces of a block.
+"""Normalisation, rotary embedding, projection: the stateless pieces of a block.
 
-Norms, rotary embedding and softmax are float32 whatever the dtype of the matrix products.
+Norms and rotary embedding are float32 whatever the dtype of the matrix products.
 Shapes: B sequences, L tokens, Q queries (all L positions, or some), D width, H query heads, K key/value heads,
 C channels per head.
 """
@@ -59,39 +59,3 @@ def project(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
     rows, size = x.shape[: x.ndim - contracted], math.prod(kernel.shape[:contracted])
     flat = x.reshape(-1, size) @ kernel.reshape(size, -1)
     return flat.reshape(*rows, *kernel.shape[contracted:])
-
-
-def attend(
-    query_BQHC: jax.Array,
-    key_BLKC: jax.Array,
-    value_BLKC: jax.Array,
-    causal: bool,
-    lengths_B: jax.Array | None,
-    position_BQ: jax.Array | None = None,
-) -> jax.Array:
-    """Softmax attention, grouped where K < H. Keys at positions >= lengths_B (>= 1) are not allowed.
-
-    With `lengths_B` None and `causal` False every position sees every other: the mask predictor's plain case.
-    `position_BQ` says where the queries stand; None: at 0..L-1. Scores and softmax are float32; weights are normalised
-    after meeting the values, which is the same sum and moves L / C times fewer numbers.
-    """
-    B, Q, H, C = query_BQHC.shape
-    L, K = key_BLKC.shape[1:3]
-    G = H // K
-    # The heads of a group share keys, so they stand behind each other in one longer query axis (X = G Q).
-    query_BKXC = query_BQHC.reshape(B, Q, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * Q, C)
-    key_BKCL, value_BKLC = key_BLKC.transpose(0, 2, 3, 1), value_BLKC.transpose(0, 2, 1, 3)
-    scores_BKXL = jnp.matmul(query_BKXC, key_BKCL, preferred_element_type=jnp.float32) / math.sqrt(C)
-    position_L = jnp.arange(L)
-    if causal:
-        stands_BQ = position_L[None, :] if position_BQ is None else position_BQ
-        allowed_BXL = jnp.tile(stands_BQ[:, :, None] >= position_L, (1, G, 1))
-        scores_BKXL = jnp.where(allowed_BXL[:, None], scores_BKXL, -jnp.inf)
-    if lengths_B is not None:
-        allowed_BL = position_L < lengths_B[:, None]
-        scores_BKXL = jnp.where(allowed_BL[:, None, None, :], scores_BKXL, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.max(scores_BKXL, axis=-1, keepdims=True))
-    weights_BKXL = jnp.exp(scores_BKXL - top)
-    total = jnp.sum(weights_BKXL, axis=-1, keepdims=True)
-    mixed_BKXC = (weights_BKXL.astype(value_BKLC.dtype) @ value_BKLC / total).astype(query_BQHC.dtype)
-    return mixed_BKXC.reshape(B, K, G, Q, C).transpose(0, 3, 1, 2, 4).reshape(B, Q, H, C)

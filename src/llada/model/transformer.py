@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from llada.config import ModelConfig
 from llada.mesh import constrain
-from llada.model import layers
+from llada.model import attention, layers
 
 Parameters = dict
 
@@ -69,7 +69,7 @@ class Block(nn.Module):
         if at_BR is not None:
             x_BLD = layers.take(x_BLD, at_BR)
             position_BQ = at_BR if position_BQ is None else layers.take(position_BQ, at_BR)
-        mixed_BLHC = layers.attend(q_BLHC, k_BLKC, v_BLKC, c.causal, lengths_B, position_BQ)
+        mixed_BLHC = attention.attend(q_BLHC, k_BLKC, v_BLKC, c.causal, lengths_B, position_BQ)
         x_BLD += layers.project(mixed_BLHC, self.param("output", branch_end, (H, C, D)).astype(dtype), contracted=2)
         x_BLD = constrain(x_BLD, "BLD")
 
