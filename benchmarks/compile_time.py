@@ -3,8 +3,8 @@
   depth   seconds to trace, lower and compile the step of 32 layers and of 2, scanned, alternately
   warm    the same in fresh processes, with an empty compilation cache and with a full one
   traces  how often a short `llada train` traces its step
-  head    matrix-product FLOPs of the vocabulary head in one step of the compiled program (those of the loop's body times
-          its turns), over those of logits of all positions
+  head    matrix-product FLOPs of the vocabulary head in one step of the compiled program (the loop's body times its
+          turns), over those of logits of all positions
 
 Measured on CPU or whatever JAX finds; a line of JSON each.
 """
@@ -30,6 +30,7 @@ from llada import mesh as mesh_lib
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import SpecialTokens
 from llada.training import loop
+from llada.training import metrics as metrics_lib
 from llada.training import step as step_lib
 
 BATCH, LENGTH = 4, 256
@@ -103,19 +104,16 @@ def traces() -> dict:
     step_lib.train_step = counting
     try:
         with tempfile.TemporaryDirectory() as directory:
-            text = Path(directory) / "text.txt"
-            text.write_text("\n\n".join(f"{i} is followed by {i + 1}, and {i * i} is its square." for i in range(2000)))
+            for document in range(300):
+                numbers = range(10 * document, 10 * document + 10)
+                text = "".join(f"{i} is followed by {i + 1}, and {i * i} is its square.\n" for i in numbers)
+                (Path(directory) / f"{document}.txt").write_text(text)
             config, _ = build(2, 64, vocab=300)
-            data = dataclasses.replace(config.data, source=f"text:{text}", sequence_length=32)
+            data = dataclasses.replace(config.data, source=f"text:{directory}/*.txt", sequence_length=32)
             evaluate = dataclasses.replace(config.evaluate, every=3, batches=1, draws=1)
             train = dataclasses.replace(config.train, steps=6)
             config = dataclasses.replace(config, data=data, evaluate=evaluate, train=train)
-            with open(os.devnull, "w") as nowhere:
-                terminal, sys.stdout = sys.stdout, nowhere
-                try:
-                    loop.train(config, Path(directory) / "run")
-                finally:
-                    sys.stdout = terminal
+            loop.train(config, Path(directory) / "run", metrics_lib.Progress(config, quiet=True))
     finally:
         step_lib.train_step = original
     return {"steps": 6, "traces": len(calls)}

@@ -45,20 +45,25 @@ SHAPES = {  # layers, width, heads, ffn, vocabulary, tokens, sequences
 
 
 def build(shape: str) -> tuple[config.Config, SpecialTokens, np.ndarray]:
-    """`(config, special tokens, random tokens_BL)`; constant learning rate, no sequence cut short."""
+    """`(config, special tokens, random tokens_BL)` in float32."""
     layers, width, heads, ffn, vocab, length, batch = SHAPES[shape]
+    sizes = dict(layers=layers, width=width, heads=heads, ffn=ffn, vocab_size=vocab)
+    return arrange(config.ModelConfig(**sizes, max_length=length, dtype="float32"), length, batch)
+
+
+def arrange(model: config.ModelConfig, length: int, batch: int) -> tuple[config.Config, SpecialTokens, np.ndarray]:
+    """`(config, special tokens, random tokens_BL)`; constant learning rate, no sequence cut short."""
+    if jax.default_backend() == "cpu":
+        model = dataclasses.replace(model, scan_unroll=model.layers)
     made = config.Config(
-        model=config.ModelConfig(
-            **dict(layers=layers, width=width, heads=heads, ffn=ffn, vocab_size=vocab, max_length=length),
-            **dict(dtype="float32", scan_unroll=layers if jax.default_backend() == "cpu" else 1),
-        ),
+        model=model,
         objective=config.ObjectiveConfig(random_length_fraction=0.0),
         data=config.DataConfig(sequence_length=length),
         optimizer=config.OptimizerConfig(schedule="0:1", peak_learning_rate=1e-4),
         mesh=config.MeshConfig(data=1),
         train=config.TrainConfig(batch_size=batch, steps=1000),
     )
-    special = SpecialTokens(mask=vocab - 128, eos=vocab - 383)
+    special = SpecialTokens(mask=model.vocab_size - 128, eos=model.vocab_size - 383)
     return made, special, np.random.default_rng(0).integers(0, special.mask, (batch, length)).astype(np.int32)
 
 
@@ -124,8 +129,10 @@ class Ours:
 class Torch:
     """The published formulation, on the masks that our step of the same number draws."""
 
-    def __init__(self, c: config.Config, special: SpecialTokens, x0_BL: np.ndarray, params: dict, compiled: bool):
-        self.trainer, self.count = torch_training.Trainer(c, params, compiled), 0
+    def __init__(
+        self, c: config.Config, special: SpecialTokens, x0_BL: np.ndarray, params: dict, compiled: bool, **where
+    ):
+        self.trainer, self.count = torch_training.Trainer(c, params, compiled, **where), 0
         self.given = lambda step: [np.asarray(a) for a in corrupt(c, special, x0_BL, step)]
         self.x0_BL, self.next = x0_BL, self.given(0)
 
