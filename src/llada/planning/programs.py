@@ -5,7 +5,6 @@ model's size is allocated.
 """
 
 import functools
-import re
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from llada import accounting
 from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.errors import UserError
-from llada.inference import ancestral, likelihood, sampler
+from llada.inference import ancestral, choice, likelihood, sampler
 from llada.inference import settings as settings_lib
 from llada.model import transformer
 from llada.objectives.contract import SpecialTokens
@@ -29,13 +28,13 @@ Trips = Callable[[str], tuple[float, str]]
 
 
 class Request(NamedTuple):
-    """What to plan besides training: a batch of `batch` rows, `prompt` + `gen_length` tokens each, and how to fill it.
+    """What to plan besides training: `batch` rows of `prompt_length` + `gen_length` tokens, and how to fill them.
 
     `steps` and `block_length` None are one step per token and one block, as in `llada sample`.
     """
 
     batch: int | None = None
-    prompt: int = 0
+    prompt_length: int | None = None
     gen_length: int | None = None
     steps: int | None = None
     block_length: int | None = None
@@ -169,11 +168,12 @@ def _likelihood(config: Config, mesh, request: Request) -> Program:
 def _sample(config: Config, mesh, request: Request) -> Program:
     m, special = config.model, special_tokens(config)
     B = mesh_lib.local_batch(request.batch or 1, mesh)
-    written = request.gen_length or min(64, m.max_length - request.prompt)
-    L = request.prompt + written
+    prompt = request.prompt_length or 0
+    written = request.gen_length or min(64, m.max_length - prompt)
+    L = prompt + written
     if written < 1 or m.max_length < L:
         raise UserError(
-            f"--prompt_length={request.prompt} and --gen_length={written} are {L} tokens; the context is {m.max_length}"
+            f"--prompt_length={prompt} and --gen_length={written} are {L} tokens; the context is {m.max_length}"
         )
     params = _inference_parameters(config, mesh)
     rows, each = mesh_lib.placement(mesh, "BL"), mesh_lib.placement(mesh, "B")
@@ -182,10 +182,10 @@ def _sample(config: Config, mesh, request: Request) -> Program:
     seed_B = jax.ShapeDtypeStruct((B,), jnp.uint32, sharding=each)
     if m.causal:
         prompt_B = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=each)
-        jitted = functools.partial(ancestral._ancestral, config.model, special, 0.0, request.prompt, None)
+        jitted = functools.partial(ancestral._ancestral, config.model, special, 0.0, prompt, None)
         arguments = (params, tokens_BL, prompt_B, forbidden_V, seed_B)
-        trips = _ordered_trips({"while": (max(0, written - 1), "a token a pass, to the end of the canvas")})
-        return Program("sample", jax.jit(jitted), arguments, trips, None, None, B * written)
+        passes = float(written - 1), "a token a pass, to the end of the canvas"
+        return Program("sample", jax.jit(jitted), arguments, lambda path: passes, None, None, B * written)
     settings = settings_lib.SamplerConfig(
         steps=request.steps or written, block_length=request.block_length or written, cache=request.cache or "none"
     )
@@ -200,27 +200,14 @@ def _sample(config: Config, mesh, request: Request) -> Program:
 
 
 def _sampler_trips(settings, blocks: int, B: int, mesh) -> Trips:
-    """Turns of a block's loops: an equal quota a step, so a loop over half the positions takes half the steps."""
+    """Turns of a block's loop: its steps; the head's blocks where a device's part of them is large."""
     steps = settings.steps // blocks - (settings.cache != "none")
-    whole = settings.block_length < 16 or settings.cache == "prefix"
-    shares = [1.0] if whole else [0.5, 0.25, 0.25]
     rows = B // (mesh.shape["data"] * mesh.shape["fsdp"]) * settings.block_length
-    seen: dict[str, int] = {}
 
     def trips(path: str) -> tuple[float, str]:
         if "shard_map" in path:
-            return max(1.0, rows / 2 / 256 + 0.5), "vocabulary head: half of a block's positions, on average"
-        key = re.sub(r"[^/]*$", "", path)
-        share = shares[min(seen.setdefault(key, 0), len(shares) - 1)]
-        seen[key] += 1
-        return max(0.0, steps * share), f"steps of a block: {share:.0%} of {steps}"
-
-    return trips
-
-
-def _ordered_trips(table: dict[str, tuple[float, str]]) -> Trips:
-    def trips(path: str) -> tuple[float, str]:
-        return next((found for key, found in table.items() if key in path), (1.0, "not known; counted once"))
+            return max(1.0, rows / 2 / choice.ROWS + 0.5), "vocabulary head: half of a block's positions, on average"
+        return float(steps), "steps of a block"
 
     return trips
 

@@ -17,8 +17,8 @@ from llada.planning.topology import Slice
 
 METHOD = (
     "A projection, not a measurement. Compiled ahead of time for the slice; seconds are the larger of (a) the "
-    "compiler's cycle estimates times loop turns over the clock plus the link time its schedule leaves unhidden, and (b) "
-    f"a roofline of matrix products at {projection.MATH_SHARE:.0%} of peak, HBM at {projection.HBM_SHARE:.0%} and links."
+    "compiler's cycle estimates times loop turns over the clock plus the link time its schedule leaves unhidden, and "
+    f"(b) a roofline of products at {projection.MATH_SHARE:.0%} of peak, HBM at {projection.HBM_SHARE:.0%} and links."
 )
 
 
@@ -167,7 +167,9 @@ def text(found: dict[str, Any]) -> str:
         _row("peak", f"{gibibytes(m['peak'])} of {gibibytes(m['capacity'])}: {m['peak_share']:.1%}"),
         "",
         "matrix FLOPs per chip",
-        _row("executed", f"{f['executed']:.4g}"),
+        _row(
+            "executed", f"{f['executed']:.4g}" if f["executed"] else "none: single rows do not go to the matrix units"
+        ),
     ]
     if f["useful"] is not None:
         lines += [

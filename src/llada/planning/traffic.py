@@ -17,6 +17,9 @@ from llada.planning.hlo import Array, Instruction, Module
 from llada.planning.topology import DCN, Slice
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
 _SHARED = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start|-done)?$")
 
 
@@ -79,11 +82,10 @@ def groups(attributes: str, devices: int) -> list[int]:
         return [int(word) for word in found[1].split(",")]
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
         return _iota(found[3], found[4]).reshape(int(found[1]), int(found[2]))[0].tolist()
-    if found := re.search(r"replica_groups=mesh\[([^\]]*(?:\[[^\]]*\][^\]]*)*)\]\s*\{([^}]*)\}", attributes):
+    if found := _MESH_GROUPS.search(attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        order = re.search(r"device_ids=\(?\[([\d,]+)\](?:T\(([\d,]+)\))?", found[1])
-        ids = _iota(order[1], order[2]) if order else np.arange(math.prod(sizes.values()))
-        return _along(ids.reshape(tuple(sizes.values())), list(sizes), found[2])
+        ids = _iota(found[2], found[3]) if found[2] else np.arange(math.prod(sizes.values()))
+        return _along(ids.reshape(tuple(sizes.values())), list(sizes), found[4])
     return list(range(devices))
 
 
