@@ -1,0 +1,118 @@
+"""Every way to attend against the one that holds all scores, which test_transformer.py holds against numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada.model import attention
+
+B, L, H, K, C = 2, 200, 4, 2, 8  # L is no multiple of a block or of a register
+LENGTHS = jnp.array([130, L])
+SEGMENTS = jnp.array(np.sort(np.random.default_rng(1).integers(0, 3, (B, L)), axis=1), jnp.int32)
+CASES = {  # name -> causal, lengths_B, segments_BL
+    "plain": (False, None, None),
+    "lengths": (False, LENGTHS, None),
+    "causal lengths": (True, LENGTHS, None),
+    "segments": (False, None, SEGMENTS),
+    "causal lengths segments": (True, LENGTHS, SEGMENTS),
+}
+WAYS = {
+    "blocks": lambda q, k, v, causal, *allowed: attention.by_blocks(q, k, v, causal, None, *allowed, block=64),
+    "splash": functools.partial(attention.on_tpu, interpret=True),
+    "cudnn": functools.partial(attention.on_gpu, implementation="xla"),  # the same arguments, another kernel
+}
+
+
+def draw(queries=L):
+    rng = np.random.default_rng(0)
+    return [jnp.array(rng.normal(size=s), jnp.float32) for s in ((B, queries, H, C), (B, L, K, C), (B, L, K, C))]
+
+
+def result_and_gradients(way, lengths, inputs):
+    """Output and the gradients of its three inputs, from the positions that mean something."""
+
+    def total(*inputs):
+        mixed = way(*inputs)
+        meant = jnp.arange(mixed.shape[1]) < (L if lengths is None else lengths[:, None, None, None])
+        mixed = jnp.where(jnp.moveaxis(jnp.broadcast_to(meant, (B, 1, 1, mixed.shape[1])), -1, 1), mixed, 0)
+        return jnp.sum(mixed * jnp.sin(jnp.arange(mixed.size)).reshape(mixed.shape)), mixed
+
+    (_, mixed), gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(*inputs)
+    return mixed, *gradients
+
+
+@functools.cache
+def expected(name):
+    causal, lengths, segments = CASES[name]
+    way = lambda q, k, v: attention.at_once(q, k, v, causal, None, lengths, segments, segments)  # noqa: E731
+    return result_and_gradients(way, lengths, draw())
+
+
+@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("way", list(WAYS))
+def test_all_ways_agree(way, name):
+    """Forward and gradients, four query heads over two key heads."""
+    causal, lengths, segments = CASES[name]
+    got = result_and_gradients(lambda q, k, v: WAYS[way](q, k, v, causal, lengths, segments, segments), lengths, draw())
+    for mine, wanted in zip(got, expected(name), strict=True):
+        np.testing.assert_allclose(mine, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_segments_are_attended_to_as_sequences_of_their_own(causal):
+    """Two documents in a row, and the second one alone; queries at positions take the segments from there."""
+    q, k, v = draw()
+    cut = 70
+    segments = jnp.broadcast_to(jnp.arange(L) >= cut, (B, L)).astype(jnp.int32)
+    packed = attention.attend(q, k, v, causal, None, segments_BL=segments)
+    alone = attention.attend(q[:, cut:], k[:, cut:], v[:, cut:], causal, None)
+    np.testing.assert_allclose(packed[:, cut:], alone, atol=1e-5)
+    at = jnp.array([[150, 3, 71], [70, 69, L]])  # the last is padding
+    some = attention.attend(q[jnp.arange(B)[:, None], at], k, v, causal, None, at, segments)
+    np.testing.assert_allclose(some[:, :2], packed[jnp.arange(B)[:, None], at[:, :2]], atol=1e-5)
+    assert np.all(np.isfinite(some))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_blocks_of_queries_at_positions(causal):
+    q, k, v = draw(queries=90)
+    at = jnp.array(np.random.default_rng(2).integers(0, L + 5, (B, 90)))
+    got = attention.by_blocks(q, k, v, causal, at, LENGTHS, block=32)
+    np.testing.assert_allclose(got, attention.at_once(q, k, v, causal, at, LENGTHS), atol=1e-5)
+
+
+def test_blocks_hold_no_square_of_the_length():
+    """Temporaries of the compiled gradient: linear in L by blocks, quadratic at once."""
+
+    def temporaries(way, length):
+        shapes = [jax.ShapeDtypeStruct((1, length, h, C), jnp.float32) for h in (H, K, K)]
+        gradient = jax.jit(jax.grad(lambda q, k, v: jnp.sum(way(q, k, v, False)), argnums=(0, 1, 2)))
+        return gradient.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(attention.by_blocks, 4096) < 2.5 * temporaries(attention.by_blocks, 2048)
+    assert temporaries(attention.by_blocks, 4096) < temporaries(attention.at_once, 4096) / 10
+
+
+def test_the_platform_and_the_length_choose(monkeypatch):
+    """Shapes only: which way `attend` goes on each platform; without one that serves, by length."""
+    taken = []
+    for name in ("at_once", "by_blocks", "on_tpu", "on_gpu"):
+        monkeypatch.setattr(attention, name, lambda query, *_, name=name, **__: taken.append(name) or query)
+
+    def way(platform, length, dtype=jnp.bfloat16, causal=False, at=None):
+        monkeypatch.setattr(attention, "platform", lambda: platform)
+        monkeypatch.setattr(attention, "has_flash", lambda dtype, channels: dtype == jnp.bfloat16)
+        x = jax.ShapeDtypeStruct((B, length, H, 64), dtype)
+        position = None if at is None else jax.ShapeDtypeStruct((B, length), jnp.int32)
+        jax.eval_shape(lambda x, position: attention.attend(x, x, x, causal, None, position), x, position)
+        return taken.pop()
+
+    assert [way("cpu", n) for n in (64, attention.SHORT)] == ["at_once", "by_blocks"]
+    assert [way("tpu", n) for n in (64, 512)] == ["at_once", "on_tpu"]
+    assert [way("gpu", n) for n in (64, 512)] == ["at_once", "on_gpu"]
+    assert way("gpu", 4096, jnp.float32) == "by_blocks"
+    assert way("tpu", 4096, at=True) == "on_tpu"  # where queries stand is nothing to bidirectional attention
+    assert way("tpu", 4096, causal=True, at=True) == "by_blocks"
