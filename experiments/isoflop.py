@@ -24,7 +24,7 @@ def quick():
     """Budgets at which two cores need half an hour for all runs, and sizes about the best ones there."""
     c = default_config()
     c.model.update(dict(vocab_size=384, max_length=64, qk_norm=True, tie_embeddings=True, init_std=0.05))
-    c.model.update(dict(dtype="float32", scan_unroll=4))
+    c.model.update(dict(dtype="float32"))
     c.data.update(dict(sequence_length=64, holdout_fraction=0.05))
     c.train.update(dict(batch_size=16, log_every=100))
     c.evaluate.draws = 16

@@ -17,7 +17,7 @@ def get_config(argument="llada"):
     c.model.update(dict(layers=4, width=192, heads=3, ffn=512, vocab_size=1024, max_length=64))
     # With so few tokens both of these matter to the mask predictor: queries and keys of one length, one shared table.
     c.model.update(dict(qk_norm=True, tie_embeddings=True, init_std=0.05))
-    c.model.update(dict(dtype="float32", scan_unroll=4))  # what a CPU is fastest with
+    c.model.update(dict(dtype="float32"))  # what a CPU is fastest with
     c.data.sequence_length = 64
     c.data.holdout_fraction = 0.05
     c.train.update(dict(batch_size=16, steps=1500, log_every=50))

@@ -38,8 +38,10 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     dtype: str = "bfloat16"  # of the matrix products; parameters, norms, softmax and loss are float32
-    scan_unroll: int = 1  # layers per turn of the scan; more of them trade compile time for speed
-    remat: str = "none"  # what the backward pass recomputes: none | dots (all but matrix products) | full
+    scan_unroll: int | None = None  # layers per turn of the scan; None: 4 on CPU, all on GPU, 1 on TPU
+    # What the backward pass recomputes: none | dots (all but matrix products) | full (each layer from its input) |
+    # offload (the same, with those inputs kept in the host's memory)
+    remat: str = "none"
 
     @property
     def head_size(self) -> int:
@@ -282,7 +284,7 @@ POSITIVE = (
 )
 CHOICES = {
     "model.dtype": ("bfloat16", "float32"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("none", "dots", "full", "offload"),
     "objective.name": ("diffusion", "autoregressive"),
     "objective.time_sampling": ("stratified", "iid"),
 }

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llada.mesh import ACTIVATIONS, AXES
+from llada.mesh import ACTIVATIONS, AXES, platform
 
 
 def _block_rows() -> int:
     """Rows per block. On CPU so few that their logits stay in the cache until they are reduced."""
-    return 16 if jax.default_backend() == "cpu" else 256
+    return 16 if platform() == "cpu" else 256
 
 
 class Choice(NamedTuple):

@@ -295,7 +295,7 @@ class _Rows(NamedTuple):
 def _batches(lengths: np.ndarray, settings: LikelihoodConfig):
     """Pairs (indices, L): rows of similar length together, at most `batch_tokens` tokens, L few different numbers."""
     # On CPU larger batches only fall out of the caches.
-    batch_tokens = settings.batch_tokens or (4096 if jax.default_backend() == "cpu" else 16_384)
+    batch_tokens = settings.batch_tokens or (4096 if mesh_lib.platform() == "cpu" else 16_384)
     order = np.argsort(lengths, kind="stable")
     padded = np.array([_bucket(length) for length in lengths])
     for L in np.unique(padded):
@@ -308,7 +308,7 @@ def _batches(lengths: np.ndarray, settings: LikelihoodConfig):
 
 def _head_rows() -> int:
     """Rows per block of the vocabulary head. The last block is part padding: on CPU that is time lost."""
-    return 64 if jax.default_backend() == "cpu" else 512
+    return 64 if mesh_lib.platform() == "cpu" else 512
 
 
 def _bucket(length: int) -> int:

@@ -21,6 +21,7 @@ from llada.errors import UserError
 from llada.inference import guidance
 from llada.inference.choice import Choice, choose, level
 from llada.inference.settings import SamplerConfig, check
+from llada.mesh import platform
 from llada.model import transformer
 from llada.model.layers import take
 from llada.objectives import noise as noise_lib
@@ -98,7 +99,7 @@ def timed(loop, *arguments) -> Sample:
 
 def repeated(params: transformer.Parameters) -> transformer.Parameters:
     """The parameters as many passes of one compiled loop read them best on the device there is."""
-    return transformer.unstacked(params) if jax.default_backend() == "cpu" else params
+    return transformer.unstacked(params) if platform() == "cpu" else params
 
 
 def report(observe: Observer | None, tokens_BL: jax.Array, step_BL: jax.Array, step: jax.Array) -> None:

@@ -14,12 +14,25 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llada.config import ModelConfig
-from llada.mesh import constrain
+from llada.mesh import constrain, platform
 from llada.model import attention, layers
 
 Parameters = dict
+
+_INPUT = "layer_input"
+_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 class Cache(NamedTuple):
@@ -51,6 +64,8 @@ class Block(nn.Module):
         branch_end = nn.initializers.normal(c.init_std / math.sqrt(2 * c.layers))
         ones = nn.initializers.ones_init()
 
+        if c.remat == "offload":
+            x_BLD = checkpoint_name(x_BLD, _INPUT)
         y = layers.rms_norm(x_BLD, self.param("attention_norm", ones, (D,)), c.norm_eps)
         query, query_angles = (y, angles) if at_BR is None else (layers.take(y, at_BR), layers.angles_at(angles, at_BR))
         q_BLHC = layers.project(query, self.param("query", normal, (D, H, C)).astype(dtype))
@@ -123,15 +138,16 @@ class Transformer(nn.Module):
         c = self.config
         block = Block
         if c.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
-            block = nn.remat(Block, policy=policy, prevent_cse=False)
+            block = nn.remat(Block, policy=_POLICIES[c.remat], prevent_cse=False)
+        # Turns of one layer copy weights and activations on CPU and GPU; on TPU they cost nothing, and compile quickly.
+        unroll = {"cpu": 4, "gpu": c.layers}.get(platform(), 1) if c.scan_unroll is None else c.scan_unroll
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.layers,
-            unroll=c.scan_unroll,
+            unroll=min(unroll, c.layers),
         )
         return stack(c, self.keep_cache, name="layers")
 
