@@ -9,11 +9,11 @@ import pytest
 pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import compile_time  # noqa: E402
-import loss_speed  # noqa: E402
-import timing  # noqa: E402
-import torch  # noqa: E402
-import train_speed  # noqa: E402
+import compile_time
+import loss_speed
+import timing
+import torch
+import train_speed
 
 
 @pytest.fixture(autouse=True)
