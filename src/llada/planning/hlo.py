@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from llada.planning import kernels
+
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1, "token": 0}
 
@@ -77,10 +79,18 @@ class Loop(NamedTuple):
 class Module:
     """A parsed program and how often each of its computations runs.
 
-    `trips(path)` gives (expected turns, why) of loops whose turns depend on data.
+    `trips(path)` gives (expected turns, why) of loops whose turns depend on data. Kernels are opaque: whether attention
+    is `causal` and how many FLOPs a device does per cycle at its peak is told.
     """
 
-    def __init__(self, text: str, trips: Callable[[str], tuple[float, str]] | None = None):
+    def __init__(
+        self,
+        text: str,
+        trips: Callable[[str], tuple[float, str]] | None = None,
+        causal: bool = False,
+        flops_per_cycle: float = math.inf,
+    ):
+        self.causal, self.flops_per_cycle = causal, flops_per_cycle
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
         self._parse(text)
@@ -213,18 +223,23 @@ class Module:
         if instruction.opcode == "convolution":
             shapes = [self.operand(computation, instruction, k).arrays[0].dims for k in range(2)]
             return _convolution_flops(instruction, *shapes)
-        return kernel_flops(instruction)
+        if kernels.is_kernel(instruction.opcode, instruction.attributes):
+            shapes = self._operand_shapes(computation, instruction)
+            results = len(instruction.arrays)
+            return kernels.flops(instruction.name, instruction.attributes, shapes, results, self.causal)
+        return 0.0
+
+    def _operand_shapes(self, computation: str, instruction: Instruction) -> list[tuple[int, ...]]:
+        names = self.by_name[computation]
+        return [names[name].arrays[0].dims for name in instruction.operands if name in names]
 
     def cycles(self, name: str) -> float:
         """The compiler's cycles for one execution of a computation, loops multiplied out."""
-        total = 0.0
-        for instruction in self.computations[name]:
-            total += self.instruction_cycles(instruction)
-        return total
+        return sum(self.instruction_cycles(name, instruction) for instruction in self.computations[name])
 
     @functools.cache  # noqa: B019
-    def instruction_cycles(self, instruction: Instruction) -> float:
-        """Of one execution of an instruction, with the loops and calls within."""
+    def instruction_cycles(self, computation: str, instruction: Instruction) -> float:
+        """Of one execution of an instruction, with the loops and calls within; of kernels by `kernels.efficiency`."""
         if instruction.opcode == "while":
             return self.turns.get(instruction.name, 0) * self.cycles(instruction.called("body")[0])
         if instruction.opcode == "conditional":
@@ -232,14 +247,10 @@ class Module:
             return max((self.cycles(branch) for branch in branches), default=0.0)
         if instruction.opcode == "call":
             return sum(self.cycles(called) for called in instruction.called("calls"))
+        if kernels.is_kernel(instruction.opcode, instruction.attributes) and not instruction.cycles:
+            share = kernels.efficiency(instruction.name, self._operand_shapes(computation, instruction))
+            return self.flops(computation, instruction) / (self.flops_per_cycle * share)
         return instruction.cycles
-
-
-def kernel_flops(instruction: Instruction) -> float:
-    """FLOPs that a Pallas kernel declares for itself; 0 for other instructions and where it declares none."""
-    if instruction.opcode != "custom-call" or "tpu_custom_call" not in instruction.attributes:
-        return 0.0
-    return float(_found(r'"flops":"?(\d+)', instruction.attributes) or 0)
 
 
 def _convolution_flops(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:

@@ -24,7 +24,9 @@ METHOD = (
 
 def figures(config: Config, place: Slice, mesh, program: Program, compiled: Compiled) -> dict[str, Any]:
     """Everything there is to say about a program that fits."""
-    module = Module(compiled.text, program.trips)
+    chip = place.chip
+    per_cycle = chip.peak_flops / chip.devices / chip.clock
+    module = Module(compiled.text, program.trips, config.model.causal, per_cycle)
     moved = traffic.Traffic(module, traffic.Links(mesh, place))
     found = projection.project(module, moved, place)
     peak = place.chip.peak_flops

@@ -160,7 +160,7 @@ class Traffic:
                 about = self._measure(inner)
                 ended.append((_Flight([about["seconds"], 0.0], instruction.name), about | {"asynchronous": False}))
             else:
-                work = module.instruction_cycles(instruction) / self.links.slice.chip.clock
+                work = module.instruction_cycles(name, instruction) / self.links.slice.chip.clock
                 for flight in flying:
                     share = min(work, flight.record[0])
                     flight.record[0] -= share

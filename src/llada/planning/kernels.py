@@ -1,0 +1,42 @@
+"""Products inside Pallas kernels, which the compiler sees as one opaque call.
+
+The rule, by the kernel's name: splash attention multiplies queries with keys and weights with values (2 products), its
+backward passes 3 (dq), 4 (dkv) or 5 (dkv that makes dq too), each 2 x heads x queries x keys x channels; a causal
+kernel skips blocks and does half. Any other kernel counts what it declares, or nothing.
+"""
+
+import math
+import re
+
+SHARE = 0.5  # of peak that such kernels reach with 128 channels per head; fewer leave lanes empty
+LANES = 128
+
+
+def is_kernel(opcode: str, attributes: str) -> bool:
+    """Whether an instruction calls a Pallas kernel."""
+    return opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in attributes
+
+
+def flops(name: str, attributes: str, operands: list[tuple[int, ...]], results: int, causal: bool) -> float:
+    """FLOPs of one call, from the shapes of its operands and the number of its results."""
+    if products := _products(name, results):
+        query, key = _query_and_key(operands)
+        return products * 2.0 * math.prod(query) * key[-2] * (0.5 if causal else 1.0)
+    declared = re.search(r'"flops":"?(\d+)', attributes)
+    return float(declared[1]) if declared else 0.0
+
+
+def efficiency(name: str, operands: list[tuple[int, ...]]) -> float:
+    """The share of peak FLOP/s that a call is taken to run at: an assumption, as the compiler estimates none."""
+    channels = _query_and_key(operands)[0][-1] if _products(name, 0) else LANES
+    return SHARE * min(1.0, channels / LANES)
+
+
+def _products(name: str, results: int) -> int:
+    kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", name)
+    return {"fwd": 2, "dq": 3, "dkv": 5 if results > 2 else 4}[kind[1]] if kind else 0
+
+
+def _query_and_key(operands: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The first two operands with positions and channels behind other axes: what precedes them describes the mask."""
+    return [dims for dims in operands if len(dims) >= 3 and math.prod(dims[-2:]) > 1][:2]
