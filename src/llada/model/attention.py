@@ -170,12 +170,17 @@ def _padded(x_BL: jax.Array, value: int) -> jax.Array:
 
 def splash_kernel(causal: bool, heads: int, queries: int, keys: int, interpret: bool = False):
     """The kernel of one sequence, `(H, Q, C), (K, L, C), (K, L, C), segments -> (H, Q, C)`."""
-    q, kv = _tile(queries, 512), _tile(keys, 512)
+    # Of large tiles in memory, small ones in registers: the more work a step of the grid has, the less its start costs,
+    # and the fused backward pass writes a partial query gradient for each tile of keys.
+    q, kv = _tile(queries, 1024), _tile(keys, 2048)
+    compute = _tile(kv, 512)
     blocks = splash.BlockSizes(
         block_q=q,
         block_kv=kv,
+        block_kv_compute=compute,
         block_q_dkv=q,
         block_kv_dkv=kv,
+        block_kv_dkv_compute=compute,
         use_fused_bwd_kernel=True,
     )
     mask = (splash.CausalMask if causal else splash.FullMask)((queries, keys))
