@@ -15,8 +15,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from llada.mesh import ACTIVATIONS, AXES, platform
 
-SHORT = 1024  # keys; at least so many go by blocks of queries, which is where this becomes faster on CPU
-BLOCK = 128  # queries
+# From so many keys on by blocks of so many queries: 64 MB of float32 scores for 16 heads of one sequence.
+SHORT, BLOCK = 1024, 128
 
 # At least so many keys go to a kernel: below, a tile is mostly padding.
 KERNEL_FROM = 128
