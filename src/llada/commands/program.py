@@ -1,7 +1,9 @@
 """The `llada` program: finds the command, parses its flags, and turns a user's mistake into one line and status 2."""
 
 import importlib
+import os
 import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -31,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"llada: there is no command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    _keep_compiled_programs()
     command = importlib.import_module(f"llada.commands.{name}")
     if any(word in ("-h", "--help", "-help") for word in rest):
         print(f"{command.__doc__}\n\nflags:{flags.FLAGS.module_help(command)}")
@@ -50,6 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"llada {name}: interrupted", file=sys.stderr)
         return 130
+
+
+def _keep_compiled_programs() -> None:
+    """What one call compiles, later ones read; JAX's own variable names another directory, or none (empty)."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "llada" / "compiled"))
 
 
 def _usage() -> str:
