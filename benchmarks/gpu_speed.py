@@ -125,7 +125,7 @@ def train(remat: str, rounds: int) -> None:
     for name in MODELS if GPU else ["1b"]:
         best = {}
         for which in PROGRAMS:
-            batch, most = 1, 2 if not GPU else 1 << 10
+            batch, most = 1, 1 << 10 if GPU else 1
             while batch <= most and (found := in_a_process(name, which, str(batch), remat, "5")):
                 best[which], batch = found, 2 * batch
         line = in_a_process(name, "parity", "1", "none", "0")
