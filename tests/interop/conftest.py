@@ -48,12 +48,18 @@ def build(tokenizer, tmp_path_factory):
         c.data.sequence_length, c.train.steps = 64, 4
         config = from_config_dict(c)
         workdir = tmp_path_factory.mktemp("model") / "model"
-        params = transformer.init(config.model, jax.random.key(7))
-        # Norms of one would hide a norm that is left out or put in the wrong place.
-        noise = jax.random.normal(jax.random.key(8), (64,))
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, x: x * (1 + 0.1 * noise[: x.shape[-1]]) if "norm" in str(path[-1]) else x, params
-        )
+        rng = np.random.default_rng(7)
+
+        def draw(path, shape):
+            """As `transformer.init` would, but for norms: those of one would hide one left out or put elsewhere."""
+            name = str(path[-1].key)
+            if "norm" in name:
+                return (1 + 0.1 * rng.standard_normal(shape.shape)).astype(shape.dtype)
+            scale = 1 / np.sqrt(2 * config.model.layers) if name in ("output", "down") else 1
+            return (scale * config.model.init_std * rng.standard_normal(shape.shape)).astype(shape.dtype)
+
+        # In NumPy: compiling the initialiser of every kind takes longer than most tests here.
+        params = jax.tree_util.tree_map_with_path(draw, transformer.abstract_parameters(config.model))
         for name, leaf in create(workdir, config, tokenizer.content).items():
             group, _, last = name.rpartition(".")
             leaf.write(np.asarray((params[group] if group else params)[last])).result()

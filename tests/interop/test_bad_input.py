@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 
+import in_process
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -205,15 +206,9 @@ def test_code_in_the_directory_is_not_run(hf, tmp_path):
     assert json.loads(done.stdout)["parameters"] > 0
 
 
-def run(*arguments):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "llada", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-
-
 def test_the_commands_refuse_in_one_line_with_status_2(build, tmp_path):
     workdir, out = build(), tmp_path / "hf"
-    assert run("export", f"--workdir={workdir}", f"--out={out}").returncode == 0
+    assert in_process.llada("export", f"--workdir={workdir}", f"--out={out}").returncode == 0
     for arguments, words in (
         (["export", f"--workdir={workdir}"], ["--out is missing"]),
         (["export", f"--workdir={tmp_path}", f"--out={tmp_path / 'x'}"], ["no config.json", "llada train"]),
@@ -227,7 +222,7 @@ def test_the_commands_refuse_in_one_line_with_status_2(build, tmp_path):
         (["import", f"--source={out}", f"--workdir={tmp_path / 'w'}", "--config.model.width=64"], ["[320, 64]"]),
         (["import", f"--source={out}", f"--workdir={tmp_path / 'w'}", "--mask_token=<x>"], ["<x>", "not a token"]),
     ):
-        done = run(*arguments)
+        done = in_process.llada(*arguments)
         lines = done.stderr.strip().splitlines()
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         assert lines[-1].startswith(f"llada {arguments[0]}:"), lines

@@ -21,6 +21,7 @@ from llada.model import transformer
 
 USER = Path(__file__).with_name("pytorch_user.py")
 OTHER_MAJOR = Path(sys.prefix) / "transformers4"  # put there by launch/test.sh
+MAJORS = ("this major", "the other major")
 KINDS = {  # name -> (causal, changes to the model); the tolerance is for logits of about one
     "MHA": (False, {}),
     "GQA": (False, dict(kv_heads=2)),
@@ -49,23 +50,36 @@ def exports(build, tmp_path_factory):
     return place, workdirs, prompts_BL, lengths_B
 
 
-@pytest.fixture(scope="module", params=["this major", "the other major"])
-def seen(request, exports):
-    """What one major of transformers makes of the exports."""
+@pytest.fixture(scope="module")
+def users(exports):
+    """A process for each major of transformers, both at work at once."""
     place = exports[0]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(place / f"home_{request.param}"),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    if request.param == "the other major":
-        assert OTHER_MAJOR.is_dir(), "launch/test.sh installs requirements-transformers4.txt there"
-        environment["PYTHONPATH"] = str(OTHER_MAJOR)
-    out = place / f"{request.param}.npz"
-    command = [sys.executable, str(USER), str(place), str(out), json.dumps(list(KINDS))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=place)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]), dict(np.load(out))
+    started = {}
+    for major in MAJORS:
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(place / f"home_{major}"),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        if major == "the other major":
+            assert OTHER_MAJOR.is_dir(), "launch/test.sh installs requirements-transformers4.txt there"
+            environment["PYTHONPATH"] = str(OTHER_MAJOR)
+        command = [sys.executable, str(USER), str(place), str(place / f"{major}.npz"), json.dumps(list(KINDS))]
+        with (place / f"{major}.out").open("w") as out, (place / f"{major}.err").open("w") as err:
+            started[major] = subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=place)
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module", params=MAJORS)
+def seen(request, exports, users):
+    """What one major of transformers makes of the exports."""
+    place, major = exports[0], request.param
+    status = users[major].wait(300)
+    assert status == 0, (place / f"{major}.err").read_text()[-3000:]
+    return json.loads((place / f"{major}.out").read_text().splitlines()[-1]), dict(np.load(place / f"{major}.npz"))
 
 
 def test_both_majors_are_tried(exports, seen, request):
