@@ -145,33 +145,35 @@ class Module:
         if known := _found(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return int(known), True, ""
         condition, body = loop.called("condition")[0], loop.called("body")[0]
-        limit = self._limit(computation, loop, condition)
-        if limit is not None:
-            index, end, inclusive = limit
-            start = self._constant(computation, self._element(computation, loop, index))
-            step = self._step(body, index)
-            if start is not None and step:
-                return max(0, math.ceil((end - start + inclusive) / step)), True, ""
+        counter, end, inclusive = self._limit(computation, loop, condition)
+        start = None if counter is None else self._constant(computation, self._element(computation, loop, counter))
+        step = None if counter is None else self._step(body, counter)
+        if end is not None and start is not None and step:
+            return max(0, math.ceil((end - start + inclusive) / step)), True, ""
         turns, why = self._trips(loop.path)
-        return turns, False, why
+        # A counter that starts late belongs to a loop whose first turns the compiler wrote out before it.
+        return max(0.0, turns - (start or 0)), False, why
 
-    def _limit(self, computation, loop, condition) -> tuple[int, int, int] | None:
-        """(place of the counter in the loop's tuple, its limit, 1 if inclusive) of a condition counter < constant."""
+    def _limit(self, computation, loop, condition) -> tuple[int | None, int | None, int]:
+        """(place of the counter in the loop's tuple, its limit, 1 if inclusive) of a condition counter < limit.
+
+        None for what cannot be read, and for a limit that depends on data.
+        """
         root = next((i for i in self.computations[condition] if i.root), None)
         if root is not None and root.opcode == "fusion":
             root = next((i for i in self.computations[root.called("calls")[0]] if i.root), None)
         direction = _found(r"direction=(L[TE])", root.attributes) if root and root.opcode == "compare" else None
         names = self.by_name[condition]
         if direction is None or any(name not in names for name in root.operands):
-            return None
+            return None, None, 0
         left, right = (names[name] for name in root.operands)
         if left.opcode != "get-tuple-element":
-            return None
+            return None, None, 0
         if right.opcode == "get-tuple-element":
             end = self._constant(computation, self._element(computation, loop, _index(right)))
         else:
             end = self._constant(condition, right)
-        return None if end is None else (_index(left), end, int(direction == "LE"))
+        return _index(left), end, int(direction == "LE")
 
     def _element(self, computation: str, loop: Instruction, index: int) -> Instruction | None:
         start = self.operand(computation, loop, 0)

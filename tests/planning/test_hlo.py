@@ -1,0 +1,153 @@
+"""The reader of compiled programs against programs whose products and turns are known by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llada.planning import hlo, kernels, projection
+
+
+def module(function, *shapes, trips=None):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return hlo.Module(jax.jit(function).lower(*arguments).compile().as_text(), trips)
+
+
+def flops(read):
+    return projection.matrix_flops(read)
+
+
+def test_a_product_in_nested_loops_counts_once_a_turn():
+    def inner(x, _):
+        return jnp.tanh(x @ jnp.eye(64) * 2), None
+
+    def outer(x, _):
+        x, _ = jax.lax.scan(inner, x, None, length=3)
+        return x @ jnp.ones((64, 64)), None
+
+    read = module(lambda x: jax.lax.scan(outer, x, None, length=5)[0], (32, 64))
+    once = 2 * 32 * 64 * 64
+    assert flops(read) == 5 * (3 + 1) * once
+    assert sorted((loop.turns, loop.entries) for loop in read.loops) == [(3, 5), (5, 1)]
+
+
+def test_a_loop_that_depends_on_data_is_asked_for():
+    def turn(_, x):
+        return jnp.tanh(x @ jnp.ones((64, 64)))
+
+    def function(x):
+        return jax.lax.fori_loop(0, jnp.sum(x > 0), turn, x)
+
+    read = module(function, (32, 64), trips=lambda path: (7.5, f"told: {path}"))
+    (loop,) = read.loops
+    assert not loop.counted and loop.turns == 7.5 and "while" in loop.why
+    assert flops(read) == 7.5 * 2 * 32 * 64 * 64
+
+
+def test_a_batched_product_counts_all_of_its_batch():
+    read = module(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (6, 16, 32), (6, 32, 48))
+    assert flops(read) == 2 * 6 * 16 * 32 * 48
+
+
+# As the TPU compiler prints a loop: no trip count, an initial value through a copy, a limit in the tuple, a fused step.
+LOOP = """
+HloModule by_hand
+
+%step (p: s32[]) -> s32[] {
+  %p = s32[]{:T(128)} parameter(0)
+  %two = s32[]{:T(128)} constant(2)
+  ROOT %add = s32[]{:T(128)} add(%p, %two)
+}
+
+%body (b: (s32[], bf16[8,128], s32[])) -> (s32[], bf16[8,128], s32[]) {
+  %b = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%b), index=0
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%b), index=1
+  %end = s32[]{:T(128)} get-tuple-element(%b), index=2
+  %next = s32[]{:T(128)} fusion(%i), kind=kLoop, calls=%step, backend_config={"window_config":{"estimated_cycles":"10"}}
+  %w = bf16[128,128]{1,0:T(8,128)(2,1)} constant({...})
+  %y = bf16[8,128]{1,0:T(8,128)(2,1)} convolution(%x, %w), dim_labels=bf_io->bf, _={"estimated_cycles":"90"}
+  ROOT %out = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) tuple(%next, %y, /*index=2*/%end)
+}
+
+%condition (c: (s32[], bf16[8,128], s32[])) -> pred[] {
+  %c = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%c), index=0
+  %end.1 = s32[]{:T(128)} get-tuple-element(%c), index=2
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %end.1), direction=LT
+}
+
+ENTRY %main (x.1: bf16[8,128]) -> bf16[8,128] {
+  %x.1 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %start = s32[]{:T(128)} copy(%zero)
+  %eleven = s32[]{:T(128)} constant(11)
+  %tuple = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}) tuple(%start, %x.1, %eleven)
+  %while = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)}, s32[]{:T(128)}) while(%tuple), condition=%condition, body=%body
+  ROOT %result = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%while), index=1
+}
+"""
+
+
+def test_turns_are_read_from_start_limit_and_step():
+    read = hlo.Module(LOOP)
+    assert [(loop.turns, loop.counted) for loop in read.loops] == [(6, True)]
+    assert flops(read) == 6 * 2 * 8 * 128 * 128
+    assert read.cycles(read.entry) == 6 * (10 + 90)
+
+
+@pytest.mark.parametrize(
+    "shapes, line, products",
+    [
+        # A projection to 3 heads of 64 channels, written as a window over heads that meets the one input once.
+        (
+            ("bf16[2,64,192,1]", "bf16[3,64,192,1]"),
+            "f32[2,64,3,64] convolution(%a, %b), window={size=1x3 pad=0_0x2_2 rhs_reversal=0x1}, "
+            "dim_labels=0bf1_1oi0->0b1f",
+            2 * 64 * 192 * 3 * 64,
+        ),
+        # A convolution of width 3 over 10 places, padded by one on both sides: 28 of 30 places meet data.
+        (
+            ("f32[1,10,4]", "f32[3,4,5]"),
+            "f32[1,10,5] convolution(%a, %b), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f",
+            28 * 4 * 5,
+        ),
+        # Every second place only.
+        (
+            ("f32[1,10,4]", "f32[2,4,5]"),
+            "f32[1,5,5] convolution(%a, %b), window={size=2 stride=2}, dim_labels=b0f_0io->b0f",
+            10 * 4 * 5,
+        ),
+    ],
+)
+def test_convolutions_count_the_places_that_meet_data(shapes, line, products):
+    text = f"""
+ENTRY %main (a: {shapes[0]}, b: {shapes[1]}) -> f32[] {{
+  %a = {shapes[0]} parameter(0)
+  %b = {shapes[1]} parameter(1)
+  ROOT %c = {line}
+}}
+"""
+    assert flops(hlo.Module(text)) == 2 * products
+
+
+def test_a_batched_product_as_a_window():
+    """As a TPU program has it: 2 sequences x 3 heads of 64 x 64 scores over 32 channels, heads as a window of 3."""
+    text = """
+ENTRY %main (a: bf16[2,64,32,3], b: bf16[3,64,32,2]) -> f32[] {
+  %a = bf16[2,64,32,3] parameter(0)
+  %b = bf16[2,64,32,3] parameter(1)
+  ROOT %c = f32[2,64,3,64] convolution(%a, %b), window={size=2x3 stride=1x2 lhs_dilate=2x3}, dim_labels=0bf1_0oi1->0b1f
+}
+"""
+    assert flops(hlo.Module(text)) == 2 * 2 * 3 * 64 * 64 * 32
+
+
+def test_products_of_attention_kernels():
+    operands = [(1, 1, 1), (1, 1, 1), (2, 32, 4096, 128), (2, 4, 4096, 128), (2, 4, 4096, 128)]
+    product = 2 * 2 * 32 * 4096 * 4096 * 128
+    assert kernels.flops("%splash_mha_fwd_segmented_residuals.2", "", operands, 3, False) == 2 * product
+    assert kernels.flops("%splash_mha_fwd_residuals.2", "", operands, 3, True) == product
+    assert kernels.flops("%splash_mha_dq.1", "", operands, 1, False) == 3 * product
+    assert kernels.flops("%splash_mha_dkv.1", "", operands, 2, False) == 4 * product
+    assert kernels.flops("%splash_mha_dkv_segmented.1", "", operands, 3, False) == 5 * product
+    assert kernels.flops("%other", '"cost_estimate":{"flops":"123"}', operands, 1, False) == 123

@@ -1,0 +1,248 @@
+"""Plans from real compilations for small TPU slices, against counts by hand; and the command with its refusals."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import in_process
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llada import accounting
+from llada import mesh as mesh_lib
+from llada.config import MeshConfig, default_config, from_config_dict
+from llada.errors import UserError
+from llada.planning import hlo, programs, projection, report, search, topology, traffic
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+QUICKSTART = f"--config={EXPERIMENTS}/quickstart.py:llada"
+
+
+def small(**changes):
+    """Two layers whose FLOPs are quick to compile and easy to count."""
+    c = default_config()
+    c.model.update(dict(layers=2, width=256, heads=2, ffn=512, vocab_size=1024, max_length=64, dtype="bfloat16"))
+    c.objective.update(dict(head_rows=64, random_length_fraction=0.0))
+    c.data.sequence_length, c.train.batch_size, c.train.steps, c.mesh.fsdp = 64, 16, 10, 4
+    for key, value in changes.items():
+        group, name = key.split("__")
+        c[group][name] = value
+    return from_config_dict(c)
+
+
+def compiled(config, name="v5e:2x2"):
+    place = topology.describe(name)
+    mesh = mesh_lib.make(config.mesh, place.devices)
+    made = programs.make(config, mesh, "train", programs.Request())
+    done = programs.lower_and_compile(made, mesh)
+    assert done.refusal is None
+    return SimpleNamespace(place=place, mesh=mesh, program=made, compiled=done)
+
+
+def planned(config):
+    made = compiled(config)
+    made.figures = report.figures(config, made.place, made.mesh, made.program, made.compiled)
+    return made
+
+
+@pytest.fixture(scope="session")
+def step(libtpu):
+    """The training step of `small()` on four v5e chips, and its figures."""
+    return planned(small())
+
+
+def test_a_step_without_recomputation_executes_its_useful_flops(libtpu):
+    """The ARM's, whose head meets every row; here attention forms all scores, and half of them count as useful."""
+    config = small(objective__name="autoregressive", model__causal=True)
+    flops = planned(config).figures["matrix_flops"]
+    tokens, m = 16 * 64 / 4, config.model
+    assert flops["useful"] == pytest.approx(tokens * accounting.flops_exact_per_token(config))
+    assert flops["executed"] == pytest.approx(flops["useful"] + tokens * 6 * m.layers * m.width * 64, rel=1e-6)
+
+
+def test_the_head_meets_its_expected_rows_only(step):
+    """2.5 blocks of 64 rows of 256: half of the rows, and on average half of the last block is empty."""
+    flops = step.figures["matrix_flops"]
+    (loop,) = [loop for loop in step.figures["loops"] if not loop["counted"]]
+    assert loop["turns"] == pytest.approx(256 * 0.5005 / 64 + 0.5) and "vocabulary head" in loop["why"]
+    head = 6 * 1024 * 256 * 64
+    assert flops["executed"] < flops["dense_credit"] - head
+    assert flops["executed"] == pytest.approx(flops["useful"] + head / 2, rel=0.15)
+
+
+def test_memory_is_counted_by_kind(step):
+    memory = step.figures["hbm_bytes"]
+    state = 12 * accounting.parameters(small().model).total / 4
+    assert state < memory["arguments"] < 1.1 * state + 2**16
+    assert memory["arguments"] < memory["peak"] < memory["capacity"]
+
+
+def test_every_collective_of_fsdp_crosses_the_fsdp_axis(step):
+    assert set(step.figures["traffic"]["bytes_by_axes"]) <= {"fsdp", "none"}
+    assert step.figures["traffic"]["fsdp_over_minimum"] > 1
+
+
+def test_the_report_says_what_it_is(step):
+    shown = report.text(step.figures)
+    assert "projection, not a measurement" in shown and "fsdp 4" in shown
+    for word in (
+        "arguments",
+        "temporaries",
+        "executed / useful",
+        "all-gather",
+        "least FSDP needs",
+        "chip-hours",
+        "MFU",
+    ):
+        assert word in shown
+    json.dumps(step.figures)
+
+
+def test_collective_bytes_are_those_by_hand(libtpu):
+    """A product with a weight split four ways: (n - 1) / n of it enters each device; the result is summed over all."""
+    place = topology.describe("v5e:2x2")
+    mesh = mesh_lib.make(MeshConfig(fsdp=4), place.devices)
+    placed = mesh_lib.parameter_placements(mesh, {"gate": jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16)})
+    weight = jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16, sharding=placed["gate"])
+    x = jax.ShapeDtypeStruct((4, 512, 1024), jnp.bfloat16, sharding=mesh_lib.placement(mesh, "BLD"))
+    with jax.set_mesh(mesh), topology.quiet():
+        function = jax.jit(lambda x, w: jnp.sum(jnp.square((x @ w).astype(jnp.float32))))
+        text = function.trace(x, weight).lower(lowering_platforms=("tpu",)).compile().as_text()
+    module = hlo.Module(text)
+    assert projection.matrix_flops(module) == 2 * 512 * 1024 * 2048
+    moved = traffic.Traffic(module, traffic.Links(mesh, place)).collectives
+    gathered = [c for c in moved if c.kind == "all-gather"]
+    assert [(c.axes, c.bytes, c.times) for c in gathered] == [(("fsdp",), 1024 * 2048 * 2 * 3 / 4, 1)]
+    summed = [c for c in moved if c.kind == "all-reduce"]
+    assert [(c.axes, c.bytes) for c in summed] == [(("fsdp",), 2 * 4 * 3 / 4)]
+
+
+@pytest.mark.parametrize(
+    "attributes, group",
+    [
+        ("replica_groups={{0,2},{1,3}}, x", [0, 2]),
+        ("replica_groups=[2,4]<=[8], x", [0, 1, 2, 3]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", [0, 4]),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, x", [0, 2, 4, 6]),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}, x", list(range(8))),
+        ("replica_groups=mesh['axis_0'=1,'axis_1'=2,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, x", [0, 1]),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}, x", [0, 2]),
+        ("replica_groups={}, x", list(range(8))),
+    ],
+)
+def test_groups_in_every_notation(attributes, group):
+    assert traffic.groups(attributes, 8) == group
+
+
+def test_slices_lie_along_data_first(libtpu):
+    place = topology.describe("v5e:2x2", 2)
+    mesh = mesh_lib.make(MeshConfig(data=4, fsdp=2), place.devices)
+    slices = [[d.slice_index for d in row.flat] for row in mesh.devices]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    links = traffic.Links(mesh, place)
+    assert links.rate([0, 1]) > links.rate([0, 4]) == topology.DCN
+    with pytest.raises(UserError, match="2 slices"):
+        mesh_lib.make(MeshConfig(data=1, fsdp=8), place.devices)
+
+
+def test_devices_of_every_generation(libtpu):
+    for name, chips, devices in (
+        ("v4:4x4x4", 64, 64), ("v5e:16x16", 256, 256), ("v5p:4x4x8", 128, 128), ("v6e:16x16", 256, 256),
+        ("tpu7x:2x2x1", 4, 8),
+    ):  # fmt: skip
+        place = topology.describe(name)
+        assert (place.chips, len(place.devices)) == (chips, devices)
+        assert place.devices[0].device_kind == place.chip.kind
+
+
+def test_a_search_prefers_less_recomputation_where_memory_allows(monkeypatch):
+    """Arithmetic stands in for the compiler: memory grows with the batch, less remat is faster and larger."""
+    place = topology.Slice("v5e:2x2", topology.CHIPS["v5e"], (2, 2), 1, [None] * 4)
+    need = {"full": 1.0, "dots": 3.0, "none": 9.0}
+    speed = {"full": 1.0, "dots": 1.2, "none": 1.3}
+    tried = []
+
+    def compile_(config, place, mesh, remat, sequences):
+        tried.append((mesh.fsdp, remat, sequences))
+        peak = topology.GIB * (4 / mesh.fsdp + need[remat] * sequences)
+        fits = peak <= place.chip.capacity
+        rate = speed[remat] * (1 + 0.01 * sequences)
+        figures = {"projection": {"tokens_per_second_per_chip": rate}} if fits else None
+        model = dataclasses.replace(config.model, remat=remat)
+        return search.Point(dataclasses.replace(config, mesh=mesh, model=model), sequences, peak, figures)
+
+    monkeypatch.setattr(search, "_compile", compile_)
+    found = search.search(small(), place, lambda text: None)
+    assert (found.best.config.model.remat, found.best.config.mesh.fsdp, found.best.sequences) == ("none", 4, 1)
+    assert all(point.fits for point in found.pareto) and found.best in found.pareto
+    assert len(tried) == len(set(tried)) <= 24
+
+
+def test_a_model_that_no_remat_fits_is_told_in_one_line():
+    place = topology.Slice("v5e:2x2", topology.CHIPS["v5e"], (2, 2), 1, [None] * 4)
+    config = small(model__width=8192, model__layers=64, model__ffn=32_768)
+    with pytest.raises(UserError, match="at any remat.*GiB of 15.8 a chip; use a larger slice"):
+        search.search(config, place, lambda text: None)
+
+
+def test_the_command_writes_its_figures(libtpu, tmp_path):
+    out = tmp_path / "plan.json"
+    done = in_process.llada(
+        *("plan", QUICKSTART, "--topology=v5e:2x2", "--program=likelihood", "--config.mesh.fsdp=2", f"--json={out}")
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found = json.loads(out.read_text())
+    assert found["program"] == "likelihood" and found["chips"] == 4 and found["mesh"]["fsdp"] == 2
+    assert "projection, not a measurement" in done.stdout
+
+
+REFUSED = {
+    "generation": (["--topology=v9:4x4"], ["v9", "v4, v5e, v5p, v6e, tpu7x"]),
+    "flat shape": (["--topology=v5e:3x3"], ["--topology=v5e:3x3", "2x2", "16x16"]),
+    "cube": (["--topology=v5p:4x4x6"], ["--topology=v5p:4x4x6", "multiples of 4", "8960"]),
+    "no shape": (["--topology=v5p"], ["--topology=v5p", "4x4x8"]),
+    "missing": ([], ["--topology is missing"]),
+    "mesh": (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], ["mesh.fsdp=3", "4 device(s)"]),
+    "batch": (["--topology=v5e:4x4", "--config.mesh.fsdp=16", "--config.train.batch_size=8"], ["batch_size=8", "16"]),
+    "program": (["--topology=v5e:2x2", "--program=chat"], ["--program=chat", "train, sample, likelihood"]),
+    "sampling flag": (["--topology=v5e:2x2", "--steps=4"], ["--steps", "--program=train"]),
+    "slices": (["--topology=v5e:2x2", "--slices=2", "--config.mesh.fsdp=8"], ["2 slices", "--config.mesh.fsdp"]),
+    "search": (["--topology=v5e:2x2", "--search", "--program=sample"], ["--search", "sample"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_mistakes_get_one_line(libtpu, name):
+    arguments, words = REFUSED[name]
+    done = in_process.llada("plan", QUICKSTART, *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert all(word in line for word in words), line
+
+
+def test_an_arm_takes_no_flags_of_the_reverse_process(libtpu):
+    arm = f"--config={EXPERIMENTS}/quickstart.py:arm"
+    done = in_process.llada("plan", arm, "--topology=v5e:2x2", "--program=sample", "--steps=4")
+    assert done.returncode == 2 and "--steps needs a diffusion model" in done.stderr
+
+
+def test_a_missing_libtpu_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'llada-jax\[tpu\]'"):
+        topology.describe("v5e:2x2")
+
+
+def test_what_does_not_fit_names_buffers_and_flags(libtpu):
+    config = small(model__width=1024, model__layers=8, model__vocab_size=126_464, train__batch_size=64)
+    place = topology.describe("v5e:2x2")
+    mesh = mesh_lib.make(config.mesh, place.devices)
+    program = programs.make(config, mesh, "train", programs.Request())
+    said = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (27.92G) exceeds available HBM (15.75G)."
+    line = report.refusal(config, place, mesh, program, programs.Compiled("", {}, said, 1.0))
+    assert "27.92G" in line and "15.75G" in line and "\n" not in line
+    assert "parameters and moments" in line and "--config.model.remat=full" in line
+    assert "--config.train.microbatches=2" in line
+    assert search.wanted_bytes(said) == pytest.approx(27.92 * topology.GIB)
