@@ -123,7 +123,7 @@ class Module:
                 branches = instruction.called("branch_computations") or instruction.called("called_computations")
                 self._walk(max(branches, key=self.products), times)
             else:
-                for called in instruction.called("calls"):
+                for called in callees(instruction):
                     self._walk(called, times)
 
     @functools.cache  # noqa: B019 -- a module lives as long as its report
@@ -132,8 +132,8 @@ class Module:
         total = 0.0
         for instruction in self.computations[name]:
             total += self.flops(name, instruction)
-            for kind in ("calls", "body", "branch_computations"):
-                total += sum(self.products(called) for called in instruction.called(kind))
+            inner = [*callees(instruction), *instruction.called("body"), *instruction.called("branch_computations")]
+            total += sum(self.products(called) for called in inner)
         return total
 
     def operand(self, computation: str, instruction: Instruction, index: int) -> Instruction | None:
@@ -248,11 +248,35 @@ class Module:
             branches = instruction.called("branch_computations")
             return max((self.cycles(branch) for branch in branches), default=0.0)
         if instruction.opcode == "call":
-            return sum(self.cycles(called) for called in instruction.called("calls"))
+            return sum(self.cycles(called) for called in callees(instruction))
         if kernels.is_kernel(instruction.opcode, instruction.attributes) and not instruction.cycles:
             share = kernels.efficiency(instruction.name, self._operand_shapes(computation, instruction))
             return self.flops(computation, instruction) / (self.flops_per_cycle * share)
         return instruction.cycles
+
+
+def callees(instruction: Instruction) -> list[str]:
+    """Computations that an instruction runs once: of a fusion, a call, or the start of either on another thread."""
+    runs = instruction.opcode in ("call", "call-start", "async-start")
+    return instruction.called("calls") + (instruction.called("to_apply") if runs else [])
+
+
+def enclosed(module: Module) -> set[str]:
+    """Computations that are part of one scheduled instruction: of fusions and of what runs on other threads."""
+    todo = [
+        called
+        for body in module.computations.values()
+        for instruction in body
+        if instruction.opcode in ("fusion", "call-start", "async-start")
+        for called in callees(instruction)
+    ]
+    found: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += [called for instruction in module.computations[name] for called in callees(instruction)]
+    return found
 
 
 def _convolution_flops(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:

@@ -7,7 +7,7 @@ of its bandwidth, and link time; it supposes perfect overlap, so it is the floor
 
 from typing import NamedTuple
 
-from llada.planning.hlo import Instruction, Module
+from llada.planning.hlo import Instruction, Module, enclosed
 from llada.planning.topology import Slice
 from llada.planning.traffic import Traffic
 
@@ -77,9 +77,7 @@ def hbm_bytes(module: Module) -> float:
 
     What lies in on-chip memory is free; of an operand that is only sliced, the slices count.
     """
-    fused = {
-        c for body in module.computations.values() for i in body if i.opcode == "fusion" for c in i.called("calls")
-    }
+    fused = enclosed(module)
     total = 0.0
     for name, body in module.computations.items():
         if module.executions[name] and name not in fused:

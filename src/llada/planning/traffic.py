@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from llada.planning.hlo import Array, Instruction, Module
+from llada.planning.hlo import Array, Instruction, Module, callees, enclosed
 from llada.planning.topology import DCN, Slice
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -119,9 +119,7 @@ class Traffic:
     def __init__(self, module: Module, links: Links):
         self.module, self.links = module, links
         self.collectives: list[Collective] = []
-        fused = {
-            c for body in module.computations.values() for i in body if i.opcode == "fusion" for c in i.called("calls")
-        }
+        fused = enclosed(module)
         for name in module.computations:
             if module.executions[name] and name not in fused:
                 self._follow(name)
@@ -175,9 +173,11 @@ class Traffic:
         if found := _SHARED.match(instruction.opcode):
             role = {"-start": "start", "-done": "done", None: "whole"}[found[2]]
             return role, None if role == "done" else instruction
-        if instruction.opcode in ("async-start", "async-done"):
+        if instruction.opcode in ("async-start", "call-start"):
             inner = self._inside(instruction)
-            return (instruction.opcode.removeprefix("async-"), inner) if inner is not None else ("", None)
+            return ("start", inner) if inner is not None else ("", None)
+        if instruction.opcode in ("async-done", "call-done"):
+            return "done", None
         if instruction.opcode == "fusion":
             inner = self._inside(instruction)
             if inner is not None:
@@ -191,10 +191,12 @@ class Traffic:
         return "", None
 
     def _inside(self, instruction: Instruction) -> Instruction | None:
-        for called in instruction.called("calls"):
-            for inner in self.module.computations[called]:
+        todo = deque(callees(instruction))
+        while todo:
+            for inner in self.module.computations[todo.popleft()]:
                 if _SHARED.match(inner.opcode):
                     return inner
+                todo.extend(callees(inner))
         return None
 
     def _starter(self, name: str, done: Instruction, started: dict) -> str | None:

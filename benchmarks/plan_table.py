@@ -1,0 +1,121 @@
+"""Projected training steps of LLaDA 1B and 8B (and the ARMs) on five TPU generations: docs/plan/table.{md,json}.
+
+python benchmarks/plan_table.py [--models=llada_1b,llada_8b] [--topologies=v5p:4x4x8] [--again]
+
+Each entry is the real step compiled for the slice, pure FSDP, full remat, with the fewest microbatches that fit; a
+compilation that does not fit says how many to try next. Entries already in table.json are kept: interrupt it freely.
+Nothing here is a measurement. Needs libtpu (pip install 'llada-jax[tpu]'); about a minute a compilation on 2 cores.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from llada import mesh as mesh_lib
+from llada.commands import experiment
+from llada.planning import programs, report, search, topology
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = "llada_1b,llada_8b,arm_1b,arm_7b"
+TOPOLOGIES = "v4:4x4x4,v5e:16x16,v5p:4x4x8,v6e:16x16,tpu7x:4x4x4"
+
+
+def main():
+    """Fill the table, entry by entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=MODELS)
+    parser.add_argument("--topologies", default=TOPOLOGIES)
+    parser.add_argument("--remat", default="full")
+    parser.add_argument("--most", type=int, default=None, help="compile at most so many entries, then stop")
+    parser.add_argument("--again", action="store_true", help="compile entries that are there already")
+    given = parser.parse_args()
+    out = ROOT / "docs" / "plan"
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "table.json"
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    done = 0
+    for model in given.models.split(","):
+        for name in given.topologies.split(","):
+            key = f"{model} {name} {given.remat}"
+            if (key in entries and not given.again) or (given.most is not None and done >= given.most):
+                continue
+            entries[key] = entry(model, name, given.remat)
+            done += 1
+            path.write_text(json.dumps(entries, indent=1) + "\n")
+            (out / "table.md").write_text(table(entries))
+
+
+def entry(model: str, name: str, remat: str) -> dict:
+    """The plan with the fewest microbatches that fit; or the refusal, where not even one sequence a device does."""
+    place = topology.describe(name)
+    fsdp, microbatches = len(place.devices), 1
+    while True:
+        overrides = {"mesh.fsdp": str(fsdp), "model.remat": remat, "train.microbatches": str(microbatches)}
+        config = experiment.read(str(ROOT / "experiments" / f"{model}.py"), {})
+        batch = max(fsdp, config.train.batch_size // fsdp * fsdp)  # ARM 7B's 4,224 is no multiple of 256
+        config = experiment.read(
+            str(ROOT / "experiments" / f"{model}.py"), overrides | {"train.batch_size": str(batch)}
+        )
+        mesh = mesh_lib.make(config.mesh, place.devices)
+        program = programs.make(config, mesh, "train", programs.Request())
+        compiled = programs.lower_and_compile(program, mesh)
+        if compiled.refusal is None:
+            found = report.figures(config, place, mesh, program, compiled)
+            print(key_line(model, name, found), flush=True)
+            return found
+        print(f"{model} {name}, {microbatches} microbatches: {compiled.refusal.splitlines()[0][-120:]}", flush=True)
+        per_device = batch // fsdp
+        wanted = search.wanted_bytes(compiled.refusal) * place.chip.devices / place.chip.capacity * microbatches
+        larger = [g for g in range(microbatches + 1, per_device + 1) if per_device % g == 0]
+        if not larger:
+            return {"refusal": report.refusal(config, place, mesh, program, compiled)}
+        # Memory falls more slowly than the batch, so one step further than in proportion is not too far.
+        microbatches = next((g for g in larger if g >= wanted), larger[-1])
+
+
+def key_line(model: str, name: str, found: dict) -> str:
+    """Progress."""
+    p = found["projection"]
+    return f"{model} {name}: {p['seconds']:.2f} s a step, useful MFU {p['useful_mfu']:.1%}"
+
+
+def table(entries: dict) -> str:
+    """The Markdown page."""
+    lines = [
+        "# Projected training steps",
+        "",
+        "Written by `python benchmarks/plan_table.py`. **"
+        + report.METHOD.split(". ", 1)[0]
+        + ".** "
+        + report.METHOD.split(". ", 1)[1]
+        + " Attention kernels, for which the compiler estimates nothing, are taken at half of peak with 128 channels a "
+        "head and in proportion with fewer. Useful MFU credits the vocabulary head on the rows that meet it, "
+        "dense-credit MFU on all; neither credits recomputation. The floor is the roofline alone: what perfect overlap would reach.",
+        "",
+        "| model | slice | chips | remat | sequences at once per device | peak HBM GiB of | executed / useful "
+        "| FSDP bytes / least | hidden | s per step | tokens/s/chip | useful MFU | dense-credit MFU | floor, s "
+        "| days for its tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, found in entries.items():
+        model, name, remat = key.split()
+        if "refusal" in found:
+            lines.append(f"| `{model}` | {name} | | {remat} | {found['refusal']} |" + " |" * 10)
+            continue
+        p, t, m, f = (found[group] for group in ("projection", "traffic", "hbm_bytes", "matrix_flops"))
+        at_once = found["batch_size"] // found["devices"] // found["microbatches"]
+        lines.append(
+            f"| `{model}` | {name} | {found['chips']} | {remat} | {at_once} "
+            f"| {m['peak'] / 2**30:.1f} of {m['capacity'] / 2**30:.1f} | {f['executed_over_useful']:.3f} "
+            f"| {t['fsdp_over_minimum']:.2f} | {t['hidden_share']:.0%} | {p['seconds']:.2f} "
+            f"| {p['tokens_per_second_per_chip']:,.0f} | {p['useful_mfu']:.1%} | {p['dense_credit_mfu']:.1%} "
+            f"| {p['roofline_seconds']:.2f} | {p['budget_days']:,.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
