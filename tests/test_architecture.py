@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "llada"
 # Rooms from the ground up; a file imports from its own room or from rooms below, and objectives never see the model.
 ROOMS = (
     "errors files processes config accounting mesh model objectives data inference evaluation training scaling interop "
-    "commands __main__"
+    "planning commands __main__"
 ).split()
 
 
