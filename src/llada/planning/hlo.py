@@ -15,6 +15,8 @@ from llada.planning import kernels
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1, "token": 0}
 
+FLOATS = ("bf16", "f16", "f32", "f8e4m3fn", "f8e5m2")
+
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?(%[^\s(]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?(%[^\s=]+) = ")
@@ -232,8 +234,10 @@ class Module:
         return 0.0
 
     def _operand_shapes(self, computation: str, instruction: Instruction) -> list[tuple[int, ...]]:
+        """Shapes of the numbers that a kernel works on; integers say which of them."""
         names = self.by_name[computation]
-        return [names[name].arrays[0].dims for name in instruction.operands if name in names]
+        made = [names[name].arrays[0] for name in instruction.operands if name in names]
+        return [array.dims for array in made if array.dtype in FLOATS]
 
     def cycles(self, name: str) -> float:
         """The compiler's cycles for one execution of a computation, loops multiplied out."""

@@ -18,9 +18,9 @@ def is_kernel(opcode: str, attributes: str) -> bool:
 
 
 def flops(name: str, attributes: str, operands: list[tuple[int, ...]], results: int, causal: bool) -> float:
-    """FLOPs of one call, from the shapes of its operands and the number of its results."""
+    """FLOPs of one call, from the shapes of its floating-point operands and the number of its results."""
     if products := _products(name, results):
-        query, key = _query_and_key(operands)
+        query, key = operands[:2]
         return products * 2.0 * math.prod(query) * key[-2] * (0.5 if causal else 1.0)
     declared = re.search(r'"flops":"?(\d+)', attributes)
     return float(declared[1]) if declared else 0.0
@@ -28,15 +28,10 @@ def flops(name: str, attributes: str, operands: list[tuple[int, ...]], results: 
 
 def efficiency(name: str, operands: list[tuple[int, ...]]) -> float:
     """The share of peak FLOP/s that a call is taken to run at: an assumption, as the compiler estimates none."""
-    channels = _query_and_key(operands)[0][-1] if _products(name, 0) else LANES
+    channels = operands[0][-1] if _products(name, 0) else LANES
     return SHARE * min(1.0, channels / LANES)
 
 
 def _products(name: str, results: int) -> int:
     kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", name)
     return {"fwd": 2, "dq": 3, "dkv": 5 if results > 2 else 4}[kind[1]] if kind else 0
-
-
-def _query_and_key(operands: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The first two operands with positions and channels behind other axes: what precedes them describes the mask."""
-    return [dims for dims in operands if len(dims) >= 3 and math.prod(dims[-2:]) > 1][:2]
