@@ -147,6 +147,19 @@ def test_slices_lie_along_data_first(libtpu):
         mesh_lib.make(MeshConfig(data=1, fsdp=8), place.devices)
 
 
+def test_gradients_cross_slices_once(libtpu):
+    """Two slices sum the gradients of what each of their devices holds: at least 4 bytes a parameter and device."""
+    config = small(mesh__fsdp=4)
+    place = topology.describe("v5e:2x2", 2)
+    mesh = mesh_lib.make(config.mesh, place.devices)
+    program = programs.make(config, mesh, "train", programs.Request())
+    found = report.figures(config, place, mesh, program, programs.lower_and_compile(program, mesh))
+    held = accounting.parameters(config.model).total / 4
+    # float32 gradients, or bfloat16 ones where products make them; each sent, and the sum received.
+    assert 2 * held < found["traffic"]["bytes_by_axes"]["data between slices"] < 4.5 * held
+    assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
 def test_devices_of_every_generation(libtpu):
     for name, chips, devices in (
         ("v4:4x4x4", 64, 64), ("v5e:16x16", 256, 256), ("v5p:4x4x8", 128, 128), ("v6e:16x16", 256, 256),

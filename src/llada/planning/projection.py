@@ -2,7 +2,7 @@
 
 Two estimates that share the collectives. `compiler`: the compiler's own cycles over the clock, and after them the link
 time that its schedule leaves unhidden. `roofline`: the largest of matrix products at 80 % of peak, HBM traffic at 90 %
-of its bandwidth, and link time; it supposes perfect overlap, so it is the floor.
+of its bandwidth, and each network; it supposes perfect overlap, so it is the floor.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,8 @@ class Projection(NamedTuple):
     hbm_bytes: float  # per chip
     math_seconds: float
     hbm_seconds: float
-    link_seconds: float
+    ici_seconds: float
+    dcn_seconds: float
     exposed_seconds: float
     compiler_seconds: float
     binding: str
@@ -33,7 +34,7 @@ class Projection(NamedTuple):
     @property
     def roofline_seconds(self) -> float:
         """The floor."""
-        return max(self.math_seconds, self.hbm_seconds, self.link_seconds)
+        return max(self.math_seconds, self.hbm_seconds, self.ici_seconds, self.dcn_seconds)
 
     @property
     def seconds(self) -> float:
@@ -49,7 +50,8 @@ def project(module: Module, traffic: Traffic, place: Slice) -> Projection:
     bounds = {
         "matrix products": flops / (chip.peak_flops * MATH_SHARE),
         "HBM": hbm / (chip.hbm * HBM_SHARE),
-        "links": traffic.link_seconds,
+        "ICI": traffic.ici_seconds,
+        "DCN": traffic.dcn_seconds,
     }
     cycles = module.cycles(module.entry) / chip.clock
     return Projection(

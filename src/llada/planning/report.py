@@ -18,7 +18,7 @@ from llada.planning.topology import Slice
 METHOD = (
     "A projection, not a measurement. Compiled ahead of time for the slice; seconds are the larger of (a) the "
     "compiler's cycle estimates times loop turns over the clock plus the link time its schedule leaves unhidden, and "
-    f"(b) a roofline of products at {projection.MATH_SHARE:.0%} of peak, HBM at {projection.HBM_SHARE:.0%} and links."
+    f"(b) a roofline of products at {projection.MATH_SHARE:.0%} of peak, HBM at {projection.HBM_SHARE:.0%}, ICI and DCN."
 )
 
 
@@ -53,7 +53,8 @@ def figures(config: Config, place: Slice, mesh, program: Program, compiled: Comp
             "math_seconds": found.math_seconds,
             "hbm_seconds": found.hbm_seconds,
             "hbm_bytes_moved": found.hbm_bytes,
-            "link_seconds": found.link_seconds,
+            "ici_seconds": found.ici_seconds,
+            "dcn_seconds": found.dcn_seconds,
             "exposed_link_seconds": found.exposed_seconds,
             "tokens_per_second": program.tokens / found.seconds,
             "tokens_per_second_per_chip": program.tokens / found.seconds / place.chips,
@@ -212,7 +213,7 @@ def text(found: dict[str, Any]) -> str:
         _row(
             "roofline",
             f"{p['roofline_seconds']:.4g} ({p['roofline_binding']}): products {p['math_seconds']:.3g}, "
-            f"HBM {p['hbm_seconds']:.3g}, links {p['link_seconds']:.3g}",
+            f"HBM {p['hbm_seconds']:.3g}, ICI {p['ici_seconds']:.3g}, DCN {p['dcn_seconds']:.3g}",
         ),
         _row("tokens/s", f"{p['tokens_per_second']:,.0f}; per chip {p['tokens_per_second_per_chip']:,.0f}"),
     ]

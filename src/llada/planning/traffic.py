@@ -17,6 +17,7 @@ from llada.planning.hlo import Array, Instruction, Module, callees, enclosed
 from llada.planning.topology import DCN, Slice
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "data between slices"
 _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
 )
@@ -130,9 +131,14 @@ class Traffic:
         return sum(c.times * (c.seconds - c.hidden) for c in self.collectives)
 
     @property
-    def link_seconds(self) -> float:
-        """Link time per step, hidden or not."""
-        return sum(c.times * c.seconds for c in self.collectives)
+    def ici_seconds(self) -> float:
+        """Time per step on the links within slices, hidden or not."""
+        return sum(c.times * c.seconds for c in self.collectives if c.axes != (BETWEEN_SLICES,))
+
+    @property
+    def dcn_seconds(self) -> float:
+        """Time per step on the network between slices, hidden or not."""
+        return sum(c.times * c.seconds for c in self.collectives if c.axes == (BETWEEN_SLICES,))
 
     def _follow(self, name: str) -> None:
         """Go through the schedule of a computation, giving work to what is under way."""
@@ -144,7 +150,8 @@ class Traffic:
             role, inner = self._role(instruction)
             if role == "start":
                 about = self._measure(inner)
-                flight = _Flight([about["seconds"], 0.0], _channel(inner) or instruction.name)
+                key = _meeting(inner) or _channel(inner) or instruction.name
+                flight = _Flight([about["seconds"], 0.0], key)
                 flying.append(flight)
                 started[flight.key] = (flight, about)
             elif role == "done":
@@ -173,6 +180,10 @@ class Traffic:
         if found := _SHARED.match(instruction.opcode):
             role = {"-start": "start", "-done": "done", None: "whole"}[found[2]]
             return role, None if role == "done" else instruction
+        if instruction.opcode == "send" and _meeting(instruction):
+            return "start", instruction
+        if instruction.opcode == "recv-done":
+            return "done", None
         if instruction.opcode in ("async-start", "call-start"):
             inner = self._inside(instruction)
             return ("start", inner) if inner is not None else ("", None)
@@ -208,13 +219,34 @@ class Traffic:
                 continue
             if operand.name in started:
                 return operand.name
+            if operand.opcode == "recv" and _meeting(operand) in started:
+                return _meeting(operand)
             role, inner = self._role(operand)
             if role == "start":
                 return _channel(inner) or operand.name
             todo.extend(operand.operands[:1])
         return None
 
+    def _between_slices(self, send: Instruction) -> dict:
+        """A collective between slices: a send and a receive through the hosts, along the axis that crosses slices."""
+        found = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
+        kind = found[1].lower().replace("_", "-") if found else "all-reduce"
+        array, n = send.arrays[0], self.links.slice.slices
+        size = array.bytes * (2.0 if kind == "all-reduce" else 1.0) * (n - 1) / n
+        seconds = size / (DCN / self.links.slice.chip.devices)
+        return dict(
+            kind=kind,
+            axes=(BETWEEN_SLICES,),
+            bytes=size,
+            seconds=seconds,
+            asynchronous=True,
+            array=array,
+            path=send.path,
+        )
+
     def _measure(self, inner: Instruction) -> dict:
+        if inner.opcode == "send":
+            return self._between_slices(inner)
         kind = _SHARED.match(inner.opcode)[1]
         group = groups(inner.attributes, self.links.mesh.devices.size)
         n = len(group)
@@ -234,6 +266,12 @@ class Traffic:
             array=max(arrays, key=lambda a: a.bytes),
             path=inner.path,
         )
+
+
+def _meeting(instruction: Instruction) -> str | None:
+    """The name by which hosts match what slices send each other; None for other instructions."""
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.attributes)
+    return found[1] if found and "_xla_megascale" in instruction.attributes else None
 
 
 def _channel(instruction: Instruction | None) -> str | None:
