@@ -156,7 +156,7 @@ def test_gradients_cross_slices_once(libtpu):
     found = report.figures(config, place, mesh, program, programs.lower_and_compile(program, mesh))
     held = accounting.parameters(config.model).total / 4
     # float32 gradients, or bfloat16 ones where products make them; each sent, and the sum received.
-    assert 2 * held < found["traffic"]["bytes_by_axes"]["data between slices"] < 4.5 * held
+    assert 2 * held < found["traffic"]["bytes_by_axes"]["data (DCN)"] < 4.5 * held
     assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
 
 

@@ -17,7 +17,7 @@ from llada.planning.hlo import Array, Instruction, Module, callees, enclosed
 from llada.planning.topology import DCN, Slice
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BETWEEN_SLICES = "data between slices"
+BETWEEN_SLICES = "data (DCN)"
 _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
 )
