@@ -9,7 +9,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -56,7 +55,7 @@ CHIPS = {
 }
 DCN = 6.25e9  # bytes/s into a chip from other slices: 200 Gbit/s a host of four chips. An assumption.
 
-_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 
 
@@ -115,6 +114,8 @@ def describe(name: str, slices: int = 1) -> Slice:
     from jax.experimental import topologies
 
     options = {} if slices == 1 else {"num_slices": slices}
+    if math.prod(shape) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
     if chip.kind == "TPU v4":
         options["chip_config_name"] = "megacore"  # a device is a chip, as on real v4 slices
     with quiet():
@@ -124,13 +125,13 @@ def describe(name: str, slices: int = 1) -> Slice:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what libtpu writes to standard error, beneath Python, from the user, unless an exception comes of it."""
+    """Keep what libtpu writes to standard error, beneath Python, from the user: harmless lines about missing hosts."""
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as heard:
-        os.dup2(heard.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
