@@ -258,4 +258,7 @@ def test_what_does_not_fit_names_buffers_and_flags(libtpu):
     assert "27.92G" in line and "15.75G" in line and "\n" not in line
     assert "parameters and moments" in line and "--config.model.remat=full" in line
     assert "--config.train.microbatches=2" in line
+    vmem = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 16.03M of 16.00M vmem."
+    line = report.refusal(config, place, mesh, program, programs.Compiled("", {}, vmem, 1.0))
+    assert "on-chip memory" in line and "16.03M of 16.00M" in line
     assert search.wanted_bytes(said) == pytest.approx(27.92 * topology.GIB)

@@ -5,6 +5,7 @@ projections, never measurements.
 """
 
 import math
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -234,8 +235,12 @@ def text(found: dict[str, Any]) -> str:
 
 def refusal(config: Config, place: Slice, mesh, program: Program, compiled: Compiled) -> str:
     """One line for a program that does not fit: how much it wants, what is largest, what to change."""
-    import re
-
+    fast = re.search(r"memory space vmem. (Used [\d.]+\w of [\d.]+\w)", compiled.refusal)
+    if fast:
+        return (
+            f"a kernel does not fit the on-chip memory of {place.name} ({fast[1]}): its tiles are too large there; "
+            "try other --config.train.microbatches, or smaller tiles in model/attention.py"
+        )
     wants = re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", compiled.refusal)
     said = f"needs {wants[1]} and has {wants[2]} a device" if wants else compiled.refusal.splitlines()[0]
     buffers = largest_buffers(config, mesh, program)
