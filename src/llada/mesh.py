@@ -27,6 +27,7 @@ ACTIVATIONS = {
     "BL": P(BATCH, None),
     "BLD": P(BATCH, None, None),
     "BLHC": P(BATCH, None, "tensor", None),
+    "ND": P(BATCH, None),
     "NF": P(BATCH, "tensor"),
     "BL_rows": P(BATCH, "tensor"),
     "BLD_rows": P(BATCH, "tensor", None),

@@ -5,6 +5,7 @@ over the vocabulary is ever stored. Logits stand as (V, R): on CPU a product wit
 Shapes: B sequences, K candidate positions of each, N = B K flat rows of one device, R rows of a block, V vocabulary.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 from llada.mesh import ACTIVATIONS, AXES, platform
 
 
-def _block_rows() -> int:
-    """Rows per block. On CPU so few that their logits stay in the cache until they are reduced."""
-    return 16 if platform() == "cpu" else 256
+def _block_rows() -> tuple[int, ...]:
+    """Rows per block, and what the last block may have instead: on CPU the time grows with the rows."""
+    return (32, 16, 8) if platform() == "cpu" else (256,)
 
 
 class Choice(NamedTuple):
@@ -73,21 +74,25 @@ def level(confidence_BK: jax.Array, visible_BL: jax.Array) -> jax.Array:
 
 
 def _needed_rows(hidden_ND, head_VD, needed_N, forbidden_V, temperature, data_N2):
-    N, R = len(needed_N), _block_rows()
-    if N <= R:
+    N = len(needed_N)
+    sizes = sorted({min(N, size) for size in _block_rows()}, reverse=True)
+    if sizes == [N]:
         return _rows(hidden_ND, head_VD, forbidden_V, temperature, data_N2)
     # Needed rows first, then as many blocks of them as there are.
     order_N = jnp.argsort(~needed_N, stable=True)
-    order = jnp.pad(order_N, (0, -N % R))
+    order = jnp.pad(order_N, (0, sizes[0]))
 
-    def block(i, carry):
-        at_R = jax.lax.dynamic_slice_in_dim(order, i * R, R)
+    def block(size, start, carry):
+        at_R = jax.lax.dynamic_slice_in_dim(order, start, size)
         found = _rows(hidden_ND[at_R], head_VD, forbidden_V, temperature, data_N2[at_R])
-        return jax.tree.map(lambda all_, x: jax.lax.dynamic_update_slice_in_dim(all_, x, i * R, 0), carry, found)
+        return jax.tree.map(lambda all_, x: jax.lax.dynamic_update_slice_in_dim(all_, x, start, 0), carry, found)
 
-    blocks = (jnp.sum(needed_N) + R - 1) // R
-    empty = (jnp.zeros(len(order), jnp.int32), jnp.zeros(len(order), jnp.float32))
-    token, confidence = jax.lax.fori_loop(0, blocks, block, empty)
+    found = (jnp.zeros(len(order), jnp.int32), jnp.zeros(len(order), jnp.float32))
+    whole, rest = jnp.divmod(jnp.sum(needed_N), sizes[0])
+    found = jax.lax.fori_loop(0, whole, lambda i, carry: block(sizes[0], i * sizes[0], carry), found)
+    # The smallest block that the rest fits, or none.
+    branches = [functools.partial(block, size, whole * sizes[0]) for size in sizes] + [lambda carry: carry]
+    token, confidence = jax.lax.switch(jnp.sum(rest <= jnp.array([*sizes[1:], 0])), branches, found)
     back_N = jnp.argsort(order_N)
     return token[back_N], confidence[back_N]
 

@@ -29,9 +29,9 @@ def rotary_angles(position: jax.Array, channels: int, theta: float) -> tuple[jax
 
 
 def take(x_BL: jax.Array, at_BR: jax.Array) -> jax.Array:
-    """`x[b, at[b, r]]` of `x_BL` or `x_BLD`; a place off its end reads the last one."""
-    at_BR = jnp.minimum(at_BR, x_BL.shape[1] - 1)
-    return jnp.take_along_axis(x_BL, at_BR if x_BL.ndim == 2 else at_BR[..., None], axis=1)
+    """`x[b, at[b, r]]` of `x_BL`, `x_BLD` and so on; a place off its end reads the last one."""
+    at = jnp.minimum(at_BR, x_BL.shape[1] - 1).reshape(*at_BR.shape, *(1,) * (x_BL.ndim - 2))
+    return jnp.take_along_axis(x_BL, at, axis=1)
 
 
 def angles_at(angles: tuple[jax.Array, jax.Array], at_BR: jax.Array) -> tuple[jax.Array, jax.Array]:

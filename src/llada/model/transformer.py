@@ -22,6 +22,7 @@ from llada.model import attention, layers
 
 Parameters = dict
 
+_JOINED = "query_key_value"
 _INPUT = "layer_input"
 _POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -48,6 +49,8 @@ class Block(nn.Module):
 
     config: ModelConfig
     keep_cache: bool = False
+    until_rows: bool = False  # stop before `block_end`, with its arguments
+    joined: bool = False  # one matrix for queries, keys and values: see `unstacked`
 
     @nn.compact
     def __call__(self, x_BLD, cache, angles, lengths_B, position_BQ, at_BR=None):
@@ -67,10 +70,18 @@ class Block(nn.Module):
         if c.remat == "offload":
             x_BLD = checkpoint_name(x_BLD, _INPUT)
         y = layers.rms_norm(x_BLD, self.param("attention_norm", ones, (D,)), c.norm_eps)
-        query, query_angles = (y, angles) if at_BR is None else (layers.take(y, at_BR), layers.angles_at(angles, at_BR))
-        q_BLHC = layers.project(query, self.param("query", normal, (D, H, C)).astype(dtype))
-        k_BLKC = layers.project(y, self.param("key", normal, (D, K, C)).astype(dtype))
-        v_BLKC = layers.project(y, self.param("value", normal, (D, K, C)).astype(dtype))
+        if self.joined:
+            joined = layers.project(y, self.param(_JOINED, normal, (D, H + 2 * K, C)).astype(dtype))
+            q_BLHC, k_BLKC, v_BLKC = jnp.split(joined, (H, H + K), axis=2)
+        else:
+            q_BLHC = layers.project(y, self.param("query", normal, (D, H, C)).astype(dtype))
+            k_BLKC = layers.project(y, self.param("key", normal, (D, K, C)).astype(dtype))
+            v_BLKC = layers.project(y, self.param("value", normal, (D, K, C)).astype(dtype))
+        query_angles, query_position_BQ = angles, position_BQ
+        if at_BR is not None:
+            x_BLD, query_angles = layers.take(x_BLD, at_BR), layers.angles_at(angles, at_BR)
+            q_BLHC = layers.take(q_BLHC, at_BR)
+            query_position_BQ = at_BR if position_BQ is None else layers.take(position_BQ, at_BR)
         if c.qk_norm:
             q_BLHC = layers.rms_norm(q_BLHC, self.param("query_norm", ones, (C,)), c.norm_eps)
             k_BLKC = layers.rms_norm(k_BLKC, self.param("key_norm", ones, (C,)), c.norm_eps)
@@ -78,24 +89,36 @@ class Block(nn.Module):
         k_BLKC = layers.rotate(constrain(k_BLKC, "BLHC"), angles)
         v_BLKC = constrain(v_BLKC, "BLHC")
         if cache is not None:
-            at = (jnp.arange(len(x_BLD))[:, None], position_BQ)
+            at = (jnp.arange(len(k_BLKC))[:, None], position_BQ)
             k_BLKC = cache.key.at[at].set(k_BLKC, mode="drop")
             v_BLKC = cache.value.at[at].set(v_BLKC, mode="drop")
-        if at_BR is not None:
-            x_BLD = layers.take(x_BLD, at_BR)
-            position_BQ = at_BR if position_BQ is None else layers.take(position_BQ, at_BR)
-        mixed_BLHC = attention.attend(q_BLHC, k_BLKC, v_BLKC, c.causal, lengths_B, position_BQ)
-        x_BLD += layers.project(mixed_BLHC, self.param("output", branch_end, (H, C, D)).astype(dtype), contracted=2)
-        x_BLD = constrain(x_BLD, "BLD")
-
-        y = layers.rms_norm(x_BLD, self.param("ffn_norm", ones, (D,)), c.norm_eps)
+        mixed_BLHC = attention.attend(q_BLHC, k_BLKC, v_BLKC, c.causal, lengths_B, query_position_BQ)
+        weights = {
+            "output": self.param("output", branch_end, (H, C, D)),
+            "ffn_norm": self.param("ffn_norm", ones, (D,)),
+            "gate": self.param("gate", normal, (D, F)),
+            "up": self.param("up", normal, (D, F)),
+            "down": self.param("down", branch_end, (F, D)),
+        }
+        if self.until_rows:
+            return (x_BLD, mixed_BLHC.reshape(*mixed_BLHC.shape[:2], H * C)), None
         # On flat rows throughout: see `layers.project`.
-        y_ND = y.reshape(-1, D)
-        gate_NF = constrain(y_ND @ self.param("gate", normal, (D, F)).astype(dtype), "NF")
-        up_NF = constrain(y_ND @ self.param("up", normal, (D, F)).astype(dtype), "NF")
-        y_ND = (jax.nn.silu(gate_NF) * up_NF) @ self.param("down", branch_end, (F, D)).astype(dtype)
-        x_BLD += y_ND.reshape(x_BLD.shape)
-        return constrain(x_BLD, "BLD"), Cache(k_BLKC, v_BLKC) if self.keep_cache else None
+        x_ND = block_end(c, weights, x_BLD.reshape(-1, D), mixed_BLHC.reshape(-1, H * C), constrain)
+        x_BLD = constrain(x_ND.reshape(x_BLD.shape), "BLD")
+        return x_BLD, Cache(k_BLKC, v_BLKC) if self.keep_cache else None
+
+
+def block_end(c: ModelConfig, weights: Parameters, x_ND: jax.Array, mixed_NE: jax.Array, pin=lambda x, name: x):
+    """What a block does row by row: output projection of the `mixed` values of all heads (E = H C), then SwiGLU.
+
+    `weights` are the block's own, those of the products in any dtype; `pin` places a named activation on the mesh.
+    """
+    dtype = x_ND.dtype
+    x_ND = pin(x_ND + mixed_NE @ weights["output"].reshape(-1, c.width).astype(dtype), "ND")
+    y_ND = layers.rms_norm(x_ND, weights["ffn_norm"], c.norm_eps)
+    gate_NF = pin(y_ND @ weights["gate"].astype(dtype), "NF")
+    up_NF = pin(y_ND @ weights["up"].astype(dtype), "NF")
+    return x_ND + (jax.nn.silu(gate_NF) * up_NF) @ weights["down"].astype(dtype)
 
 
 class Transformer(nn.Module):
@@ -104,6 +127,7 @@ class Transformer(nn.Module):
     config: ModelConfig
     keep_cache: bool = False
     unstacked: bool = False
+    until_rows: bool = False  # stop before the last block's `block_end`, with its arguments
 
     @nn.compact
     def __call__(self, tokens_BL, lengths_B=None, position_BQ=None, cache=None, at_BR=None):
@@ -123,18 +147,22 @@ class Transformer(nn.Module):
             kept = []
             for i in range(c.layers):
                 at = at_BR if i + 1 == c.layers else None
-                block = Block(c, self.keep_cache, name=f"layer_{i}")
+                block = Block(c, self.keep_cache, joined=True, name=f"layer_{i}")
                 x_BLD, own = block(x_BLD, cache and cache[i], angles, lengths_B, position_BQ, at)
                 kept.append(own)
             cache = tuple(kept)
+        elif self.until_rows:
+            if c.layers > 1:
+                x_BLD, _ = self.scanned(c.layers - 1)(x_BLD, None, angles, lengths_B, position_BQ)
+            return Block(c, until_rows=True, name="last")(x_BLD, None, angles, lengths_B, position_BQ)
         else:
-            x_BLD, cache = self.scanned()(x_BLD, cache, angles, lengths_B, position_BQ)
+            x_BLD, cache = self.scanned(c.layers)(x_BLD, cache, angles, lengths_B, position_BQ)
             x_BLD = x_BLD if at_BR is None else layers.take(x_BLD, at_BR)
         scale_D = self.param("final_norm", nn.initializers.ones_init(), (c.width,))
         return layers.rms_norm(x_BLD, scale_D, c.norm_eps), cache
 
-    def scanned(self):
-        """All blocks as one: compile time does not grow with their number."""
+    def scanned(self, count: int):
+        """`count` blocks as one: compile time does not grow with their number."""
         c = self.config
         block = Block
         if c.remat != "none":
@@ -146,8 +174,8 @@ class Transformer(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.layers,
-            unroll=min(unroll, c.layers),
+            length=count,
+            unroll=min(unroll, count),
         )
         return stack(c, self.keep_cache, name="layers")
 
@@ -161,11 +189,16 @@ def unstacked(params: Parameters) -> Parameters:
     """The same parameters with a leaf per layer, for inference on CPU: copied once, not at every use of a layer.
 
     There a product with a slice of a stacked leaf first copies the slice, a third of the time of a pass over 192 tokens
-    at width 384. Compile time grows with the number of layers, and memory holds the layers twice.
+    at width 384, and one product for queries, keys and values is faster than three. Compile time grows with the number
+    of layers, and memory holds the layers twice.
     """
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-    count = len(params["layers"]["attention_norm"])
-    return rest | {f"layer_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)}
+    joined = ("query", "key", "value")
+    for i in range(len(params["layers"]["attention_norm"])):
+        layer = {name: leaf[i] for name, leaf in params["layers"].items()}
+        together = jnp.concatenate([layer[name] for name in joined], axis=1)
+        rest[f"layer_{i}"] = {name: leaf for name, leaf in layer.items() if name not in joined} | {_JOINED: together}
+    return rest
 
 
 def hidden(
@@ -180,6 +213,24 @@ def hidden(
     With `at_BR` the states of those positions only, `(B, R, D)`: the last layer then leaves the others out.
     """
     return _apply(config, params, False, tokens_BL, lengths_B, at_BR=at_BR)[0]
+
+
+def unfinished(config: ModelConfig, params: Parameters, tokens_BL: jax.Array, lengths_B: jax.Array | None = None):
+    """`(rows, finish, weights)`: `finish(weights, rows)` of any flat rows is what `hidden` has for them.
+
+    What is left to do is the last block's row-wise part and the final norm, for those rows an objective needs.
+    """
+    dtype = jnp.dtype(config.dtype)
+    last = jax.tree.map(lambda leaf: leaf[-1], params["layers"])
+    before = params | {"layers": jax.tree.map(lambda leaf: leaf[:-1], params["layers"]), "last": last}
+    rows, _ = Transformer(config, until_rows=True).apply({"params": before}, tokens_BL, lengths_B)
+    weights = {name: last[name].astype(dtype) for name in ("output", "gate", "up", "down")}
+    norms = {"ffn_norm": last["ffn_norm"], "final_norm": params["final_norm"]}
+    return rows, functools.partial(_finish, config), weights | norms
+
+
+def _finish(config, weights, rows):
+    return layers.rms_norm(block_end(config, weights, *rows), weights["final_norm"], config.norm_eps)
 
 
 def prefill(

@@ -27,9 +27,9 @@ def row_nats(
     head_rows: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of -log p(x_i | x_<i) over the valid tokens, and `nats_BL`. Gradients flow through the first value only."""
-    hidden_BLD = predict(shift_right(x0_BL, special.eos), lengths_B)
+    hidden = predict(shift_right(x0_BL, special.eos), lengths_B)
     weights_BL = is_valid(x0_BL, lengths_B).astype(jnp.float32)
-    return weighted_nats(hidden_BLD, head_VD, x0_BL, weights_BL, head_rows)
+    return weighted_nats(hidden, head_VD, x0_BL, weights_BL, head_rows)
 
 
 def loss(

@@ -1,13 +1,27 @@
 """What every objective takes and returns, so that the training step need not know which family it trains."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# (tokens_BL, lengths_B or None) -> hidden_BLD
-Predictor = Callable[[jax.Array, jax.Array | None], jax.Array]
+
+class Unfinished(NamedTuple):
+    """Hidden states but for the last of their row-wise work, which is then done for the rows that are needed.
+
+    rows     tree of arrays (B, L, ...)
+    finish   (weights, rows with flat axes (R, ...)) -> hidden_RD
+    weights  tree of arrays, the parameters of that work
+    """
+
+    rows: Any
+    finish: Callable[[Any, Any], jax.Array]
+    weights: Any
+
+
+# (tokens_BL, lengths_B or None) -> hidden_BLD, finished or not
+Predictor = Callable[[jax.Array, jax.Array | None], jax.Array | Unfinished]
 
 
 class SpecialTokens(NamedTuple):

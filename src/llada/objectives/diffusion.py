@@ -79,9 +79,9 @@ def bound_terms(
 
     Summed, not averaged: divide by the global token count once. Gradients flow through the first value only.
     """
-    hidden_BLD = predict(corruption.xt_BL, lengths_B)
+    hidden = predict(corruption.xt_BL, lengths_B)
     weights_BL = jnp.where(corruption.masked_BL, corruption.weight_B[:, None], 0.0)
-    return weighted_nats(hidden_BLD, head_VD, x0_BL, weights_BL, head_rows)
+    return weighted_nats(hidden, head_VD, x0_BL, weights_BL, head_rows)
 
 
 def loss(

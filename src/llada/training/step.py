@@ -10,7 +10,7 @@ import optax
 from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.model import transformer
-from llada.objectives.contract import LossTerms, SpecialTokens
+from llada.objectives.contract import LossTerms, SpecialTokens, Unfinished
 from llada.objectives.noise import Noise
 from llada.objectives.objective import LOSSES
 from llada.training import optimizer
@@ -47,7 +47,7 @@ def train_step(state: TrainState, batch_BL: jax.Array, config: Config, special: 
     loss = LOSSES[config.objective.name]
 
     def microbatch_loss(params, tokens_BL, sequence_B):
-        predict = functools.partial(transformer.hidden, config.model, params)
+        predict = lambda *given: Unfinished(*transformer.unfinished(config.model, params, *given))  # noqa: E731
         noise = Noise(config.seed, state.step, sequence_B, B)
         terms = loss(predict, transformer.head(config.model, params), tokens_BL, noise, special, config.objective)
         return terms.nats, terms
