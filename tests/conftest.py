@@ -3,9 +3,14 @@
 GPUs and TPUs otherwise round float32 operands to fewer bits, and one tolerance would not hold everywhere.
 """
 
+import os
 import random
 import tempfile
 from types import SimpleNamespace
+
+# The same step is built by many tests, and by processes that they start, and compiled by one.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llada-compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import pytest
@@ -14,9 +19,6 @@ from llada.config import default_config, from_config_dict
 from llada.training import loop
 
 jax.config.update("jax_default_matmul_precision", "highest")
-# The same step is built by many tests and compiled by one.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="llada-compiled-"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="session")

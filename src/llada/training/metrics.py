@@ -5,12 +5,13 @@
 
 import json
 import math
+import sys
 import time
+import unittest.mock
 from pathlib import Path
 
 import jax
 from rich.console import Console
-from tensorboardX import SummaryWriter
 
 from llada import accounting
 from llada.config import Config
@@ -115,6 +116,15 @@ def run_totals(config: Config, step: int) -> dict[str, float]:
     }
 
 
+def _summary_writer() -> type:
+    """tensorboardX's writer, which imports torch where it finds it, for things that scalars do not need: seconds."""
+    hidden = {"torch": None} if "torch" not in sys.modules else {}
+    with unittest.mock.patch.dict(sys.modules, hidden):
+        from tensorboardX import SummaryWriter
+
+    return SummaryWriter
+
+
 class Writer:
     """Appends to `metrics.jsonl` and TensorBoard; lines of steps that a resumed run will repeat are cut first."""
 
@@ -124,7 +134,7 @@ class Writer:
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(self.path)
-        self.board = SummaryWriter(str(workdir), purge_step=from_step + 1)
+        self.board = _summary_writer()(str(workdir), purge_step=from_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line, keys as in METRICS; flushed at once."""
