@@ -2,7 +2,8 @@
 
 Two accountings, never mixed: `6nd` is the field's 6 x non-embedding parameters x tokens (LLaDA section 3.1); `exact`
 counts every matrix product of the forward and backward pass: attention scores (halved where causal) and the vocabulary
-head on the rows that meet it. Recomputation by remat is not useful work and is in neither.
+head on the rows that meet it. Recomputation by remat is not useful work and is in neither; what training leaves out in
+the last layer, for rows without a mask, is in both.
 """
 
 from typing import NamedTuple

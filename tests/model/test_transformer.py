@@ -10,6 +10,8 @@ import pytest
 
 from llada.config import ModelConfig
 from llada.model import layers, transformer
+from llada.objectives.contract import Unfinished
+from llada.objectives.vocabulary_head import weighted_nats
 
 L = 6
 TINY = ModelConfig(layers=2, width=16, heads=4, kv_heads=2, ffn=24, vocab_size=11, max_length=8, dtype="float32")
@@ -226,3 +228,35 @@ def test_initial_parameters_have_the_configured_spread_and_every_layer_its_own()
         assert len(np.unique(leaf)) > 0.9 * leaf.size, name  # no layer repeats another
     described = jax.tree.map(lambda a: (a.shape, a.dtype), transformer.abstract_parameters(config))
     assert described == jax.tree.map(lambda a: (a.shape, a.dtype), params)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "tie_embeddings": True}, {"layers": 1}], ids=str)
+def test_finishing_needed_rows_only_gives_the_same_loss_and_gradients(changes):
+    """The last block's row-wise half in the vocabulary loop, for rows with a weight, against all of them before it."""
+    config = dataclasses.replace(TINY, **changes)
+    params = initialise(config)
+    weights = (jnp.arange(TOKENS.size).reshape(TOKENS.shape) % 3 == 0) * 1.5
+
+    def loss(params, predict):
+        return weighted_nats(predict(params), transformer.head(config, params), jnp.asarray(TOKENS), weights, 4)[0]
+
+    def unfinished(params):
+        return Unfinished(*transformer.unfinished(config, params, TOKENS))
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    wanted = gradient(params, lambda params: transformer.hidden(config, params, TOKENS))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, gradient(params, unfinished), wanted)
+
+
+def test_unstacked_parameters_and_wanted_positions_give_the_same_states():
+    config = dataclasses.replace(TINY, qk_norm=True)
+    params = initialise(config)
+    at_BR = jnp.array([[3, 0], [1, 1]])[: len(TOKENS)]
+    wanted, cache = transformer.prefill(config, params, TOKENS)
+    some, kept = transformer.prefill(config, transformer.unstacked(params), TOKENS, None, at_BR)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    close(some, jnp.take_along_axis(wanted, at_BR[..., None], axis=1))
+    close(transformer.hidden(config, params, TOKENS, None, at_BR), some)
+    for i, layer in enumerate(kept):
+        jax.tree.map(close, layer, jax.tree.map(lambda leaf, i=i: leaf[i], cache))
