@@ -35,7 +35,6 @@ from llada.objectives import noise as noise_lib
 from llada.objectives.contract import LossTerms, SpecialTokens
 from llada.objectives.objective import LOSSES
 from llada.training import step as step_lib
-from llada.training.memory import keep_freed_pages
 
 SHAPES = {  # layers, width, heads, ffn, vocabulary, tokens, sequences
     "20m": (12, 384, 6, 1024, 126_464, 512, 4),
@@ -206,8 +205,6 @@ def compare_first_step(ours: Ours, rival, before: dict[str, torch.Tensor], mine,
 def measure(shape: str, rival: str, pairs: int) -> dict:
     """The line of one shape and rival."""
     torch.set_num_threads(os.cpu_count())
-    if jax.default_backend() == "cpu":
-        keep_freed_pages()  # as in `llada train`; both programs have the benefit
     c, special, x0_BL = build(shape)
     ours = Ours(c, special, x0_BL)
     params = jax.device_get(ours.state.params)

@@ -27,7 +27,6 @@ from llada.files import write_atomically
 from llada.training import metrics as metrics_lib
 from llada.training import workdir as workdir_lib
 from llada.training.checkpoint import Checkpoints
-from llada.training.memory import keep_freed_pages
 from llada.training.optimizer import parse_position
 from llada.training.step import TrainState, compile_step, init_state, state_placements
 from llada.training.stopping import Stop, stop_signals
@@ -55,8 +54,6 @@ def train(config: Config, workdir: Path, progress: metrics_lib.Progress | None =
     mesh = mesh_lib.make(config.mesh)
     mesh_lib.check(config, mesh)
     with jax.set_mesh(mesh), stop_signals() as received:
-        if mesh_lib.platform() == "cpu":
-            keep_freed_pages()
         tokenizer, corpus = workdir_lib.prepare(workdir, config)
         agreed = (UserError, Interrupted, Diverged)
         with processes.ending_together(*agreed):
