@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 
 from llada import accounting
 from llada.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
-from llada.model import attention, transformer
+from llada.model import transformer
 from llada.objectives.contract import SpecialTokens
 from llada.objectives.vocabulary_head import weighted_nats
 from llada.training.step import init_state, train_step
@@ -167,7 +167,9 @@ def program_flops(config: Config) -> float:
 )
 def test_exact_flops_are_those_that_xla_counts_in_the_training_step(causal, change, monkeypatch):
     """To 1 %: the whole count, and how much it grows when one thing changes, which no other part of it can hide."""
-    monkeypatch.setattr(attention, "SHORT", 10 * LENGTH)  # a loop over blocks of queries would be counted once
+    monkeypatch.setattr(
+        "llada.model.attention.SHORT", 10 * LENGTH
+    )  # a loop over blocks of queries would be counted once
     before, after = wide_step(causal), wide_step(causal, **change)
     print()
     for config in (before, after):
