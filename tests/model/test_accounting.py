@@ -167,9 +167,7 @@ def program_flops(config: Config) -> float:
 )
 def test_exact_flops_are_those_that_xla_counts_in_the_training_step(causal, change, monkeypatch):
     """To 1 %: the whole count, and how much it grows when one thing changes, which no other part of it can hide."""
-    monkeypatch.setattr(
-        "llada.model.attention.SHORT", 10 * LENGTH
-    )  # a loop over blocks of queries would be counted once
+    monkeypatch.setattr("llada.model.attention.SHORT", 10 * LENGTH)  # a loop over queries would count once
     before, after = wide_step(causal), wide_step(causal, **change)
     print()
     for config in (before, after):
