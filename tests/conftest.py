@@ -21,6 +21,13 @@ from llada.training import loop
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """Compiled programs go with the file that used them: each is mapped memory, and a process may have so many maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """40 documents of made-up sentences: enough for some 500 rows of 32 tokens."""
