@@ -85,7 +85,9 @@ def dense_loss(predict, head_VD, x0_BL, noise, special, objective) -> LossTerms:
     t_B = noise_lib.times(noise, objective.time_sampling)
     uniform_BL = noise_lib.uniform(noise, noise_lib.MASK, (L,))
     got = diffusion.forward_process(x0_BL, t_B, uniform_BL, jnp.ones((B, L), bool), special.mask, objective.eps)
-    hidden_BLD = predict(got.xt_BL, None)
+    rows, finish, weights = predict(got.xt_BL, None)
+    flat = jax.tree.map(lambda x: x.reshape(B * L, -1), rows)
+    hidden_BLD = finish(weights, flat).reshape(B, L, -1)  # of all rows: the last layer leaves nothing out here
     logits_BLV = jnp.einsum("bld,vd->blv", hidden_BLD, head_VD.astype(hidden_BLD.dtype))
     nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV.astype(jnp.float32), x0_BL)
     nats_BL = jnp.where(got.masked_BL, nats_BL, 0.0)
