@@ -188,9 +188,8 @@ def init(config: ModelConfig, key: jax.Array) -> Parameters:
 def unstacked(params: Parameters) -> Parameters:
     """The same parameters with a leaf per layer, for inference on CPU: copied once, not at every use of a layer.
 
-    There a product with a slice of a stacked leaf first copies the slice, a third of the time of a pass over 192 tokens
-    at width 384, and one product for queries, keys and values is faster than three. Compile time grows with the number
-    of layers, and memory holds the layers twice.
+    There a product with a slice of a stacked leaf first copies the slice, and one product for queries, keys and values
+    is faster than three. Compile time grows with the number of layers, and memory holds the layers twice.
     """
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
     joined = ("query", "key", "value")

@@ -7,7 +7,6 @@ import json
 import math
 import sys
 import time
-import unittest.mock
 from pathlib import Path
 
 import jax
@@ -118,10 +117,12 @@ def run_totals(config: Config, step: int) -> dict[str, float]:
 
 def _summary_writer() -> type:
     """tensorboardX's writer, which imports torch where it finds it, for things that scalars do not need: seconds."""
-    hidden = {"torch": None} if "torch" not in sys.modules else {}
-    with unittest.mock.patch.dict(sys.modules, hidden):
+    hidden = sys.modules.setdefault("torch", None) is None
+    try:
         from tensorboardX import SummaryWriter
-
+    finally:
+        if hidden:
+            del sys.modules["torch"]
     return SummaryWriter
 
 
