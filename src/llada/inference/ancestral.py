@@ -1,7 +1,7 @@
 """Ancestral sampling of the ARM: one compiled loop with a key/value cache, a token per pass.
 
 The cache is exact: a causal state depends on earlier tokens only. Noise is keyed as in the reverse process.
-Shapes: B sequences, L canvas positions, P the longest prompt, V vocabulary.
+Shapes: B sequences, L canvas positions, P the longest prompt, V vocabulary, F forbidden ids.
 """
 
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 
 from llada.config import ModelConfig
 from llada.inference.choice import choose
-from llada.inference.sampler import Observer, Sample, position_keys, repeated, report, seeds, timed
+from llada.inference.sampler import Observer, Sample, ids_of, position_keys, repeated, report, seeds, timed
 from llada.inference.settings import check_temperature
 from llada.model import transformer
 from llada.objectives.autoregressive import shift_right
@@ -38,16 +38,16 @@ def ancestral(
     check_temperature(temperature)
     prompt_length_B = np.broadcast_to(prompt_length_B, len(canvas_BL)).astype(np.int32)
     longest = int(prompt_length_B.max())
-    forbidden_V = np.asarray(forbidden_V) | (np.arange(config.vocab_size) == special.mask)
+    forbidden_F = ids_of(forbidden_V, special.mask)
     return timed(
         _ancestral,
         *(config, special, temperature, longest, observe, repeated(params), np.asarray(canvas_BL, np.int32)),
-        *(prompt_length_B, forbidden_V, seeds(seed_B, len(canvas_BL))),
+        *(prompt_length_B, forbidden_F, seeds(seed_B, len(canvas_BL))),
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _ancestral(config, special, temperature, longest, observe, params, canvas_BL, prompt_length_B, forbidden_V, seed_B):
+def _ancestral(config, special, temperature, longest, observe, params, canvas_BL, prompt_length_B, forbidden_F, seed_B):
     B, L = canvas_BL.shape
     head_VD = transformer.head(config, params)
     # Position i sees the tokens before i, so the prompts and one more position are known from the start.
@@ -61,7 +61,7 @@ def _ancestral(config, special, temperature, longest, observe, params, canvas_BL
         position_B1 = prompt_length_B[:, None] + i
         keys_B1 = position_keys(seed_B, jnp.full(B, i), position_B1)
         needed_B1 = ~ended_B[:, None]
-        chosen = choose(hidden_B1D, head_VD, needed_B1, forbidden_V, temperature, keys_B1)
+        chosen = choose(hidden_B1D, head_VD, needed_B1, forbidden_F, temperature, keys_B1)
         token_B1 = jnp.where(needed_B1, chosen.token_BK, special.eos)
         at = (jnp.arange(B)[:, None], position_B1)
         tokens_BL, step_BL = tokens_BL.at[at].set(token_B1), step_BL.at[at].set(jnp.where(needed_B1, i, -1))

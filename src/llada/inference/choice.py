@@ -2,7 +2,8 @@
 
 Only needed rows meet the vocabulary matrix, a block at a time; confidence is a logit minus a logsumexp, so no softmax
 over the vocabulary is ever stored. Logits stand as (V, R): on CPU a product with the matrix on the left is faster.
-Shapes: B sequences, K candidate positions of each, N = B K flat rows of one device, R rows of a block, V vocabulary.
+Shapes: B sequences, K candidate positions of each, N = B K flat rows of one device, R rows of a block, V vocabulary,
+F forbidden ids.
 """
 
 import functools
@@ -16,7 +17,7 @@ from llada.mesh import ACTIVATIONS, AXES, platform
 
 def _block_rows() -> tuple[int, ...]:
     """Rows per block, and what the last block may have instead: on CPU the time grows with the rows."""
-    return (32, 16, 8) if platform() == "cpu" else (256,)
+    return (32, 24, 16, 8) if platform() == "cpu" else (256,)
 
 
 class Choice(NamedTuple):
@@ -33,13 +34,14 @@ def choose(
     hidden_BKD: jax.Array,
     head_VD: jax.Array,
     needed_BK: jax.Array,
-    forbidden_V: jax.Array,
+    forbidden_F: jax.Array,
     temperature: float,
     keys_BK: jax.Array | None = None,
 ) -> Choice:
     """The most likely token of every needed row (temperature 0), or a draw from softmax(logits / temperature).
 
-    `keys_BK`: a key for each row's noise, needed where temperature > 0. Rows that are not needed mean nothing.
+    `forbidden_F`: ids that are not chosen and have no probability. `keys_BK`: a key for each row's noise, needed where
+    temperature > 0. Rows that are not needed mean nothing.
     """
     head_VD = head_VD.astype(hidden_BKD.dtype)
     data_BK2 = jnp.zeros((*needed_BK.shape, 0), jnp.uint32) if temperature == 0 else jax.random.key_data(keys_BK)
@@ -61,7 +63,7 @@ def choose(
             axis_names=set(AXES),
             check_vma=False,
         )
-    return Choice(*on_one_device(hidden_BKD, head_VD, needed_BK, forbidden_V, data_BK2))
+    return Choice(*on_one_device(hidden_BKD, head_VD, needed_BK, forbidden_F, data_BK2))
 
 
 def level(confidence_BK: jax.Array, visible_BL: jax.Array) -> jax.Array:
@@ -73,18 +75,18 @@ def level(confidence_BK: jax.Array, visible_BL: jax.Array) -> jax.Array:
     return jnp.where(jnp.any(visible_BL, axis=1, keepdims=True), confidence_BK, confidence_BK[:, :1])
 
 
-def _needed_rows(hidden_ND, head_VD, needed_N, forbidden_V, temperature, data_N2):
+def _needed_rows(hidden_ND, head_VD, needed_N, forbidden_F, temperature, data_N2):
     N = len(needed_N)
     sizes = sorted({min(N, size) for size in _block_rows()}, reverse=True)
     if sizes == [N]:
-        return _rows(hidden_ND, head_VD, forbidden_V, temperature, data_N2)
+        return _rows(hidden_ND, head_VD, forbidden_F, temperature, data_N2)
     # Needed rows first, then as many blocks of them as there are.
     order_N = jnp.argsort(~needed_N, stable=True)
     order = jnp.pad(order_N, (0, sizes[0]))
 
     def block(size, start, carry):
         at_R = jax.lax.dynamic_slice_in_dim(order, start, size)
-        found = _rows(hidden_ND[at_R], head_VD, forbidden_V, temperature, data_N2[at_R])
+        found = _rows(hidden_ND[at_R], head_VD, forbidden_F, temperature, data_N2[at_R])
         return jax.tree.map(lambda all_, x: jax.lax.dynamic_update_slice_in_dim(all_, x, start, 0), carry, found)
 
     found = (jnp.zeros(len(order), jnp.int32), jnp.zeros(len(order), jnp.float32))
@@ -97,9 +99,9 @@ def _needed_rows(hidden_ND, head_VD, needed_N, forbidden_V, temperature, data_N2
     return token[back_N], confidence[back_N]
 
 
-def _rows(hidden_RD, head_VD, forbidden_V, temperature, data_R2):
+def _rows(hidden_RD, head_VD, forbidden_F, temperature, data_R2):
     logits_VR = jnp.einsum("vd,rd->vr", head_VD, hidden_RD, preferred_element_type=jnp.float32)
-    logits_VR = jnp.where(forbidden_V[:, None], -jnp.inf, logits_VR)
+    logits_VR = logits_VR.at[forbidden_F].set(-jnp.inf)  # in place: a mask over V would cost a pass over all logits
     top_R, token_R = _max_and_argmax(logits_VR)
     log_z_R = top_R + jnp.log(_sum(jnp.exp(logits_VR - top_R)))
     if temperature == 0:
@@ -125,7 +127,8 @@ def _sum(x_VR):
 def _max_and_argmax(x_VR):
     """The maximum over the vocabulary and its first place."""
     x_GIR = _grouped(x_VR, -jnp.inf)
-    top_GR = jnp.max(x_GIR, axis=1)
+    # The barrier keeps XLA from finding the maximum of all a second time, from all.
+    top_GR = jax.lax.optimization_barrier(jnp.max(x_GIR, axis=1))
     best_R = jnp.argmax(top_GR, axis=0)
     inside_R = jnp.argmax(jnp.take_along_axis(x_GIR, best_R[None, None], axis=0)[0], axis=0)
     return jnp.max(top_GR, axis=0), (best_R * _GROUP + inside_R).astype(jnp.int32)

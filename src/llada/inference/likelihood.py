@@ -358,7 +358,7 @@ def _order_nats(config, special, scale, params, tokens_BL, open_BL, lengths_B):
     """The chain rule in the order of the model's confidence. The order never looks at a token not yet revealed, so this
     is the likelihood under a proper distribution over texts."""
     head_VD = transformer.head(config, params)
-    forbidden_V = jnp.arange(config.vocab_size) == special.mask
+    forbidden_F = jnp.array([special.mask])
     inside_BL = is_valid(tokens_BL, lengths_B)
 
     def step(carry):
@@ -367,7 +367,7 @@ def _order_nats(config, special, scale, params, tokens_BL, open_BL, lengths_B):
         rows_BL = guidance.branches(inputs_BL, open_BL, special.mask, scale)
         hidden_BLD = transformer.hidden(config, params, rows_BL, guidance.both(lengths_B, scale))
         hidden_BLD = guidance.mixed(hidden_BLD, scale)
-        confidence_BL = choose(hidden_BLD, head_VD, masked_BL, forbidden_V, temperature=0).confidence_BK
+        confidence_BL = choose(hidden_BLD, head_VD, masked_BL, forbidden_F, temperature=0).confidence_BK
         confidence_BL = level(confidence_BL, inside_BL & ~masked_BL)
         best_B1 = jnp.argmax(jnp.where(masked_BL, confidence_BL, -jnp.inf), axis=1, keepdims=True)
         picked_BL = (jnp.arange(masked_BL.shape[1]) == best_B1) & masked_BL

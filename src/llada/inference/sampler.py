@@ -4,6 +4,7 @@ It starts from a canvas whose open positions hold the mask token and, step by st
 and keeps some of the predictions. Noise is keyed by (the sequence's seed, step, position), so a sample does not depend
 on the batch it is in. Caches and the confidence threshold are approximations of that process and say so.
 Shapes: B sequences, L canvas positions, K positions of a block, Q positions computed in a cached pass, V vocabulary.
+F forbidden ids.
 """
 
 import functools
@@ -74,16 +75,15 @@ def reverse_process(
     if blocks_B.min() != blocks_B.max():
         raise UserError(f"rows of one batch need equally many blocks, not {blocks_B.min()} to {blocks_B.max()}")
     check(settings, int(counts_B.max()))
-    forbidden_V = np.asarray(forbidden_V) | (np.arange(config.vocab_size) == special.mask)
-    if settings.eos == "no_logits":
-        forbidden_V = forbidden_V | np.isin(np.arange(config.vocab_size), special.ends)
+    more = special.ends if settings.eos == "no_logits" else ()
+    forbidden_F = ids_of(forbidden_V, special.mask, *more)
     # Positions from a block's start to the canvas's end: what a pass over the prefix cache has to compute.
     suffix = int(np.max(ends_B - open_BL.argmax(axis=1)))
     params = repeated(params)
     sample = timed(
         _reverse_process,
         *(config, settings, special, int(blocks_B.max()), suffix, observe),
-        *(params, canvas_BL, open_BL, seeds(seed_B, B), forbidden_V, None if lengths_B is None else ends_B),
+        *(params, canvas_BL, open_BL, seeds(seed_B, B), forbidden_F, None if lengths_B is None else ends_B),
     )
     return sample._replace(forward_passes=sample.forward_passes * (2 if settings.cfg_scale else 1))
 
@@ -100,6 +100,11 @@ def timed(loop, *arguments) -> Sample:
 def repeated(params: transformer.Parameters) -> transformer.Parameters:
     """The parameters as many passes of one compiled loop read them best on the device there is."""
     return transformer.unstacked(params) if platform() == "cpu" else params
+
+
+def ids_of(forbidden_V: np.ndarray, *more: int) -> np.ndarray:
+    """The ids marked in `forbidden_V` and some `more`, ascending."""
+    return np.union1d(np.flatnonzero(forbidden_V), more).astype(np.int32)
 
 
 def report(observe: Observer | None, tokens_BL: jax.Array, step_BL: jax.Array, step: jax.Array) -> None:
@@ -139,11 +144,11 @@ class _Process:
     """The loop's body while it is being traced."""
 
     def __init__(
-        self, config, settings, special, blocks, suffix, observe, params, open_BL, seed_B, forbidden_V, lengths_B
+        self, config, settings, special, blocks, suffix, observe, params, open_BL, seed_B, forbidden_F, lengths_B
     ):
         self.config, self.settings, self.special, self.observe = config, settings, special, observe
         self.params, self.head_VD = params, transformer.head(config, params)
-        self.open_BL, self.seed_B, self.forbidden_V, self.lengths_B = open_BL, seed_B, forbidden_V, lengths_B
+        self.open_BL, self.seed_B, self.forbidden_F, self.lengths_B = open_BL, seed_B, forbidden_F, lengths_B
         self.L, K, self.suffix = open_BL.shape[1], settings.block_length, suffix
         self.steps_per_block = settings.steps // blocks
         # Open positions of each row from left to right; slots that a short last block leaves over point off the canvas.
@@ -250,7 +255,7 @@ class _Process:
         temperature, lengths_B = self.settings.temperature, self.lengths_B
         keys_BK = self.keys(jnp.tile(self.seed_B, copies), done_B1, block, position_BK, 0)
         masked_BK = self.masked(tokens_BL, position_BK)
-        chosen = choose(hidden_BKD, self.head_VD, masked_BK, self.forbidden_V, temperature, keys_BK)
+        chosen = choose(hidden_BKD, self.head_VD, masked_BK, self.forbidden_F, temperature, keys_BK)
         if temperature > 0:
             return chosen
         visible_BL = tokens_BL != self.special.mask

@@ -65,8 +65,8 @@ def at_once(
     G = H // K
     # The heads of a group share keys, so they stand behind each other in one longer query axis (X = G Q).
     query_BKXC = query_BQHC.reshape(B, Q, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * Q, C)
-    key_BKCL, value_BLKC = key_BLKC.transpose(0, 2, 3, 1), value_BLKC.transpose(0, 2, 1, 3)
-    scores_BKXL = jnp.matmul(query_BKXC, key_BKCL, preferred_element_type=jnp.float32) / math.sqrt(C)
+    key_BKLC, value_BKLC = key_BLKC.swapaxes(1, 2), value_BLKC.swapaxes(1, 2)
+    scores_BKXL = jnp.einsum("bkxc,bklc->bkxl", query_BKXC, key_BKLC, preferred_element_type=jnp.float32) / math.sqrt(C)
     position_L = jnp.arange(L)
     if segments_BL is not None:
         # Finite, as padding behind a length may be in a segment with no key left: its result is a mean, not NaN.
@@ -85,7 +85,7 @@ def at_once(
     top = jax.lax.stop_gradient(jnp.max(scores_BKXL, axis=-1, keepdims=True))
     weights_BKXL = jnp.exp(scores_BKXL - top)
     total = jnp.sum(weights_BKXL, axis=-1, keepdims=True)
-    mixed_BKXC = (weights_BKXL.astype(value_BLKC.dtype) @ value_BLKC / total).astype(query_BQHC.dtype)
+    mixed_BKXC = (weights_BKXL.astype(value_BKLC.dtype) @ value_BKLC / total).astype(query_BQHC.dtype)
     return mixed_BKXC.reshape(B, K, G, Q, C).transpose(0, 3, 1, 2, 4).reshape(B, Q, H, C)
 
 

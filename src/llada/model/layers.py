@@ -43,11 +43,12 @@ def angles_at(angles: tuple[jax.Array, jax.Array], at_BR: jax.Array) -> tuple[ja
 
 def rotate(x_BLHC: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Apply rotary position embedding in float32; returned in the dtype of `x`."""
-    cos, sin = (table[..., None, :] for table in angles)  # the same for all heads
-    x = x_BLHC.astype(jnp.float32)
-    left, right = jnp.split(x, 2, axis=-1)
+    # Heads go before positions while it turns: on CPU attention reads them that way, and one copy serves both.
+    cos, sin = (table if table.ndim == 2 else table[:, None] for table in angles)  # the same for all heads
+    x_BHLC = x_BLHC.astype(jnp.float32).swapaxes(1, 2)
+    left, right = jnp.split(x_BHLC, 2, axis=-1)
     turned = jnp.concatenate([-right, left], axis=-1)
-    return (x * cos + turned * sin).astype(x_BLHC.dtype)
+    return (x_BHLC * cos + turned * sin).swapaxes(1, 2).astype(x_BLHC.dtype)
 
 
 def project(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:

@@ -178,12 +178,12 @@ def _sample(config: Config, mesh, request: Request) -> Program:
     params = _inference_parameters(config, mesh)
     rows, each = mesh_lib.placement(mesh, "BL"), mesh_lib.placement(mesh, "B")
     tokens_BL = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=rows)
-    forbidden_V = jax.ShapeDtypeStruct((m.vocab_size,), bool, sharding=mesh_lib.placement(mesh, "replicated"))
+    forbidden_F = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=mesh_lib.placement(mesh, "replicated"))
     seed_B = jax.ShapeDtypeStruct((B,), jnp.uint32, sharding=each)
     if m.causal:
         prompt_B = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=each)
         jitted = functools.partial(ancestral._ancestral, config.model, special, 0.0, prompt, None)
-        arguments = (params, tokens_BL, prompt_B, forbidden_V, seed_B)
+        arguments = (params, tokens_BL, prompt_B, forbidden_F, seed_B)
         passes = float(written - 1), "a token a pass, to the end of the canvas"
         return Program("sample", jax.jit(jitted), arguments, lambda path: passes, None, None, B * written)
     settings = settings_lib.SamplerConfig(
@@ -193,7 +193,7 @@ def _sample(config: Config, mesh, request: Request) -> Program:
     blocks = -(-written // settings.block_length)
     open_BL = jax.ShapeDtypeStruct((B, L), bool, sharding=rows)
     jitted = functools.partial(sampler._reverse_process, config.model, settings, special, blocks, written, None)
-    arguments = (params, tokens_BL, open_BL, seed_B, forbidden_V, None)
+    arguments = (params, tokens_BL, open_BL, seed_B, forbidden_F, None)
     return Program(
         "sample", jax.jit(jitted), arguments, _sampler_trips(settings, blocks, B, mesh), None, None, B * written
     )
