@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from llada.mesh import ACTIVATIONS, AXES, platform
 
 
-def _block_rows() -> tuple[int, ...]:
+def block_rows(platform: str) -> tuple[int, ...]:
     """Rows per block, and what the last block may have instead: on CPU the time grows with the rows."""
-    return (32, 24, 16, 8) if platform() == "cpu" else (256,)
+    return (32, 24, 16, 8) if platform == "cpu" else (256,)
 
 
 class Choice(NamedTuple):
@@ -77,7 +77,7 @@ def level(confidence_BK: jax.Array, visible_BL: jax.Array) -> jax.Array:
 
 def _needed_rows(hidden_ND, head_VD, needed_N, forbidden_F, temperature, data_N2):
     N = len(needed_N)
-    sizes = sorted({min(N, size) for size in _block_rows()}, reverse=True)
+    sizes = sorted({min(N, size) for size in block_rows(platform())}, reverse=True)
     if sizes == [N]:
         return _rows(hidden_ND, head_VD, forbidden_F, temperature, data_N2)
     # Needed rows first, then as many blocks of them as there are.

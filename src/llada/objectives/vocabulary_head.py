@@ -1,7 +1,7 @@
 """From hidden states to per-token nats without storing logits.
 
 Only rows with a non-zero weight are multiplied with the vocabulary matrix: for masked diffusion about half of them.
-Rows are compacted, then a loop of as many blocks as there are rows to do forms `block_rows x V` logits at a time and,
+Rows are compacted, then loops of as many blocks as there are rows to do form `block_rows x V` logits at a time and,
 when differentiated, all gradients in the same pass, so nothing is recomputed. Exact for any weights. What the model
 left `Unfinished` is done in the same loop, and so for the same rows only.
 Shapes: B sequences, L tokens, N rows of one device, R rows of a block, D width, V vocabulary.
@@ -12,8 +12,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llada.mesh import ACTIVATIONS, AXES
+from llada.mesh import ACTIVATIONS, AXES, platform
 from llada.objectives.contract import Unfinished
+
+# Names of the two loops in a compiled program: `llada plan` tells them apart by these.
+WHOLE_BLOCKS, SMALLER_BLOCKS = "whole_blocks", "smaller_blocks"
 
 
 def weighted_nats(
@@ -41,7 +44,7 @@ def weighted_nats(
         )
         return total.reshape(1, 1), nats_N.reshape(targets.shape)
 
-    if not jax.sharding.get_abstract_mesh().empty:
+    if jax.sharding.get_abstract_mesh().size > 1:
         # Each device does its own rows against whole matrices: no collective inside the loop, and loops may differ in
         # length between devices.
         rows, whole = ACTIVATIONS["BL_rows"], ACTIVATIONS["replicated"]
@@ -81,17 +84,18 @@ _weighted_nats.defvjp(_forward, _backward)
 
 
 def _loop(rows, parameters, head_VD, targets_N, weights_N, finish, block_rows, with_gradients):
-    N, R = len(targets_N), min(block_rows, len(targets_N))
+    N, V = len(targets_N), len(head_VD)
+    largest, smallest = block_sizes(N, block_rows)
     used_N = weights_N != 0
     order_N = jnp.argsort(~used_N, stable=True)  # rows with work first, in their own order
     position_N = jnp.argsort(order_N)
     # Padding to whole blocks repeats row 0 with weight 0: a clamped slice would count rows twice.
-    padded = -N % R + N
+    padded = -N % smallest + N
     order = jnp.pad(order_N, (0, padded - N))
     rows, y_N = jax.tree.map(lambda x: x[order], (rows, targets_N))
     w_N = jnp.where(jnp.arange(padded) < N, weights_N[order], 0.0)
 
-    def block(i, carry):
+    def block(R, i, carry):
         total, nats_N, gradients = carry
         rows_R, y_R, w_R = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i * R, R), (rows, y_N, w_N))
         if with_gradients:
@@ -99,14 +103,19 @@ def _loop(rows, parameters, head_VD, targets_N, weights_N, finish, block_rows, w
         else:
             x_RD = finish(parameters, rows_R)
         logits_RV = jnp.einsum("rd,vd->rv", x_RD, head_VD, preferred_element_type=jnp.float32)
-        log_z_R = jax.nn.logsumexp(logits_RV, axis=-1)
-        nats_R = log_z_R - jnp.take_along_axis(logits_RV, y_R[:, None], axis=-1)[:, 0]
+        top_R = jnp.max(logits_RV, axis=-1)
+        weight_RV = jnp.exp(logits_RV - top_R[:, None])
+        if platform() == "cpu":
+            # Kept for the gradient: on CPU a second exponential costs more than writing the first one down.
+            weight_RV = jax.lax.optimization_barrier(weight_RV)
+        z_R = jnp.sum(weight_RV, axis=-1)
+        nats_R = top_R + jnp.log(z_R) - jnp.take_along_axis(logits_RV, y_R[:, None], axis=-1)[:, 0]
         nats_R = jnp.where(w_R != 0, nats_R, 0.0)
         total += jnp.sum(w_R * nats_R)
         nats_N = jax.lax.dynamic_update_slice_in_dim(nats_N, nats_R, i * R, 0)
         if with_gradients:
-            probability_RV = jnp.exp(logits_RV - log_z_R[:, None])
-            is_target_RV = jnp.arange(head_VD.shape[0]) == y_R[:, None]
+            probability_RV = weight_RV / z_R[:, None]
+            is_target_RV = jnp.arange(V) == y_R[:, None]
             d_logits_RV = (w_R[:, None] * (probability_RV - is_target_RV)).astype(x_RD.dtype)
             d_rows_R, d_parameters = pull_back(jnp.einsum("rv,vd->rd", d_logits_RV, head_VD))
             d_head_VD = jnp.einsum("rv,rd->vd", d_logits_RV, x_RD, preferred_element_type=jnp.float32)
@@ -119,10 +128,24 @@ def _loop(rows, parameters, head_VD, targets_N, weights_N, finish, block_rows, w
 
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (parameters, head_VD))
     gradients = (jax.tree.map(jnp.zeros_like, rows), *sums) if with_gradients else ()
-    blocks = (jnp.sum(used_N) + R - 1) // R
-    zeros = (jnp.zeros((), jnp.float32), jnp.zeros(padded, jnp.float32), gradients)
-    total, nats, gradients = jax.lax.fori_loop(0, blocks, block, zeros)
+    carry = (jnp.zeros((), jnp.float32), jnp.zeros(padded, jnp.float32), gradients)
+    # A block costs the same whatever share of it is needed, so what is left after whole ones goes in smaller ones.
+    turns = (jnp.sum(used_N) + smallest - 1) // smallest
+    whole = turns // (largest // smallest)
+    with jax.named_scope(WHOLE_BLOCKS):
+        carry = jax.lax.fori_loop(0, whole, functools.partial(block, largest), carry)
+    if smallest < largest:
+        with jax.named_scope(SMALLER_BLOCKS):
+            done = whole * (largest // smallest)
+            carry = jax.lax.fori_loop(done, turns, functools.partial(block, smallest), carry)
+    total, nats, gradients = carry
     if with_gradients:
         d_rows, *sums = gradients
         gradients = jax.tree.map(lambda d: d[position_N], d_rows), *sums
     return total, nats[position_N], gradients
+
+
+def block_sizes(N: int, block_rows: int) -> tuple[int, int]:
+    """Rows of a whole block and of the smaller ones behind it, for N rows of one device."""
+    largest = min(block_rows, N)
+    return largest, largest // 4 if largest % 4 == 0 else largest

@@ -19,6 +19,7 @@ from llada.errors import UserError
 from llada.inference import ancestral, choice, likelihood, sampler
 from llada.inference import settings as settings_lib
 from llada.model import transformer
+from llada.objectives import vocabulary_head
 from llada.objectives.contract import SpecialTokens
 from llada.planning import topology
 from llada.training import step as step_lib
@@ -131,14 +132,27 @@ def _train(config: Config, mesh, request: Request) -> Program:
     )
 
 
-def head_trips(rows: int, block: int, fraction: float) -> Trips:
-    """Turns of the vocabulary head's loop: as many blocks as the rows with work on one device fill, on average."""
-    block = min(block, rows)
-    # A share of the rows needs work; the last block is half empty on average, and none is when all rows do.
-    expected = rows / block if fraction == 1 else min(-(-rows // block), rows * fraction / block + 0.5)
+def head_trips(rows: int, block_rows: int, fraction: float) -> Trips:
+    """Turns of the vocabulary head's two loops: as many blocks as the rows with work on one device fill, on average."""
+    largest, smallest = vocabulary_head.block_sizes(rows, block_rows)
+    blocks = largest // smallest
+    if fraction == 1:
+        whole, smaller = divmod(-(-rows // smallest), blocks)
+    else:
+        # A share of the rows needs work; how many smaller blocks are left over is any number alike, and the last one is
+        # half empty on average.
+        smaller = (blocks - 1) / 2
+        whole = max(0.0, (rows * fraction / smallest + 0.5 - smaller) / blocks)
+    turns = {
+        vocabulary_head.WHOLE_BLOCKS: (float(whole), largest),
+        vocabulary_head.SMALLER_BLOCKS: (float(smaller), smallest),
+    }
 
     def trips(path: str) -> tuple[float, str]:
-        return expected, f"vocabulary head: {fraction:.1%} of {rows} rows in blocks of {block}"
+        for name, (expected, size) in turns.items():
+            if name in path:
+                return expected, f"vocabulary head: {fraction:.1%} of {rows} rows, in blocks of {size}"
+        return 1.0, "not known; counted once"
 
     return trips
 
@@ -206,7 +220,8 @@ def _sampler_trips(settings, blocks: int, B: int, mesh) -> Trips:
 
     def trips(path: str) -> tuple[float, str]:
         if "shard_map" in path:
-            return max(1.0, rows / 2 / choice.ROWS + 0.5), "vocabulary head: half of a block's positions, on average"
+            blocks = rows / 2 / choice.block_rows("tpu")[0] + 0.5
+            return max(1.0, blocks), "vocabulary head: half of a block's positions, on average"
         return float(steps), "steps of a block"
 
     return trips
