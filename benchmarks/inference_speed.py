@@ -11,16 +11,15 @@ half of the confidences pass the threshold. Needs torch (pip install torch).
 """
 
 import argparse
-import json
 import os
-import statistics
-import time
 
 import jax
 import numpy as np
+import timing
 import torch
 import torch_reference
 
+from llada.commands.program import use_huge_pages
 from llada.config import ModelConfig
 from llada.inference import likelihood, sampler
 from llada.inference.settings import SamplerConfig
@@ -108,24 +107,6 @@ def scoring(shape: str):
     return ours, theirs, same
 
 
-def alternate(ours, theirs, same, pairs: int) -> dict:
-    """Seconds of both and the ratio theirs / ours of each pair, with what `same` has to say about the results."""
-    facts = same(ours(), theirs())
-    seconds = {"ours": [], "pytorch": []}
-    for _ in range(pairs):
-        results = []
-        for name, program in (("ours", ours), ("pytorch", theirs)):
-            start = time.perf_counter()
-            results.append(program())
-            seconds[name].append(time.perf_counter() - start)
-        same(*results)
-    ratios = [b / a for a, b in zip(seconds["ours"], seconds["pytorch"], strict=True)]
-    out = dict(facts)
-    for name, values in (*seconds.items(), ("ratio", ratios)):
-        out[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return out
-
-
 def main() -> None:
     """Run what is named, or all, and print a line of JSON for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,6 +115,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="prompts sampled together; the published script has 3")
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
+    use_huge_pages()
     torch.set_num_threads(os.cpu_count())
     programs = {
         "sampler": lambda: sampling(options.shape, dual=False, batch=options.batch),
@@ -141,16 +123,8 @@ def main() -> None:
         "likelihood": lambda: scoring(options.shape),
     }
     for name in options.which:
-        found = alternate(*programs[name](), options.pairs)
-        where = {
-            "benchmark": name,
-            "shape": options.shape,
-            "batch": options.batch,
-            "pairs": options.pairs,
-            "device": jax.default_backend(),
-        }
-        rounded = json.loads(json.dumps(where | found), parse_float=lambda x: round(float(x), 4))
-        print(json.dumps(rounded | {"load": round(os.getloadavg()[0], 2)}), flush=True)
+        found = timing.alternate(*programs[name](), options.pairs)
+        timing.report(benchmark=name, shape=options.shape, batch=options.batch, pairs=options.pairs, **found)
 
 
 if __name__ == "__main__":

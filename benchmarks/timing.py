@@ -9,20 +9,40 @@ from collections.abc import Callable
 import jax
 
 
-def alternate(ours: Callable, theirs: Callable, same: Callable, pairs: int, rival: str = "pytorch") -> dict:
+def alternate(
+    ours: Callable,
+    theirs: Callable,
+    same: Callable,
+    pairs: int,
+    rival: str = "pytorch",
+    runs: int = 1,
+    between: Callable = lambda: None,
+) -> dict:
     """Seconds of both and the ratio theirs / ours of each pair, with what `same` has to say about the results.
 
-    The first run of each compiles and is not timed. `same(a, b)` raises where the results differ, after every pair.
+    The first run of each compiles and is not timed. `same(a, b)` raises where the results differ; it sees every pair of
+    runs. With `runs` > 1 a program's turn is an untimed run and then that many, of which the mean counts: what the
+    other one did to caches and memory is over by then. `between()` follows every run of the rival, untimed.
     """
-    facts = same(ours(), theirs())
     seconds = {"ours": [], rival: []}
-    for _ in range(pairs):
-        results = []
-        for name, program in (("ours", ours), (rival, theirs)):
+
+    def turn(program, after):
+        results, total = [], 0.0
+        for run in range(runs + (runs > 1)):
             start = time.perf_counter()
             results.append(program())
-            seconds[name].append(time.perf_counter() - start)
-        same(*results)
+            total += (time.perf_counter() - start) * (run > 0 or runs == 1)
+            after()
+        return results, total / runs
+
+    facts = same(ours(), theirs())
+    between()
+    for _ in range(pairs):
+        (a, mine), (b, other) = turn(ours, lambda: None), turn(theirs, between)
+        seconds["ours"].append(mine)
+        seconds[rival].append(other)
+        for results in zip(a, b, strict=True):
+            same(*results)
     ratios = [b / a for a, b in zip(seconds["ours"], seconds[rival], strict=True)]
     return dict(facts) | {name: spread(values) for name, values in (*seconds.items(), ("ratio", ratios))}
 

@@ -10,8 +10,10 @@
 
 Forward, backward, clipping and AdamW in float32, from the same weights, on the same tokens and masks. Both programs run
 alternately in one process, after one step each to compile; that first step is also where loss, gradient and updated
-parameters are compared. Later steps compare the loss. Printed are medians and ranges of seconds, of the ratio per pair,
-and tokens, useful FLOPs (head on masked rows) and dense-credit FLOPs (head on all rows) per second. Needs torch.
+parameters are compared. Later steps compare the loss. A turn is a step that is not timed, as it meets the memory and
+caches that the other program left, and three that are. Both programs have memory in huge pages, as `llada` takes it.
+Printed are medians and ranges of seconds, of the ratio per pair, and tokens, useful FLOPs (head on masked rows) and
+dense-credit FLOPs (head on all rows) per second. Needs torch.
 """
 
 import argparse
@@ -30,11 +32,14 @@ import torch_training
 
 from llada import accounting, config
 from llada import mesh as mesh_lib
+from llada.commands.program import use_huge_pages
 from llada.objectives import diffusion
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import LossTerms, SpecialTokens
 from llada.objectives.objective import LOSSES
 from llada.training import step as step_lib
+
+RUNS = 3  # timed steps of a turn: a step's time follows the number of masked positions
 
 SHAPES = {  # layers, width, heads, ffn, vocabulary, tokens, sequences
     "20m": (12, 384, 6, 1024, 126_464, 512, 4),
@@ -220,10 +225,9 @@ def measure(shape: str, rival: str, pairs: int) -> dict:
             facts.update(compare_first_step(ours, other, before, mine, theirs))
             before.clear()
         assert abs(mine[0] / theirs[0] - 1) < 1e-3, f"losses {mine[0]} and {theirs[0]}"
-        other.prepare()
         return facts
 
-    found = timing.alternate(ours.step, other.step, same, pairs, rival)
+    found = timing.alternate(ours.step, other.step, same, pairs, rival, RUNS, other.prepare)
     tokens, median = x0_BL.size, found["ours"]["median"]
     useful = accounting.flops_exact_per_token(c) * tokens
     dense = useful + 6 * c.model.vocab_size * c.model.width * (1 - accounting.head_fraction(c)) * tokens
@@ -240,6 +244,7 @@ def main() -> None:
     parser.add_argument("--rival", choices=("eager", "compile", "dense"), default="eager")
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
+    use_huge_pages()
     timing.report(**measure(options.shape, options.rival, options.pairs))
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from llada.commands.program import main
+from llada.commands.program import start
 
-sys.exit(main())
+sys.exit(start())

@@ -23,6 +23,12 @@ COMMANDS = {
 }
 
 
+def start() -> int:
+    """The program as a process of its own."""
+    use_huge_pages()
+    return main()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run `llada COMMAND --flags`; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -53,6 +59,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"llada {name}: interrupted", file=sys.stderr)
         return 130
+
+
+def use_huge_pages() -> None:
+    """Begin this process anew with memory in pages of 2 MB, where glibc is asked nothing else already.
+
+    XLA takes its buffers anew for every step; in pages of 4 KB their first touch is a tenth of a step on CPU. glibc
+    reads the variable only when a process begins. Nothing happens outside Linux; an old glibc ignores the variable.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _keep_compiled_programs() -> None:
