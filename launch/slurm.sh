@@ -39,7 +39,7 @@ add_accelerator
 
 before=$(newest_checkpoint "$workdir")
 again=""
-# Slurm tells the tasks of a preempted or cancelled job itself; a second SIGTERM would kill them unsaved.
+# Slurm tells the tasks of a preempted or cancelled job itself: nothing is to be passed on.
 trap 'heard=yes' TERM
 trap 'heard=yes again=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 show srun --kill-on-bad-exit=1 llada train "$@"

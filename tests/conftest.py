@@ -8,8 +8,10 @@ import random
 import tempfile
 from types import SimpleNamespace
 
-# The same step is built by many tests, and by processes that they start, and compiled by one.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llada-compiled-")
+# The same step is built by many tests, and by processes that they start, and compiled by one: pytest's workers share
+# the place that the process which starts them has made.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llada-compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax

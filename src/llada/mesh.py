@@ -129,6 +129,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """The name of the devices that the program being traced is for, such as "TPU v4"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device or jax.local_devices()[0]).device_kind
+
+
 def placement(mesh: jax.sharding.Mesh, name: str) -> NamedSharding:
     """Sharding of the activation or batch called `name`."""
     return NamedSharding(mesh, ACTIVATIONS[name])

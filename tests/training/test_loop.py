@@ -42,20 +42,26 @@ def assert_same_run(config, a, b):
     assert record(a) == record(b)
 
 
-@pytest.mark.parametrize("family", ["llada", "arm"])
-def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(tiny, trained, family, tmp_path, monkeypatch):
-    """SIGINT in the middle of a logging window, away from any planned checkpoint; then the same call again."""
+@pytest.mark.parametrize(("family", "number", "times"), [("llada", signal.SIGINT, 1), ("arm", signal.SIGTERM, 2)])
+def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
+    tiny, trained, family, number, times, tmp_path, monkeypatch
+):
+    """A signal in the middle of a logging window, away from any planned checkpoint; then the same call again.
+
+    Schedulers may send SIGTERM twice.
+    """
     config = tiny(family)
     said = metrics.Meter.add
 
     def interrupt(meter, values):
         said(meter, values)
         if meter.timed_tokens == 4 * config.tokens_per_step:  # the first step is not timed: this is after step 5
-            signal.raise_signal(signal.SIGINT)
+            for _ in range(times):
+                signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Meter, "add", interrupt)
-        with pytest.raises(loop.Interrupted, match="SIGINT"):
+        with pytest.raises(loop.Interrupted, match=number.name):
             loop.train(config, tmp_path)
     stopped_at = Checkpoints(tmp_path).latest()
     assert 5 <= stopped_at < config.steps

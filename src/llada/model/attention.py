@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from llada.mesh import ACTIVATIONS, AXES, platform
+from llada.mesh import ACTIVATIONS, AXES, device_kind, platform
 
 # From so many keys on by blocks of so many queries: 64 MB of float32 scores for 16 heads of one sequence.
 SHORT, BLOCK = 1024, 128
@@ -21,6 +21,7 @@ SHORT, BLOCK = 1024, 128
 # At least so many keys go to a kernel: below, a tile is mostly padding.
 KERNEL_FROM = 128
 LANES = 128  # a TPU register's width: sequences are padded to it
+RESIDUALS = "attention"  # name, for remat policies, of what the splash kernel keeps for its backward pass
 
 
 def attend(
@@ -172,7 +173,8 @@ def splash_kernel(causal: bool, heads: int, queries: int, keys: int, interpret: 
     """The kernel of one sequence, `(H, Q, C), (K, L, C), (K, L, C), segments -> (H, Q, C)`."""
     # Of large tiles in memory, small ones in registers: the more work a step of the grid has, the less its start costs,
     # and the fused backward pass writes a partial query gradient for each tile of keys.
-    q, kv = _tile(queries, 1024), _tile(keys, 2048)
+    # The backward pass of 2048 keys is 30 KB more than the 16 MB of fast memory that a v4 has.
+    q, kv = _tile(queries, 1024), _tile(keys, 1024 if device_kind() == "TPU v4" else 2048)
     compute = _tile(kv, 512)
     blocks = splash.BlockSizes(
         block_q=q,
@@ -187,7 +189,7 @@ def splash_kernel(causal: bool, heads: int, queries: int, keys: int, interpret: 
     return splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=blocks,
-        residual_checkpoint_name="attention",
+        residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
 

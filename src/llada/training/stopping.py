@@ -50,15 +50,19 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that receives the number of the first SIGINT or SIGTERM; a second one ends the process as usual."""
+    """Yield a list that receives the number of the first SIGINT or SIGTERM.
+
+    A Ctrl-C after it ends the process as usual: someone is waiting. A further SIGTERM does nothing: schedulers send it
+    twice, and have SIGKILL for those that take too long.
+    """
     received: list[int] = []
     previous = {}
 
     def handler(number, frame):
         received.append(number)
-        print("\nfinishing this step and saving; once more to stop at once", file=sys.stderr, flush=True)
-        for other, old in previous.items():
-            signal.signal(other, old)
+        if len(received) == 1:
+            print("\nfinishing this step and saving; Ctrl-C to stop at once", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, handler)
