@@ -19,7 +19,6 @@ import timing
 import torch
 import torch_reference
 
-from llada.commands.program import use_huge_pages
 from llada.config import ModelConfig
 from llada.inference import likelihood, sampler
 from llada.inference.settings import SamplerConfig
@@ -115,7 +114,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="prompts sampled together; the published script has 3")
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
-    use_huge_pages()
     torch.set_num_threads(os.cpu_count())
     programs = {
         "sampler": lambda: sampling(options.shape, dual=False, batch=options.batch),
