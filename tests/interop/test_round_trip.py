@@ -169,7 +169,11 @@ def test_bfloat16_is_the_cast_and_imports_as_bfloat16(build, tmp_path):
 
 
 def test_neither_export_nor_import_holds_a_model(tmp_path):
-    """Peak memory above that of a toy model stays below 1.3 times the largest of three shards, both ways."""
+    """Peak memory above that of a toy model stays below the largest of three shards, both ways.
+
+    A real model's pieces are larger than any threshold (32 MB) to which glibc raises its own, so they leave the process
+    when they are freed. These are smaller and may be kept for later: the variable asks for the same.
+    """
     script = tmp_path / "measure.py"
     script.write_text("""
 import json, sys
@@ -189,14 +193,13 @@ print(json.dumps(peaks))
 """)
     benchmarks = Path(__file__).resolve().parents[2] / "benchmarks"
     command = [sys.executable, str(script), str(benchmarks), str(tmp_path)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
-    )
+    variables = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={1 << 20}"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | variables)
     peaks = json.loads(done.stdout.splitlines()[-1])
     shards = [path.stat().st_size for path in (tmp_path / "hf_model").glob("*.safetensors")]
     assert len(shards) == 3 and max(shards) > 100_000_000
     for way in (0, 1):
-        assert peaks["model"][way] - peaks["toy"][way] < 1.3 * max(shards), (peaks, shards)
+        assert peaks["model"][way] - peaks["toy"][way] < max(shards), (peaks, shards)
 
 
 def test_a_killed_export_leaves_nothing_that_looks_like_one_and_the_next_call_succeeds(build, tmp_path):
