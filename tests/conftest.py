@@ -13,6 +13,9 @@ from types import SimpleNamespace
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llada-compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# Compiling is most of the time here, and what is compiled runs for milliseconds: without LLVM's optimisations it takes
+# half as long. XLA's own passes are the usual ones.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest

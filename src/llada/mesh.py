@@ -6,7 +6,9 @@ Axis types are Auto: the compiler propagates, and every array that matters is pi
 those of all processes; where a batch comes from and goes to is `own_positions` and `place_batch`.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -114,10 +116,34 @@ def local_batch(batch_size: int, mesh: jax.sharding.Mesh) -> int:
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:
-    """Pin an activation to the spec called `name`; nothing happens where no mesh is set."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, ACTIVATIONS[name])
+    """Pin an activation to the spec called `name`; nothing happens where every device computes for itself."""
+    axes = shared_axes()
+    return jax.lax.with_sharding_constraint(x, only(ACTIVATIONS[name], axes)) if axes else x
+
+
+def on_each_device(f: Callable, in_specs, out_specs, axes: set[str] | None = None) -> Callable:
+    """`f` as a function of whole arrays that every device applies to its own parts, placed by these specs.
+
+    Its arrays stay shared over axes that are not among `axes` (default: all), and are a device's own already over those
+    of an enclosing `on_each_device`. Where nothing is left to divide it is `f` itself.
+    """
+    axes = shared_axes().keys() & (AXES if axes is None else axes)
+    if not axes or jax.sharding.get_abstract_mesh().size == 1:
+        return f
+    in_specs, out_specs = jax.tree.map(lambda spec: only(spec, axes), (in_specs, out_specs))
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
+
+
+def shared_axes() -> dict[str, int]:
+    """Axes, and their sizes, of the mesh in force over which the compiler divides the arrays being traced."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
+
+
+def only(spec: P, axes) -> P:
+    """The spec with no axis but those."""
+    named = [(part,) if isinstance(part, str) else part or () for part in spec]
+    return P(*(tuple(axis for axis in part if axis in axes) or None for part in named))
 
 
 def platform() -> str:
@@ -159,11 +185,14 @@ def place_batch(mesh: jax.sharding.Mesh, rows_RL: np.ndarray, positions_R: np.nd
 
 def parameter_placements(mesh: jax.sharding.Mesh, tree):
     """Shardings for a tree whose leaves are parameters, or optimizer moments named like them; scalars replicate."""
+    return jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(tree))
+
+
+def parameter_specs(tree):
+    """Their PartitionSpecs."""
 
     def place(path, leaf):
-        name = str(getattr(path[-1], "key", "")) if path else ""
-        spec = PARAMETERS.get(name, P())
-        stacked = len(leaf.shape) - len(spec)
-        return NamedSharding(mesh, P(*(None,) * stacked, *spec) if spec else P())
+        spec = PARAMETERS.get(str(getattr(path[-1], "key", "")) if path else "", P())
+        return P(*(None,) * (len(leaf.shape) - len(spec)), *spec) if spec else P()
 
     return jax.tree_util.tree_map_with_path(place, tree)

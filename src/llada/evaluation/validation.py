@@ -49,7 +49,7 @@ def bound_draws(
     draws: int,
     mask_id: int,
     estimator: str,
-    head_rows: int,
+    head_rows: int | None,
 ) -> jax.Array:
     """`nats_MB`: M = `draws` unbiased estimates of each row's bound, in nats per row; LLaDA Eq. (4) or (6).
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llada.mesh import ACTIVATIONS, AXES, platform
+from llada.mesh import ACTIVATIONS, on_each_device, platform
 
 
 def block_rows(platform: str) -> tuple[int, ...]:
@@ -53,17 +53,11 @@ def choose(
         )
         return token_N.reshape(needed.shape), confidence_N.reshape(needed.shape)
 
-    if not jax.sharding.get_abstract_mesh().empty:
-        # Rows are independent: each device does its own, and their loops may differ in length.
-        rows, whole = ACTIVATIONS["BL"], ACTIVATIONS["VD_gathered"]
-        on_one_device = jax.shard_map(
-            on_one_device,
-            in_specs=(ACTIVATIONS["BLD"], whole, rows, ACTIVATIONS["replicated"], ACTIVATIONS["BLD"]),
-            out_specs=(rows, rows),
-            axis_names=set(AXES),
-            check_vma=False,
-        )
-    return Choice(*on_one_device(hidden_BKD, head_VD, needed_BK, forbidden_F, data_BK2))
+    # Rows are independent: each device does its own, and their loops may differ in length.
+    rows, whole = ACTIVATIONS["BL"], ACTIVATIONS["VD_gathered"]
+    places = (ACTIVATIONS["BLD"], whole, rows, ACTIVATIONS["replicated"], ACTIVATIONS["BLD"])
+    choose_all = on_each_device(on_one_device, places, (rows, rows))
+    return Choice(*choose_all(hidden_BKD, head_VD, needed_BK, forbidden_F, data_BK2))
 
 
 def level(confidence_BK: jax.Array, visible_BL: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from llada.mesh import ACTIVATIONS, AXES, device_kind, platform
+from llada.mesh import ACTIVATIONS, device_kind, on_each_device, platform, shared_axes
 
 # From so many keys on by blocks of so many queries: 64 MB of float32 scores for 16 heads of one sequence.
 SHORT, BLOCK = 1024, 128
@@ -145,21 +145,14 @@ def on_tpu(
         mixed_BHQC = jax.vmap(kernel)(query, key, value, segments)
         return mixed_BHQC.swapaxes(1, 2)[:, :Q]
 
-    if not jax.sharding.get_abstract_mesh().empty:
-        heads, rows = ACTIVATIONS["BLHC"], ACTIVATIONS["BL"]
-        of_one_device = jax.shard_map(
-            of_one_device,
-            in_specs=(heads, heads, heads, rows, rows),
-            out_specs=heads,
-            axis_names=set(AXES),
-            check_vma=False,
-        )
-    return of_one_device(query_BQHC, key_BLKC, value_BLKC, segments_BQ, segments_BL)
+    heads, rows = ACTIVATIONS["BLHC"], ACTIVATIONS["BL"]
+    attend = on_each_device(of_one_device, (heads, heads, heads, rows, rows), heads)
+    return attend(query_BQHC, key_BLKC, value_BLKC, segments_BQ, segments_BL)
 
 
 def _divides(shape_BLHC: tuple[int, ...]) -> bool:
     """Whether sequences and heads divide over the mesh in force; a batch of one, say, does not."""
-    size = dict(jax.sharding.get_abstract_mesh().shape)
+    size = shared_axes()
     ways = size.get("data", 1) * size.get("fsdp", 1)
     return shape_BLHC[0] % ways == 0 and shape_BLHC[2] % size.get("tensor", 1) == 0
 

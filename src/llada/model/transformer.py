@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llada import fsdp
 from llada.config import ModelConfig
 from llada.mesh import constrain, platform
 from llada.model import attention, layers
@@ -168,9 +169,11 @@ class Transformer(nn.Module):
     def scanned(self, count: int):
         """`count` blocks as one: compile time does not grow with their number."""
         c = self.config
-        block = Block
+        # Parts of a layer's parameters are put together inside what is done again: no layer stays whole.
+        gather = functools.partial(fsdp.whole, dtype=jnp.dtype(c.dtype))
+        block = Block if self.is_initializing() else nn.map_variables(Block, "params", trans_in_fn=gather)
         if c.remat != "none":
-            block = nn.remat(Block, policy=_POLICIES[c.remat], prevent_cse=False)
+            block = nn.remat(block, policy=_POLICIES[c.remat], prevent_cse=False)
         # Turns of one layer copy weights and activations on CPU and GPU; on TPU they cost nothing, and compile quickly.
         unroll = {"cpu": 4, "gpu": c.layers}.get(platform(), 1) if c.scan_unroll is None else c.scan_unroll
         stack = nn.scan(
@@ -224,8 +227,9 @@ def unfinished(config: ModelConfig, params: Parameters, tokens_BL: jax.Array, le
     What is left to do is the last block's row-wise part and the final norm, for those rows an objective needs.
     """
     dtype = jnp.dtype(config.dtype)
-    last = jax.tree.map(lambda leaf: leaf[-1], params["layers"])
-    before = params | {"layers": jax.tree.map(lambda leaf: leaf[:-1], params["layers"]), "last": last}
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    rest = fsdp.whole(rest | {"last": jax.tree.map(lambda leaf: leaf[-1], params["layers"])}, dtype)
+    before, last = rest | {"layers": jax.tree.map(lambda leaf: leaf[:-1], params["layers"])}, rest["last"]
     rows, _ = Transformer(config, until_rows=True).apply({"params": before}, tokens_BL, lengths_B)
     weights = {name: last[name].astype(dtype) for name in ("output", "gate", "up", "down")}
     norms = {"ffn_norm": last["ffn_norm"], "final_norm": params["final_norm"]}
@@ -273,7 +277,8 @@ def _apply(config, params, keep_cache, *inputs, **more):
 
 def head(config: ModelConfig, params: Parameters) -> jax.Array:
     """The vocabulary matrix `head_VD`, float32: the embedding where they are tied."""
-    return params["embedding"] if config.tie_embeddings else params["head"]
+    name = "embedding" if config.tie_embeddings else "head"
+    return fsdp.whole({name: params[name]}, jnp.dtype(config.dtype))[name]
 
 
 def logits(config: ModelConfig, params: Parameters, tokens_BL: jax.Array, lengths_B: jax.Array | None = None):

@@ -24,7 +24,7 @@ def row_nats(
     x0_BL: jax.Array,
     lengths_B: jax.Array | None,
     special: SpecialTokens,
-    head_rows: int,
+    head_rows: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of -log p(x_i | x_<i) over the valid tokens, and `nats_BL`. Gradients flow through the first value only."""
     hidden = predict(shift_right(x0_BL, special.eos), lengths_B)

@@ -73,7 +73,7 @@ def bound_terms(
     x0_BL: jax.Array,
     lengths_B: jax.Array | None,
     corruption: Corruption,
-    head_rows: int,
+    head_rows: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """One draw of the bound: sum over masked tokens of weight x nats, and those `nats_BL` unweighted.
 

@@ -125,7 +125,7 @@ def _train(config: Config, mesh, request: Request) -> Program:
         "train",
         step_lib.compile_step(config, special_tokens(config), mesh),
         (state, batch_BL),
-        head_trips(rows, config.objective.head_rows, accounting.head_fraction(config)),
+        head_trips(rows, config.objective.head_rows or vocabulary_head.ROWS["tpu"], accounting.head_fraction(config)),
         tokens * accounting.flops_exact_per_token(config),
         tokens * accounting.flops_exact_per_token(config, dense_head=True),
         tokens,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llada import fsdp
 from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.model import transformer
@@ -42,31 +43,9 @@ def train_step(state: TrainState, batch_BL: jax.Array, config: Config, special: 
     same gradient; noise belongs to sequences, not to microbatches, so they see the same draws too.
     metrics: float32 scalars, names and units as in `training/metrics.py`.
     """
-    B, L = batch_BL.shape
-    G = config.train.microbatches
-    loss = LOSSES[config.objective.name]
-
-    def microbatch_loss(params, tokens_BL, sequence_B):
-        predict = lambda *given: Unfinished(*transformer.unfinished(config.model, params, *given))  # noqa: E731
-        noise = Noise(config.seed, state.step, sequence_B, B)
-        terms = loss(predict, transformer.head(config.model, params), tokens_BL, noise, special, config.objective)
-        return terms.nats, terms
-
-    gradient = jax.grad(microbatch_loss, has_aux=True)
-    sequence_B = jnp.arange(B)
-    if G == 1:
-        gradients, terms = gradient(state.params, batch_BL, sequence_B)
-    else:
-        # Microbatch g takes every G-th sequence: each device splits its own rows, and nothing moves between devices.
-        split_GBL = batch_BL.reshape(B // G, G, L).swapaxes(0, 1)
-        split_GB = sequence_B.reshape(B // G, G).swapaxes(0, 1)
-
-        def accumulate(carry, microbatch):
-            return jax.tree.map(jnp.add, carry, gradient(state.params, *microbatch)), None
-
-        zeros = (jax.tree.map(jnp.zeros_like, state.params), LossTerms(*(jnp.float32(0),) * len(LossTerms._fields)))
-        (gradients, terms), _ = jax.lax.scan(accumulate, zeros, (split_GBL, split_GB))
-
+    B = len(batch_BL)
+    sums = fsdp.batch_sums(functools.partial(_gradient_sums, config, special, B))
+    gradients, terms = sums(state.params, (batch_BL, jnp.arange(B)), state.step)
     gradients = jax.tree.map(lambda g: g / terms.token_count, gradients)
     updates, optimizer_state = optimizer.make(config).update(gradients, state.optimizer_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -80,6 +59,35 @@ def train_step(state: TrainState, batch_BL: jax.Array, config: Config, special: 
         "token_count": terms.token_count,
     }
     return TrainState(state.step + 1, params, optimizer_state), metrics
+
+
+def _gradient_sums(config: Config, special: SpecialTokens, batch_size: int, params, batch, step):
+    """Gradients and LossTerms, as sums over the sequences of `batch`: (tokens_BL, which of the step's they are)."""
+    tokens_BL, sequence_B = batch
+    B, L = tokens_BL.shape
+    G = config.train.microbatches
+    loss = LOSSES[config.objective.name]
+
+    def microbatch_loss(params, tokens_BL, sequence_B):
+        predict = lambda *given: Unfinished(*transformer.unfinished(config.model, params, *given))  # noqa: E731
+        noise = Noise(config.seed, step, sequence_B, batch_size)
+        terms = loss(predict, transformer.head(config.model, params), tokens_BL, noise, special, config.objective)
+        return terms.nats, terms
+
+    gradient = jax.grad(microbatch_loss, has_aux=True)
+    if G == 1:
+        return gradient(params, tokens_BL, sequence_B)
+    # Microbatch g takes every G-th sequence: each device splits its own rows, and nothing moves between devices.
+    split_GBL = tokens_BL.reshape(B // G, G, L).swapaxes(0, 1)
+    split_GB = sequence_B.reshape(B // G, G).swapaxes(0, 1)
+
+    def accumulate(carry, microbatch):
+        # The barrier hides reduce-scatters from XLA's while-loop-all-reduce-code-motion, which fails on them for TPU.
+        own = jax.lax.optimization_barrier(gradient(params, *microbatch))
+        return jax.tree.map(jnp.add, carry, own), None
+
+    zeros = (jax.tree.map(jnp.zeros_like, params), LossTerms(*(jnp.float32(0),) * len(LossTerms._fields)))
+    return jax.lax.scan(accumulate, zeros, (split_GBL, split_GB))[0]
 
 
 def compile_step(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh):

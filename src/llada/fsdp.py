@@ -1,0 +1,54 @@
+"""Fully sharded data parallelism, spelt out: each device computes on its own sequences with parts of the parameters.
+
+A part becomes whole where it is used, from those of the other devices along `fsdp`; the transpose of that is a
+reduce-scatter, so gradients come back as parts. Left to the compiler they are whole on every device first: twice the
+bytes on the wires. What `data` repeats is added up once a step, whatever the number of microbatches.
+"""
+
+from collections.abc import Callable
+
+import jax
+
+from llada import mesh as mesh_lib
+from llada.mesh import ACTIVATIONS, BATCH
+
+
+def batch_sums(f: Callable) -> Callable:
+    """`f(params, batch, *common) -> (gradients, sums)` of the whole batch, from `f` of every device's sequences.
+
+    `batch` is a tuple of arrays with sequences first, `common` is the same everywhere, `sums` add up over sequences.
+    """
+
+    def on_whole_batch(params, batch, *common):
+        if jax.sharding.get_abstract_mesh().size <= 1:
+            return f(params, batch, *common)
+        specs = mesh_lib.parameter_specs(params)
+
+        def on_own_sequences(params, batch, *common):
+            gradients, sums = f(params, batch, *common)
+            return jax.tree.map(_add, gradients, specs), jax.lax.psum(sums, BATCH)
+
+        # Without tensor parallelism nothing is left for the compiler to divide: a kernel may stand anywhere then.
+        axes = {axis for axis, size in mesh_lib.shared_axes().items() if axis in BATCH or size == 1}
+        own, same = ACTIVATIONS["B"], ACTIVATIONS["replicated"]
+        places = specs, own, *(same,) * len(common)
+        return mesh_lib.on_each_device(on_own_sequences, places, (specs, same), axes)(params, batch, *common)
+
+    return on_whole_batch
+
+
+def _add(gradient: jax.Array, spec) -> jax.Array:
+    return jax.lax.psum(gradient, "data" if "fsdp" in spec else BATCH)
+
+
+def whole(params, dtype):
+    """Parameters as they are used, matrices in `dtype`, from a device's parts of them; else as they come."""
+    if "fsdp" not in jax.sharding.get_abstract_mesh().manual_axes:
+        return params
+
+    def gather(leaf, spec):
+        if "fsdp" not in spec:
+            return leaf
+        return jax.lax.all_gather(leaf.astype(dtype), "fsdp", axis=spec.index("fsdp"), tiled=True)
+
+    return jax.tree.map(gather, params, mesh_lib.parameter_specs(params))
