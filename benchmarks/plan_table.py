@@ -2,7 +2,8 @@
 
 python benchmarks/plan_table.py [--models=llada_1b,llada_8b] [--topologies=v5p:4x4x8] [--again]
 
-Each entry is the real step compiled for the slice, pure FSDP, full remat, with the fewest microbatches that fit; a
+Each entry is the real step compiled for the slice, parameters split over FSDP devices (a plane or a line of the torus:
+gradients in parts of at least 128 channels) and repeated over the rest, with the fewest microbatches that fit; a
 compilation that does not fit says how many to try next. Entries already in table.json are kept: interrupt it freely.
 Nothing here is a measurement. Needs libtpu (pip install 'llada-jax[tpu]'); about a minute a compilation on 2 cores.
 """
@@ -20,7 +21,8 @@ from llada.planning import programs, report, search, topology
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = "llada_1b,llada_8b,arm_1b,arm_7b"
-TOPOLOGIES = "v4:4x4x4,v5e:16x16,v5p:4x4x8,v6e:16x16,tpu7x:4x4x4"
+FSDP = {"v4:4x4x4": 16, "v5e:16x16": 32, "v5p:4x4x8": 16, "v6e:16x16": 16, "tpu7x:4x4x4": 32}
+TOPOLOGIES = ",".join(FSDP)
 
 
 def main():
@@ -51,11 +53,11 @@ def main():
 def entry(model: str, name: str, remat: str) -> dict:
     """The plan with the fewest microbatches that fit; or the refusal, where not even one sequence a device does."""
     place = topology.describe(name)
-    fsdp, microbatches = len(place.devices), 1
+    devices, fsdp, microbatches = len(place.devices), FSDP[name], 1
     while True:
         overrides = {"mesh.fsdp": str(fsdp), "model.remat": remat, "train.microbatches": str(microbatches)}
         config = experiment.read(str(ROOT / "experiments" / f"{model}.py"), {})
-        batch = max(fsdp, config.train.batch_size // fsdp * fsdp)  # ARM 7B's 4,224 is no multiple of 256
+        batch = max(devices, config.train.batch_size // devices * devices)  # ARM 7B's 4,224 is no multiple of 256
         config = experiment.read(
             str(ROOT / "experiments" / f"{model}.py"), overrides | {"train.batch_size": str(batch)}
         )
@@ -67,7 +69,7 @@ def entry(model: str, name: str, remat: str) -> dict:
             print(key_line(model, name, found), flush=True)
             return found
         print(f"{model} {name}, {microbatches} microbatches: {compiled.refusal.splitlines()[0][-120:]}", flush=True)
-        per_device = batch // fsdp
+        per_device = batch // devices
         wanted = search.wanted_bytes(compiled.refusal) * place.chip.devices / place.chip.capacity * microbatches
         larger = [g for g in range(microbatches + 1, per_device + 1) if per_device % g == 0]
         if not larger:
@@ -96,22 +98,23 @@ def table(entries: dict) -> str:
         "dense-credit MFU on all; neither credits recomputation. The floor is the roofline alone: what perfect "
         "overlap would reach.",
         "",
-        "| model | slice | chips | remat | sequences at once per device | peak HBM GiB of | executed / useful "
-        "| FSDP bytes / least | hidden | s per step | tokens/s/chip | useful MFU | dense-credit MFU | floor, s "
-        "| days for its tokens |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | slice | chips | data x fsdp | remat | sequences at once per device | peak HBM GiB of "
+        "| executed / useful | FSDP bytes / least | gathers and scatters asynchronous | s per step | tokens/s/chip "
+        "| useful MFU | dense-credit MFU | floor, s | days for its tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, found in entries.items():
         model, name, remat = key.split()
         if "refusal" in found:
-            lines.append(f"| `{model}` | {name} | | {remat} | {found['refusal']} |" + " |" * 10)
+            lines.append(f"| `{model}` | {name} | | | {remat} | {found['refusal']} |" + " |" * 10)
             continue
         p, t, m, f = (found[group] for group in ("projection", "traffic", "hbm_bytes", "matrix_flops"))
         at_once = found["batch_size"] // found["devices"] // found["microbatches"]
         lines.append(
-            f"| `{model}` | {name} | {found['chips']} | {remat} | {at_once} "
+            f"| `{model}` | {name} | {found['chips']} "
+            f"| {found['mesh']['data']} x {found['mesh']['fsdp']} | {remat} | {at_once} "
             f"| {m['peak'] / 2**30:.1f} of {m['capacity'] / 2**30:.1f} | {f['executed_over_useful']:.3f} "
-            f"| {t['fsdp_over_minimum']:.2f} | {t['hidden_share']:.0%} | {p['seconds']:.2f} "
+            f"| {t['fsdp_over_minimum']:.2f} | {t['parts_asynchronous_share']:.0%} | {p['seconds']:.2f} "
             f"| {p['tokens_per_second_per_chip']:,.0f} | {p['useful_mfu']:.1%} | {p['dense_credit_mfu']:.1%} "
             f"| {p['roofline_seconds']:.2f} | {p['budget_days']:,.0f} |"
         )

@@ -132,6 +132,9 @@ def _traffic(config: Config, program: Program, mesh, moved: traffic.Traffic, pla
     total = sum(per_axis.values())
     hidden = devices * sum(c.times * c.bytes * c.hidden / c.seconds for c in moved.collectives if c.seconds)
     overlapped = devices * sum(c.times * c.bytes for c in moved.collectives if c.asynchronous)
+    parts = [c for c in moved.collectives if c.kind in ("all-gather", "reduce-scatter")]
+    parts_bytes = sum(c.times * c.bytes for c in parts)
+    parts_overlapped = sum(c.times * c.bytes for c in parts if c.asynchronous)
     minimum = None
     if program.name == "train" and mesh.shape["fsdp"] > 1:
         share = (mesh.shape["fsdp"] - 1) / mesh.shape["fsdp"] / mesh.shape["tensor"]
@@ -145,6 +148,7 @@ def _traffic(config: Config, program: Program, mesh, moved: traffic.Traffic, pla
         "fsdp_over_minimum": None if minimum is None else fsdp / minimum,
         "asynchronous_share": overlapped / total if total else None,
         "hidden_share": hidden / total if total else None,
+        "parts_asynchronous_share": parts_overlapped / parts_bytes if parts_bytes else None,
     }
 
 
@@ -206,6 +210,8 @@ def text(found: dict[str, Any]) -> str:
         lines.append(
             _row("overlap", f"{t['asynchronous_share']:.1%} of bytes asynchronous, {t['hidden_share']:.1%} hidden")
         )
+    if t["parts_asynchronous_share"] is not None:
+        lines.append(_row("gathers, scatters", f"{t['parts_asynchronous_share']:.1%} of their bytes asynchronous"))
     lines += [
         "",
         "projection, not a measurement",
