@@ -7,6 +7,7 @@
   --rival   eager    `torch_training.py`: logits of all positions, then the masked ones'
             compile  the same through torch.compile
             dense    our own step with logits of all positions, the oracle of the vocabulary head
+            chunked  the same 2,048 positions at a time, computed again in the backward pass
 
 Forward, backward, clipping and AdamW in float32, from the same weights, on the same tokens and masks. Both programs run
 alternately in one process, after one step each to compile; that first step is also where loss, gradient and updated
@@ -21,6 +22,7 @@ import dataclasses
 import functools
 import os
 
+import dense_losses
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,8 +37,7 @@ from llada import mesh as mesh_lib
 from llada.commands.program import use_huge_pages
 from llada.objectives import diffusion
 from llada.objectives import noise as noise_lib
-from llada.objectives.contract import LossTerms, SpecialTokens
-from llada.objectives.objective import LOSSES
+from llada.objectives.contract import SpecialTokens
 from llada.training import step as step_lib
 
 RUNS = 3  # timed steps of a turn: a step's time follows the number of masked positions
@@ -82,29 +83,6 @@ def corrupt(c: config.Config, special: SpecialTokens, x0_BL: jax.Array, step: ja
     maskable_BL = jnp.ones((B, L), bool)
     got = diffusion.forward_process(x0_BL, t_B, uniform_BL, maskable_BL, special.mask, c.objective.eps)
     return got.xt_BL, got.masked_BL, 1 / got.weight_B
-
-
-def dense_loss(predict, head_VD, x0_BL, noise, special, objective) -> LossTerms:
-    """`diffusion.loss` with logits of all positions, kept for the backward pass."""
-    B, L = x0_BL.shape
-    t_B = noise_lib.times(noise, objective.time_sampling)
-    uniform_BL = noise_lib.uniform(noise, noise_lib.MASK, (L,))
-    got = diffusion.forward_process(x0_BL, t_B, uniform_BL, jnp.ones((B, L), bool), special.mask, objective.eps)
-    rows, finish, weights = predict(got.xt_BL, None)
-    flat = jax.tree.map(lambda x: x.reshape(B * L, -1), rows)
-    hidden_BLD = finish(weights, flat).reshape(B, L, -1)  # of all rows: the last layer leaves nothing out here
-    logits_BLV = jnp.einsum("bld,vd->blv", hidden_BLD, head_VD.astype(hidden_BLD.dtype))
-    nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV.astype(jnp.float32), x0_BL)
-    nats_BL = jnp.where(got.masked_BL, nats_BL, 0.0)
-    return LossTerms(
-        jnp.sum(nats_BL * got.weight_B[:, None]),
-        jnp.float32(B * L),
-        jnp.sum(nats_BL),
-        jnp.sum(got.masked_BL, dtype=jnp.float32),
-    )
-
-
-LOSSES["dense"] = dense_loss
 
 
 class Ours:
@@ -165,10 +143,9 @@ class Torch:
 class Dense(Ours):
     """Our own step with logits of all positions, in the shape of the rival."""
 
-    def __init__(self, c: config.Config, special: SpecialTokens, x0_BL: np.ndarray):
-        super().__init__(
-            dataclasses.replace(c, objective=dataclasses.replace(c.objective, name="dense")), special, x0_BL
-        )
+    def __init__(self, c: config.Config, special: SpecialTokens, x0_BL: np.ndarray, objective: str):
+        objective = dataclasses.replace(c.objective, name=objective)
+        super().__init__(dataclasses.replace(c, objective=objective), special, x0_BL)
 
     def prepare(self) -> None:
         """Nothing: it draws its own masks, the same ones."""
@@ -216,7 +193,10 @@ def measure(shape: str, rival: str, pairs: int) -> dict:
     ours = Ours(c, special, x0_BL)
     params = jax.device_get(ours.state.params)
     before = ours.named(params)
-    other = Dense(c, special, x0_BL) if rival == "dense" else Torch(c, special, x0_BL, params, rival == "compile")
+    if rival in ("eager", "compile"):
+        other = Torch(c, special, x0_BL, params, rival == "compile")
+    else:
+        other = Dense(c, special, x0_BL, rival)
     del params
     facts = {}
 
@@ -241,7 +221,9 @@ def main() -> None:
     """Print a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="20m")
-    parser.add_argument("--rival", choices=("eager", "compile", "dense"), default="eager")
+    parser.add_argument(
+        "--rival", choices=("eager", "compile", dense_losses.WHOLE, dense_losses.CHUNKED), default="eager"
+    )
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
     use_huge_pages()

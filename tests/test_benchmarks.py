@@ -25,7 +25,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("rival", ["eager", "dense"])
+@pytest.mark.parametrize("rival", ["eager", "dense", "chunked"])
 def test_our_step_and_its_rival_make_the_same_step(rival, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     found = train_speed.measure("toy", rival, pairs=1)
