@@ -64,16 +64,22 @@ def entry(model: str, name: str, remat: str) -> dict:
         mesh = mesh_lib.make(config.mesh, place.devices)
         program = programs.make(config, mesh, "train", programs.Request())
         compiled = programs.lower_and_compile(program, mesh)
-        if compiled.refusal is None:
-            found = report.figures(config, place, mesh, program, compiled)
+        found = None if compiled.refusal else report.figures(config, place, mesh, program, compiled)
+        if found and found["hbm_bytes"]["peak_share"] <= 1:
             print(key_line(model, name, found), flush=True)
             return found
-        print(f"{model} {name}, {microbatches} microbatches: {compiled.refusal.splitlines()[0][-120:]}", flush=True)
+        # Without a refusal what the compiler allots may still be more than there is.
+        share = (
+            found["hbm_bytes"]["peak_share"]
+            if found
+            else (search.wanted_bytes(compiled.refusal) * place.chip.devices / place.chip.capacity)
+        )
+        print(f"{model} {name}, {microbatches} microbatches: {share:.0%} of HBM", flush=True)
         per_device = batch // devices
-        wanted = search.wanted_bytes(compiled.refusal) * place.chip.devices / place.chip.capacity * microbatches
+        wanted = share * microbatches
         larger = [g for g in range(microbatches + 1, per_device + 1) if per_device % g == 0]
         if not larger:
-            return {"refusal": report.refusal(config, place, mesh, program, compiled)}
+            return {"refusal": f"one sequence at once on a device wants {share:.0%} of HBM"}
         # Memory falls more slowly than the batch, so one step further than in proportion is not too far.
         microbatches = next((g for g in larger if g >= wanted), larger[-1])
 

@@ -175,7 +175,8 @@ def text(found: dict[str, Any]) -> str:
         "",
         "HBM per chip",
         *(_row(kind, gibibytes(m[kind])) for kind in ("arguments", "outputs", "aliased", "temporaries", "program")),
-        _row("peak", f"{gibibytes(m['peak'])} of {gibibytes(m['capacity'])}: {m['peak_share']:.1%}"),
+        _row("peak", f"{gibibytes(m['peak'])} of {gibibytes(m['capacity'])}: {m['peak_share']:.1%}")
+        + (", MORE THAN THERE IS: raise --config.train.microbatches or mesh.fsdp" if m["peak_share"] > 1 else ""),
         "",
         "matrix FLOPs per chip",
         _row(

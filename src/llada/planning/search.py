@@ -189,7 +189,9 @@ def _compile(config: Config, place: Slice, mesh_config: MeshConfig, remat: str, 
     if compiled.refusal:
         return Point(changed, sequences, wanted_bytes(compiled.refusal) * place.chip.devices, None)
     figures = report.figures(changed, place, mesh, program, compiled)
-    return Point(changed, sequences, figures["hbm_bytes"]["peak"], figures)
+    peak = figures["hbm_bytes"]["peak"]
+    # Compiled is not yet within HBM: the compiler may allot more than there is.
+    return Point(changed, sequences, peak, figures if peak <= place.chip.capacity else None)
 
 
 def wanted_bytes(refusal: str) -> float:
