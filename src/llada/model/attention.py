@@ -146,8 +146,8 @@ def on_tpu(
         return mixed_BHQC.swapaxes(1, 2)[:, :Q]
 
     heads, rows = ACTIVATIONS["BLHC"], ACTIVATIONS["BL"]
-    attend = on_each_device(of_one_device, (heads, heads, heads, rows, rows), heads)
-    return attend(query_BQHC, key_BLKC, value_BLKC, segments_BQ, segments_BL)
+    of_all = on_each_device(of_one_device, (heads, heads, heads, rows, rows), heads)
+    return of_all(query_BQHC, key_BLKC, value_BLKC, segments_BQ, segments_BL)
 
 
 def _divides(shape_BLHC: tuple[int, ...]) -> bool:

@@ -276,7 +276,7 @@ def _apply(config, params, keep_cache, *inputs, **more):
 
 
 def head(config: ModelConfig, params: Parameters) -> jax.Array:
-    """The vocabulary matrix `head_VD`, float32: the embedding where they are tied."""
+    """The vocabulary matrix `head_VD`, the embedding where they are tied: float32, or `fsdp.whole` from its parts."""
     name = "embedding" if config.tie_embeddings else "head"
     return fsdp.whole({name: params[name]}, jnp.dtype(config.dtype))[name]
 

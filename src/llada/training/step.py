@@ -82,8 +82,10 @@ def _gradient_sums(config: Config, special: SpecialTokens, batch_size: int, para
     split_GB = sequence_B.reshape(B // G, G).swapaxes(0, 1)
 
     def accumulate(carry, microbatch):
-        # The barrier hides reduce-scatters from XLA's while-loop-all-reduce-code-motion, which fails on them for TPU.
-        own = jax.lax.optimization_barrier(gradient(params, *microbatch))
+        own = gradient(params, *microbatch)
+        if mesh_lib.platform() == "tpu":
+            # Hides reduce-scatters from XLA's while-loop-all-reduce-code-motion, which fails on them.
+            own = jax.lax.optimization_barrier(own)
         return jax.tree.map(jnp.add, carry, own), None
 
     zeros = (jax.tree.map(jnp.zeros_like, params), LossTerms(*(jnp.float32(0),) * len(LossTerms._fields)))
