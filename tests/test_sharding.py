@@ -95,7 +95,9 @@ def main():
 
     jax.config.update("jax_default_matmul_precision", "highest")
     B, L, V = 8, 16, 64
-    rows = np.random.default_rng(0).integers(4, V, (3, B, L)).astype(np.int32)
+    rng = np.random.default_rng(0)
+    rows = rng.integers(4, V, (3, B, L)).astype(np.int32)
+    documents = np.where(rng.random(rows.shape) < 0.1, 1, rows)  # with ends of text among them
 
     def build(causal, data, fsdp, tensor, microbatches):
         c = config_lib.default_config()
@@ -103,6 +105,7 @@ def main():
         c.model.update(dict(dtype="float32", causal=causal, init_std=0.2))
         c.objective.update(dict(name="autoregressive" if causal else "diffusion", random_length_fraction=0.5))
         c.objective.head_rows = 24  # not a divisor of anything
+        c.objective.block_cross_document_attention = causal
         c.data.sequence_length = L
         c.train.update(dict(batch_size=B, microbatches=microbatches, steps=10))
         c.mesh.update(dict(data=data, fsdp=fsdp, tensor=tensor))
@@ -130,7 +133,7 @@ def main():
             initial = jax.tree.map(np.asarray, state.params)
             train_step = step_lib.compile_step(config, SpecialTokens(mask=3, eos=1), mesh)
             seen = []
-            for batch_BL in rows:
+            for batch_BL in documents if causal else rows:
                 state, metrics = train_step(state, jax.device_put(batch_BL, mesh_lib.placement(mesh, "BL")))
                 seen.append(jax.tree.map(float, metrics))
         out["losses"] = [m["loss_nats_per_token"] for m in seen]

@@ -62,6 +62,7 @@ class ObjectiveConfig:
     eps: float = 1e-3  # masking probability p = (1 - eps) t + eps
     time_sampling: str = "stratified"  # stratified over the global batch | iid, as in the paper
     random_length_fraction: float = 0.01  # sequences cut to a length drawn from U[1, L]
+    block_cross_document_attention: bool = False  # a row holds parts of several documents: each sees itself only
     head_rows: int | None = None  # token positions per vocabulary-sized block of logits; None: by platform
 
 

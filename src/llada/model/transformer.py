@@ -58,7 +58,7 @@ class Block(nn.Module):
     joined: bool = False  # one matrix for queries, keys and values: see `unstacked`
 
     @nn.compact
-    def __call__(self, x_BLD, cache, angles, lengths_B, position_BQ, at_BR=None):
+    def __call__(self, x_BLD, cache, angles, lengths_B, position_BQ, segments_BL=None, at_BR=None):
         """Map the residual stream to itself; the second value is what `nn.scan` stacks: this layer's cache, if kept.
 
         With a `cache`, `x` holds only the positions `position_BQ`, whose keys and values replace the cached ones. With
@@ -97,7 +97,7 @@ class Block(nn.Module):
             at = (jnp.arange(len(k_BLKC))[:, None], position_BQ)
             k_BLKC = cache.key.at[at].set(k_BLKC, mode="drop")
             v_BLKC = cache.value.at[at].set(v_BLKC, mode="drop")
-        mixed_BLHC = attention.attend(q_BLHC, k_BLKC, v_BLKC, c.causal, lengths_B, query_position_BQ)
+        mixed_BLHC = attention.attend(q_BLHC, k_BLKC, v_BLKC, c.causal, lengths_B, query_position_BQ, segments_BL)
         weights = {
             "output": self.param("output", branch_end, (H, C, D)),
             "ffn_norm": self.param("ffn_norm", ones, (D,)),
@@ -135,7 +135,7 @@ class Transformer(nn.Module):
     until_rows: bool = False  # stop before the last block's `block_end`, with its arguments
 
     @nn.compact
-    def __call__(self, tokens_BL, lengths_B=None, position_BQ=None, cache=None, at_BR=None):
+    def __call__(self, tokens_BL, lengths_B=None, position_BQ=None, cache=None, at_BR=None, segments_BL=None):
         """Hidden states `hidden_BLD` in the compute dtype, and the cache if kept; the head is declared, not used."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
@@ -153,15 +153,15 @@ class Transformer(nn.Module):
             for i in range(c.layers):
                 at = at_BR if i + 1 == c.layers else None
                 block = Block(c, self.keep_cache, joined=True, name=f"layer_{i}")
-                x_BLD, own = block(x_BLD, cache and cache[i], angles, lengths_B, position_BQ, at)
+                x_BLD, own = block(x_BLD, cache and cache[i], angles, lengths_B, position_BQ, segments_BL, at)
                 kept.append(own)
             cache = tuple(kept)
         elif self.until_rows:
             if c.layers > 1:
-                x_BLD, _ = self.scanned(c.layers - 1)(x_BLD, None, angles, lengths_B, position_BQ)
-            return Block(c, until_rows=True, name="last")(x_BLD, None, angles, lengths_B, position_BQ)
+                x_BLD, _ = self.scanned(c.layers - 1)(x_BLD, None, angles, lengths_B, position_BQ, segments_BL)
+            return Block(c, until_rows=True, name="last")(x_BLD, None, angles, lengths_B, position_BQ, segments_BL)
         else:
-            x_BLD, cache = self.scanned(c.layers)(x_BLD, cache, angles, lengths_B, position_BQ)
+            x_BLD, cache = self.scanned(c.layers)(x_BLD, cache, angles, lengths_B, position_BQ, segments_BL)
             x_BLD = x_BLD if at_BR is None else layers.take(x_BLD, at_BR)
         scale_D = self.param("final_norm", nn.initializers.ones_init(), (c.width,))
         return layers.rms_norm(x_BLD, scale_D, c.norm_eps), cache
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *(nn.broadcast,) * 4),
             length=count,
             unroll=min(unroll, count),
         )
@@ -213,15 +213,23 @@ def hidden(
     tokens_BL: jax.Array,
     lengths_B: jax.Array | None = None,
     at_BR: jax.Array | None = None,
+    segments_BL: jax.Array | None = None,
 ):
     """Normalised last hidden states `hidden_BLD`; positions >= lengths_B are neither seen nor meaningful.
 
     With `at_BR` the states of those positions only, `(B, R, D)`: the last layer then leaves the others out.
+    With `segments_BL` (int32 >= 0) positions see those of their own segment.
     """
-    return _apply(config, params, False, tokens_BL, lengths_B, at_BR=at_BR)[0]
+    return _apply(config, params, False, tokens_BL, lengths_B, at_BR=at_BR, segments_BL=segments_BL)[0]
 
 
-def unfinished(config: ModelConfig, params: Parameters, tokens_BL: jax.Array, lengths_B: jax.Array | None = None):
+def unfinished(
+    config: ModelConfig,
+    params: Parameters,
+    tokens_BL: jax.Array,
+    lengths_B: jax.Array | None = None,
+    segments_BL: jax.Array | None = None,
+):
     """`(rows, finish, weights)`: `finish(weights, rows)` of any flat rows is what `hidden` has for them.
 
     What is left to do is the last block's row-wise part and the final norm, for those rows an objective needs.
@@ -230,7 +238,9 @@ def unfinished(config: ModelConfig, params: Parameters, tokens_BL: jax.Array, le
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
     rest = fsdp.whole(rest | {"last": jax.tree.map(lambda leaf: leaf[-1], params["layers"])}, dtype)
     before, last = rest | {"layers": jax.tree.map(lambda leaf: leaf[:-1], params["layers"])}, rest["last"]
-    rows, _ = Transformer(config, until_rows=True).apply({"params": before}, tokens_BL, lengths_B)
+    rows, _ = Transformer(config, until_rows=True).apply(
+        {"params": before}, tokens_BL, lengths_B, segments_BL=segments_BL
+    )
     weights = {name: last[name].astype(dtype) for name in ("output", "gate", "up", "down")}
     norms = {"ffn_norm": last["ffn_norm"], "final_norm": params["final_norm"]}
     return rows, functools.partial(_finish, config), weights | norms

@@ -59,6 +59,15 @@ def is_valid(x0_BL: jax.Array, lengths_B: jax.Array | None) -> jax.Array:
     return jnp.arange(x0_BL.shape[1])[None, :] < lengths_B[:, None]
 
 
+def documents(x0_BL: jax.Array, eos: int) -> jax.Array:
+    """Int32 (B, L): which document of its row a token belongs to, its end-of-text token being its last.
+
+    An ARM's input at i is the token before i, so its segments are these too: a document then begins with that `eos`.
+    """
+    ends_BL = (x0_BL == eos).astype(jnp.int32)
+    return jnp.cumsum(ends_BL, axis=1) - ends_BL
+
+
 def token_count(x0_BL: jax.Array, lengths_B: jax.Array | None) -> jax.Array:
     """Tokens that count, as float32 (exact below 2^24 a microbatch)."""
     return jnp.float32(x0_BL.size) if lengths_B is None else jnp.sum(lengths_B, dtype=jnp.float32)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from llada import config as config_lib
 from llada.errors import UserError
 from llada.training import metrics as metrics_lib
 
@@ -16,6 +17,7 @@ class RunRecord(NamedTuple):
 
     name: str
     workdir: Path
+    config: config_lib.Config
     summary: dict
     lines: list[dict]
 
@@ -41,16 +43,22 @@ def read_run(name: str, workdir: Path) -> RunRecord:
             summary["eval_nats_per_token"] = found["nats_per_token"]
             summary["eval_stderr"] = found["stderr"]
             summary["eval_bits_per_byte"] = found["bits_per_byte"]
-    return RunRecord(name, workdir, summary, metrics_lib.read(workdir / "metrics.jsonl"))
+    config = config_lib.load(workdir / "config.json")
+    return RunRecord(name, workdir, config, summary, metrics_lib.read(workdir / "metrics.jsonl"))
 
 
 def check_twins(runs: list[RunRecord]) -> None:
     """UserError unless the runs read the same rows in the same order with the same tokenizer."""
+    places = " and ".join(str(run.workdir) for run in runs)
     for key in ("tokenizer_sha256", "corpus_digest", "rows_digest"):
         values = {run.summary[key] for run in runs}
         if len(values) > 1:
-            places = " and ".join(str(run.workdir) for run in runs)
             raise UserError(f"{places} differ in {key}, so their losses do not compare; train both on the same data")
+    if len({run.config.objective.block_cross_document_attention for run in runs}) > 1:
+        raise UserError(
+            f"{places} differ in objective.block_cross_document_attention: one saw the other documents of a row, so "
+            "their losses do not compare; train both alike"
+        )
 
 
 ROWS = (
