@@ -68,7 +68,6 @@ def torch_program(name: str, arrays):
     compiled = torch.compile(nats_of)
 
     def run():
-        hidden_ND.grad = head_VD.grad = None
         if name == "linear":
             logits_NV = F.linear(hidden_ND, head_VD)
             nats = F.cross_entropy(logits_NV[masked_N], targets_N[masked_N], reduction="none")
@@ -77,7 +76,9 @@ def torch_program(name: str, arrays):
             nats = compiled(hidden_ND[masked_N], targets_N[masked_N])
         total = (nats * weights_N[masked_N]).sum()
         total.backward()
-        return total.item(), (hidden_ND.grad, head_VD.grad)
+        gradients = hidden_ND.grad, head_VD.grad
+        hidden_ND.grad = head_VD.grad = None  # the caller's alone: a next run would find them in its memory
+        return total.item(), gradients
 
     return run
 

@@ -17,7 +17,11 @@ from llada.objectives.contract import Unfinished
 
 # Rows of a block where the config says none. Each block reads and writes the whole float32 gradient of the vocabulary
 # matrix, 8 bytes for 2 FLOPs a row, and the data sheets of accelerators have 166 to 560 FLOPs for a byte.
-ROWS = {"cpu": 512, "gpu": 1024, "tpu": 2048}
+ROWS = {"cpu": 256, "gpu": 1024, "tpu": 2048}
+
+# On CPU gradients take so many entries of the vocabulary at a time: XLA writes a product before it adds it to a sum,
+# and what is small is still in the caches then. Elsewhere the sum is part of the product.
+PIECE = 2048
 
 # Names of the two loops in a compiled program: `llada plan` tells them apart by these.
 WHOLE_BLOCKS, SMALLER_BLOCKS = "whole_blocks", "smaller_blocks"
@@ -88,6 +92,7 @@ def _loop(rows, parameters, head_VD, targets_N, weights_N, finish, block_rows, w
     N, V = len(targets_N), len(head_VD)
     largest, smallest = block_sizes(N, block_rows)
     used_N = weights_N != 0
+    on_cpu = platform() == "cpu"
     order_N = jnp.argsort(~used_N, stable=True)  # rows with work first, in their own order
     position_N = jnp.argsort(order_N)
     # Padding to whole blocks repeats row 0 with weight 0: a clamped slice would count rows twice.
@@ -106,25 +111,38 @@ def _loop(rows, parameters, head_VD, targets_N, weights_N, finish, block_rows, w
         logits_RV = jnp.einsum("rd,vd->rv", x_RD, head_VD, preferred_element_type=jnp.float32)
         top_R = jnp.max(logits_RV, axis=-1)
         weight_RV = jnp.exp(logits_RV - top_R[:, None])
-        if platform() == "cpu":
-            # Kept for the gradient: on CPU a second exponential costs more than writing the first one down.
+        if on_cpu:
+            # Kept for the gradient: a second exponential costs more there than writing the first one down, over the
+            # logits. For that their targets are not read from them; products there are as exact either way.
             weight_RV = jax.lax.optimization_barrier(weight_RV)
+            target_R = jnp.sum(x_RD.astype(jnp.float32) * head_VD[y_R].astype(jnp.float32), axis=-1)
+        else:
+            target_R = jnp.take_along_axis(logits_RV, y_R[:, None], axis=-1)[:, 0]
         z_R = jnp.sum(weight_RV, axis=-1)
-        nats_R = top_R + jnp.log(z_R) - jnp.take_along_axis(logits_RV, y_R[:, None], axis=-1)[:, 0]
+        nats_R = top_R + jnp.log(z_R) - target_R
         nats_R = jnp.where(w_R != 0, nats_R, 0.0)
         total += jnp.sum(w_R * nats_R)
         nats_N = jax.lax.dynamic_update_slice_in_dim(nats_N, nats_R, i * R, 0)
         if with_gradients:
-            probability_RV = weight_RV / z_R[:, None]
-            is_target_RV = jnp.arange(V) == y_R[:, None]
-            d_logits_RV = (w_R[:, None] * (probability_RV - is_target_RV)).astype(x_RD.dtype)
-            d_rows_R, d_parameters = pull_back(jnp.einsum("rv,vd->rd", d_logits_RV, head_VD))
-            d_head_VD = jnp.einsum("rv,rd->vd", d_logits_RV, x_RD, preferred_element_type=jnp.float32)
-            d_rows, *sums = gradients
+            d_rows, sum_parameters, sum_head_VD = gradients
+
+            def piece(P, start, carry):
+                d_x_RD, sum_head_VD = carry
+                probability_RP = jax.lax.dynamic_slice_in_dim(weight_RV, start, P, 1) / z_R[:, None]
+                is_target_RP = start + jnp.arange(P) == y_R[:, None]
+                d_logits_RP = (w_R[:, None] * (probability_RP - is_target_RP)).astype(x_RD.dtype)
+                head_PD, sum_PD = (jax.lax.dynamic_slice_in_dim(a, start, P) for a in (head_VD, sum_head_VD))
+                d_x_RD += jnp.einsum("rp,pd->rd", d_logits_RP, head_PD, preferred_element_type=jnp.float32)
+                sum_PD += jnp.einsum("rp,rd->pd", d_logits_RP, x_RD, preferred_element_type=jnp.float32)
+                return d_x_RD, jax.lax.dynamic_update_slice_in_dim(sum_head_VD, sum_PD, start, 0)
+
+            carry = jnp.zeros(x_RD.shape, jnp.float32), sum_head_VD
+            d_x_RD, sum_head_VD = _in_pieces(piece, V, PIECE if on_cpu else V, carry)
+            d_rows_R, d_parameters = pull_back(d_x_RD.astype(x_RD.dtype))
             d_rows = jax.tree.map(
                 lambda d, new: jax.lax.dynamic_update_slice_in_dim(d, new, i * R, 0), d_rows, d_rows_R
             )
-            gradients = d_rows, *jax.tree.map(jnp.add, tuple(sums), (d_parameters, d_head_VD))
+            gradients = d_rows, jax.tree.map(jnp.add, sum_parameters, d_parameters), sum_head_VD
         return total, nats_N, gradients
 
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (parameters, head_VD))
@@ -144,6 +162,15 @@ def _loop(rows, parameters, head_VD, targets_N, weights_N, finish, block_rows, w
         d_rows, *sums = gradients
         gradients = jax.tree.map(lambda d: d[position_N], d_rows), *sums
     return total, nats[position_N], gradients
+
+
+def _in_pieces(piece, V: int, size: int, carry):
+    """`carry` after `piece(entries, first entry, carry)` over a vocabulary of V, `size` entries at a time."""
+    turns = V // size if size < V else 0
+    if turns:
+        carry = jax.lax.fori_loop(0, turns, lambda i, carry: piece(size, i * size, carry), carry)
+    rest = V - turns * size
+    return piece(rest, V - rest, carry) if rest else carry
 
 
 def block_sizes(N: int, block_rows: int) -> tuple[int, int]:
