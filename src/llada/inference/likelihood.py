@@ -306,9 +306,9 @@ def _batches(lengths: np.ndarray, settings: LikelihoodConfig):
             yield here[start : start + size], int(L)
 
 
-def _head_rows() -> int:
+def head_rows(platform: str) -> int:
     """Rows per block of the vocabulary head. The last block is part padding: on CPU that is time lost."""
-    return 64 if mesh_lib.platform() == "cpu" else 512
+    return 64 if platform == "cpu" else 512
 
 
 def _bucket(length: int) -> int:
@@ -331,7 +331,7 @@ def _row_nats(config, special, scale, params, tokens_BL, masked_BL, scored_BL, o
     hidden_BLD = transformer.hidden(config, params, rows_BL, guidance.both(lengths_B, scale))
     head_VD = transformer.head(config, params)
     weights_BL = scored_BL.astype(jnp.float32)
-    _, nats_BL = weighted_nats(guidance.mixed(hidden_BLD, scale), head_VD, tokens_BL, weights_BL, _head_rows())
+    _, nats_BL = weighted_nats(guidance.mixed(hidden_BLD, scale), head_VD, tokens_BL, weights_BL, head_rows(mesh_lib.platform()))
     return jnp.sum(nats_BL, axis=1)
 
 
@@ -371,7 +371,7 @@ def _order_nats(config, special, scale, params, tokens_BL, open_BL, lengths_B):
         confidence_BL = level(confidence_BL, inside_BL & ~masked_BL)
         best_B1 = jnp.argmax(jnp.where(masked_BL, confidence_BL, -jnp.inf), axis=1, keepdims=True)
         picked_BL = (jnp.arange(masked_BL.shape[1]) == best_B1) & masked_BL
-        _, nats_BL = weighted_nats(hidden_BLD, head_VD, tokens_BL, picked_BL.astype(jnp.float32), _head_rows())
+        _, nats_BL = weighted_nats(hidden_BLD, head_VD, tokens_BL, picked_BL.astype(jnp.float32), head_rows(mesh_lib.platform()))
         return masked_BL & ~picked_BL, nats_B + jnp.sum(nats_BL, axis=1)
 
     start = (jnp.asarray(open_BL), jnp.zeros(len(tokens_BL)))

@@ -172,7 +172,7 @@ def _likelihood(config: Config, mesh, request: Request) -> Program:
         "likelihood",
         jax.jit(functools.partial(likelihood._row_nats, config.model, special, 0.0)),
         (params, *rows, None),
-        head_trips(per_device, 512, fraction),
+        head_trips(per_device, likelihood.head_rows("tpu"), fraction),
         B * L * accounting.flops_exact_per_token(config) / 3,
         B * L * accounting.flops_exact_per_token(config, dense_head=True) / 3,
         B * L,
