@@ -331,7 +331,9 @@ def _row_nats(config, special, scale, params, tokens_BL, masked_BL, scored_BL, o
     hidden_BLD = transformer.hidden(config, params, rows_BL, guidance.both(lengths_B, scale))
     head_VD = transformer.head(config, params)
     weights_BL = scored_BL.astype(jnp.float32)
-    _, nats_BL = weighted_nats(guidance.mixed(hidden_BLD, scale), head_VD, tokens_BL, weights_BL, head_rows(mesh_lib.platform()))
+    _, nats_BL = weighted_nats(
+        guidance.mixed(hidden_BLD, scale), head_VD, tokens_BL, weights_BL, head_rows(mesh_lib.platform())
+    )
     return jnp.sum(nats_BL, axis=1)
 
 
@@ -371,7 +373,9 @@ def _order_nats(config, special, scale, params, tokens_BL, open_BL, lengths_B):
         confidence_BL = level(confidence_BL, inside_BL & ~masked_BL)
         best_B1 = jnp.argmax(jnp.where(masked_BL, confidence_BL, -jnp.inf), axis=1, keepdims=True)
         picked_BL = (jnp.arange(masked_BL.shape[1]) == best_B1) & masked_BL
-        _, nats_BL = weighted_nats(hidden_BLD, head_VD, tokens_BL, picked_BL.astype(jnp.float32), head_rows(mesh_lib.platform()))
+        _, nats_BL = weighted_nats(
+            hidden_BLD, head_VD, tokens_BL, picked_BL.astype(jnp.float32), head_rows(mesh_lib.platform())
+        )
         return masked_BL & ~picked_BL, nats_B + jnp.sum(nats_BL, axis=1)
 
     start = (jnp.asarray(open_BL), jnp.zeros(len(tokens_BL)))
