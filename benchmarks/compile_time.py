@@ -1,6 +1,7 @@
 """What compiling the training step costs, and what the compiled program contains: python benchmarks/compile_time.py
 
-  depth   seconds to trace, lower and compile the step of 32 layers and of 2, scanned, alternately
+  depth   seconds to trace, lower and compile the step of 32 layers and of 2, alternately: a layer a turn of the scan
+          (scan_unroll=1, what TPUs get), then as many as this platform gets
   warm    the same in fresh processes, with an empty compilation cache and with a full one
   traces  how often a short `llada train` traces its step
   head    matrix-product FLOPs of the vocabulary head in one step of the compiled program (the loop's body times its
@@ -37,9 +38,12 @@ from llada.training import step as step_lib
 BATCH, LENGTH = 4, 256
 
 
-def build(layers: int, width: int, vocab: int = 4096) -> tuple[config_lib.Config, SpecialTokens]:
+def build(
+    layers: int, width: int, vocab: int = 4096, scan_unroll: int | None = None
+) -> tuple[config_lib.Config, SpecialTokens]:
     """A scanned model in the dtype of a real run, and special tokens."""
     model = dict(layers=layers, width=width, heads=width // 64, ffn=4 * width, vocab_size=vocab, max_length=LENGTH)
+    model["scan_unroll"] = scan_unroll
     values = dict(
         model=model,
         objective=dict(random_length_fraction=0.0),
@@ -70,13 +74,17 @@ def compile_once(config: config_lib.Config, special: SpecialTokens):
 
 def depth(width: int, pairs: int) -> dict:
     """32 layers against 2."""
-    seconds = {32: [], 2: []}
     compile_once(*build(2, width))  # JAX's own start-up
-    for _ in range(pairs):
-        for layers, found in seconds.items():
-            found.append(compile_once(*build(layers, width))[0]["total"])
-    ratio = [a / b for a, b in zip(seconds[32], seconds[2], strict=True)]
-    return {f"layers_{n}": timing.spread(found) for n, found in seconds.items()} | {"ratio": timing.spread(ratio)}
+    out = {}
+    for name, unroll in (("scanned", 1), ("default", None)):
+        seconds = {32: [], 2: []}
+        for _ in range(pairs):
+            for layers, found in seconds.items():
+                found.append(compile_once(*build(layers, width, scan_unroll=unroll))[0]["total"])
+        ratio = [a / b for a, b in zip(seconds[32], seconds[2], strict=True)]
+        spreads = {f"layers_{n}": timing.spread(found) for n, found in seconds.items()}
+        out[name] = spreads | {"ratio": timing.spread(ratio)}
+    return out
 
 
 def warm(width: int) -> dict:
@@ -144,7 +152,8 @@ def _ints(text: str) -> tuple[int, ...]:
 
 def head(width: int) -> dict:
     """C11's ratio, and the bound it must keep: masked rows rounded up to blocks, over all rows."""
-    config, special = build(1, width)  # the head's products do not depend on depth
+    # Its products do not depend on depth. A vocabulary of one piece: FLOPs of a loop within the loops would hide.
+    config, special = build(1, width, vocab=vocabulary_head.PIECE)
     config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, head_rows=128))
     _, compiled = compile_once(config, special)
     body = head_flops(compiled.as_text(), config.model.vocab_size)

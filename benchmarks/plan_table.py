@@ -2,8 +2,8 @@
 
 python benchmarks/plan_table.py [--models=llada_1b,llada_8b] [--topologies=v5p:4x4x8] [--again]
 
-Each entry is the real step compiled for the slice, parameters split over FSDP devices (a plane or a line of the torus:
-gradients in parts of at least 128 channels) and repeated over the rest, with the fewest microbatches that fit; a
+Each entry is the real step compiled for the slice, parameters split over FSDP devices (on a torus of three axes not
+over all: there gradients would come back whole) and repeated over the rest, with the fewest microbatches that fit; a
 compilation that does not fit says how many to try next. Entries already in table.json are kept: interrupt it freely.
 Nothing here is a measurement. Needs libtpu (pip install 'llada-jax[tpu]'); about a minute a compilation on 2 cores.
 """
@@ -21,7 +21,7 @@ from llada.planning import programs, report, search, topology
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = "llada_1b,llada_8b,arm_1b,arm_7b"
-FSDP = {"v4:4x4x4": 16, "v5e:16x16": 32, "v5p:4x4x8": 16, "v6e:16x16": 16, "tpu7x:4x4x4": 32}
+FSDP = {"v4:4x4x4": 32, "v5e:16x16": 128, "v5p:4x4x8": 32, "v6e:16x16": 128, "tpu7x:4x4x4": 32}
 TOPOLOGIES = ",".join(FSDP)
 
 

@@ -8,6 +8,7 @@ bytes on the wires. What `data` repeats is added up once a step, whatever the nu
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from llada import mesh as mesh_lib
 from llada.mesh import ACTIVATIONS, BATCH
@@ -23,10 +24,18 @@ TPU_OPTIONS = {
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
 }
 
+# On-chip memory that a product may fill on those with 64 MiB or more (a v4 has 16): in the 16 that it gets otherwise a
+# large one takes up to twice as long. More than this takes minutes to compile.
+VMEM = {"xla_tpu_scoped_vmem_limit_kib": 48 * 1024}
+WITH_VMEM = ("TPU v5", "TPU v5 lite", "TPU v6 lite", "TPU7x")
 
-def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool] | None:
+
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | int] | None:
     """What to compile a training step for this mesh with."""
-    return TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
+    device = mesh.devices.flat[0]
+    if device.platform != "tpu":
+        return None
+    return TPU_OPTIONS | (VMEM if device.device_kind in WITH_VMEM else {})
 
 
 def batch_sums(f: Callable) -> Callable:
@@ -65,6 +74,10 @@ def whole(params, dtype):
     def gather(leaf, spec):
         if "fsdp" not in spec:
             return leaf
-        return jax.lax.all_gather(leaf.astype(dtype), "fsdp", axis=spec.index("fsdp"), tiled=True)
+        # Along the first axis, wherever it is: the compiler lays arrays out as it likes, but along the last one a part
+        # of fewer than 128 channels comes back to a TPU by an all-reduce of everything.
+        axis = spec.index("fsdp")
+        part = jnp.moveaxis(leaf.astype(dtype), axis, 0)
+        return jnp.moveaxis(jax.lax.all_gather(part, "fsdp", tiled=True), 0, axis)
 
     return jax.tree.map(gather, params, mesh_lib.parameter_specs(params))

@@ -151,3 +151,40 @@ def test_products_of_attention_kernels():
     assert kernels.flops("%splash_mha_dkv.1", "", operands, 2, False) == 4 * product
     assert kernels.flops("%splash_mha_dkv_segmented.1", "", operands, 3, False) == 5 * product
     assert kernels.flops("%other", '"cost_estimate":{"flops":"123"}', operands, 1, False) == 123
+
+
+# As the TPU compiler prints a layer's part of what all layers keep: taken and put back through fusions within.
+STACKED = """
+HloModule by_hand
+
+%same (p: bf16[31,16,128]) -> bf16[31,16,128] {
+  ROOT %p = bf16[31,16,128]{2,1,0} parameter(0)
+}
+
+%take (p.1: bf16[31,16,128], i.1: s32[]) -> bf16[1,16,128] {
+  %p.1 = bf16[31,16,128]{2,1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %copy.1 = bf16[31,16,128]{2,1,0} fusion(%p.1), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%same
+  ROOT %slice = bf16[1,16,128]{2,1,0} dynamic-slice(%copy.1, %i.1), dynamic_slice_sizes={1,16,128}
+}
+
+%put (p.2: bf16[31,16,128], i.2: s32[], new: bf16[1,16,128]) -> bf16[31,16,128] {
+  %p.2 = bf16[31,16,128]{2,1,0} parameter(0)
+  %i.2 = s32[] parameter(1)
+  %new = bf16[1,16,128]{2,1,0} parameter(2)
+  %copy.2 = bf16[31,16,128]{2,1,0} fusion(%p.2), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%same
+  ROOT %update = bf16[31,16,128]{2,1,0} dynamic-update-slice(%copy.2, %new, %i.2)
+}
+
+ENTRY %main (a: bf16[31,16,128], i: s32[]) -> bf16[31,16,128] {
+  %a = bf16[31,16,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %taken = bf16[1,16,128]{2,1,0} fusion(%a, %i), kind=kLoop, calls=%take
+  ROOT %b = bf16[31,16,128]{2,1,0} fusion(%a, %i, %taken), kind=kLoop, calls=%put
+}
+"""
+
+
+def test_of_what_is_stacked_a_slice_is_read_and_written():
+    index = 4  # bytes of i, read by both
+    assert projection.hbm_bytes(hlo.Module(STACKED)) == 4 * (16 * 128 * 2) + 2 * index

@@ -128,6 +128,42 @@ def test_collective_bytes_are_those_by_hand(libtpu):
     assert [(c.axes, c.bytes) for c in summed] == [(("fsdp",), 2 * 4 * 3 / 4)]
 
 
+# As the TPU compiler prints two scatters on the SparseCores: one channel, and both under way.
+SCATTERS = """
+HloModule by_hand
+
+%scatter (p: bf16[8,128]) -> bf16[2,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  ROOT %one = bf16[2,128]{1,0} reduce-scatter(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%other (q: bf16[16,128]) -> bf16[4,128] {
+  %q = bf16[16,128]{1,0} parameter(0)
+  ROOT %two = bf16[4,128]{1,0} reduce-scatter(%q), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (a: bf16[8,128], b: bf16[16,128]) -> (bf16[2,128], bf16[4,128]) {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %b = bf16[16,128]{1,0} parameter(1)
+  %s.1 = ((bf16[8,128]{1,0}), bf16[2,128]{1,0}) call-start(%a), async_execution_thread="sparsecore", to_apply=%scatter
+  %s.2 = ((bf16[16,128]{1,0}), bf16[4,128]{1,0}) call-start(%b), async_execution_thread="sparsecore", to_apply=%other
+  %d.1 = bf16[2,128]{1,0} call-done(%s.1)
+  %d.2 = bf16[4,128]{1,0} call-done(%s.2)
+  ROOT %both = (bf16[2,128]{1,0}, bf16[4,128]{1,0}) tuple(%d.1, %d.2)
+}
+"""
+
+
+def test_collectives_of_one_channel_under_way_at_once_all_count(libtpu):
+    place = topology.describe("v5e:2x2")
+    links = traffic.Links(mesh_lib.make(MeshConfig(fsdp=4), place.devices), place)
+    moved = traffic.Traffic(hlo.Module(SCATTERS), links).collectives
+    assert sorted((c.kind, c.bytes, c.asynchronous) for c in moved) == [
+        ("reduce-scatter", 3 * 2 * 128 * 2, True),
+        ("reduce-scatter", 3 * 4 * 128 * 2, True),
+    ]
+
+
 @pytest.mark.parametrize(
     "attributes, group",
     [

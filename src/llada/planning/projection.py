@@ -16,6 +16,7 @@ HBM_SHARE = 0.9
 
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota")
 _FREE += ("copy-done", "after-all", "partition-id", "replica-id")
+_SLICES = ("dynamic-slice", "gather", "slice")
 
 
 class Projection(NamedTuple):
@@ -89,28 +90,62 @@ def hbm_bytes(module: Module) -> float:
 
 def _moved(module: Module, name: str, instruction: Instruction) -> float:
     called = instruction.called("calls") if instruction.opcode == "fusion" else []
-    inner = module.computations[called[0]] if called else []
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * _change(module, name, instruction)
     written = sum(a.bytes for a in instruction.arrays if not a.fast)
     read = 0.0
-    parameters = {i.arguments: i for i in inner if i.opcode == "parameter"}
-    if instruction.opcode == "dynamic-update-slice":
-        part = module.operand(name, instruction, 1)
-        return 2 * sum(a.bytes for a in part.arrays) if part else 0.0
+    numbers = {i.arguments: i.name for i in module.computations[called[0]] if i.opcode == "parameter"} if called else {}
     for number, operand in enumerate(instruction.operands):
         made = module.by_name[name].get(operand)
         whole = sum(a.bytes for a in made.arrays if not a.fast) if made is not None else 0.0
-        if instruction.opcode in ("dynamic-slice", "gather", "slice"):
+        if instruction.opcode in _SLICES:
             whole = min(whole, sum(a.bytes for a in instruction.arrays))
-        if str(number) in parameters:
-            parameter = parameters[str(number)]
-            users = [i for i in inner if parameter.name in i.operands]
-            if users and all(i.opcode in ("dynamic-slice", "gather", "slice") for i in users):
-                whole = min(whole, sum(a.bytes for i in users for a in i.arrays))
-            for user in users:
-                if user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-                    part = module.operand(called[0], user, 1)
-                    change = sum(a.bytes for a in part.arrays) if part else 0.0
-                    written -= sum(a.bytes for a in user.arrays if not user.arrays[0].fast) - change
-                    whole = 0.0
+        elif whole and str(number) in numbers:
+            whole = _read(module, called[0], numbers[str(number)], whole)
         read += whole
-    return read + max(written, 0.0)
+    return read + max(written - sum(_kept(module, c) for c in called), 0.0)
+
+
+def _read(module: Module, computation: str, array: str, whole: float) -> float:
+    """Bytes that a fused computation reads of an array: slices where only they are taken, none if it is renewed."""
+    total = 0.0
+    for user in module.computations[computation]:
+        if array not in user.operands:
+            continue
+        if user.opcode in _SLICES:
+            total += sum(a.bytes for a in user.arrays)
+        elif _renames(user):
+            total += _read(module, computation, user.name, whole)
+        elif user.opcode == "fusion":
+            called = user.called("calls")[0]
+            inner = {i.arguments: i.name for i in module.computations[called] if i.opcode == "parameter"}
+            places = [inner[str(k)] for k, operand in enumerate(user.operands) if operand == array]
+            total += sum(_read(module, called, place, whole) for place in places)
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] != array:
+            return whole
+    return min(total, whole)
+
+
+def _kept(module: Module, computation: str) -> float:
+    """Bytes of a fused computation's result that it does not write: what a slice was put into stays where it is."""
+    total = 0.0
+    for i in module.computations[computation]:
+        if i.opcode == "fusion":
+            total += sum(_kept(module, called) for called in i.called("calls"))
+        if i.opcode != "dynamic-update-slice" or i.arrays[0].fast:
+            continue
+        origin = module.operand(computation, i, 0)
+        while origin is not None and _renames(origin):
+            origin = module.operand(computation, origin, 0)
+        if origin is not None and origin.opcode == "parameter":
+            total += sum(a.bytes for a in i.arrays) - _change(module, computation, i)
+    return total
+
+
+def _change(module: Module, computation: str, update: Instruction) -> float:
+    part = module.operand(computation, update, 1)
+    return sum(a.bytes for a in part.arrays) if part else 0.0
+
+
+def _renames(instruction: Instruction) -> bool:
+    return instruction.opcode == "bitcast" or "output_to_operand_aliasing={{}: (0, {})}" in instruction.attributes

@@ -111,7 +111,7 @@ class _Flight(NamedTuple):
     """A collective under way while a schedule is followed."""
 
     record: list  # [remaining seconds, hidden seconds]
-    key: str
+    channel: str | None = None
 
 
 class Traffic:
@@ -150,20 +150,26 @@ class Traffic:
             role, inner = self._role(instruction)
             if role == "start":
                 about = self._measure(inner)
-                key = _meeting(inner) or _channel(inner) or instruction.name
-                flight = _Flight([about["seconds"], 0.0], key)
+                flight = _Flight([about["seconds"], 0.0], _channel(inner))
                 flying.append(flight)
-                started[flight.key] = (flight, about)
+                started[_meeting(inner) or instruction.name] = (flight, about)
             elif role == "done":
-                key = _channel(inner) if inner is not None else None
-                key = key if key in started else self._starter(name, instruction, started)
+                # A channel names one collective, or, where it is 1, any number of them under way at once.
+                alike = [
+                    k for k, (flight, _) in started.items() if inner is not None and flight.channel == _channel(inner)
+                ]
+                key = (
+                    alike[0]
+                    if len(alike) == 1
+                    else self._starter(name, instruction, started) or next(iter(alike), None)
+                )
                 if key in started:
                     flight, about = started.pop(key)
                     ended.append((flight, about))
                     flying = deque(f for f in flying if f is not flight)
             elif role == "whole":
                 about = self._measure(inner)
-                ended.append((_Flight([about["seconds"], 0.0], instruction.name), about | {"asynchronous": False}))
+                ended.append((_Flight([about["seconds"], 0.0]), about | {"asynchronous": False}))
             else:
                 work = module.instruction_cycles(name, instruction) / self.links.slice.chip.clock
                 for flight in flying:
@@ -221,9 +227,6 @@ class Traffic:
                 return operand.name
             if operand.opcode == "recv" and _meeting(operand) in started:
                 return _meeting(operand)
-            role, inner = self._role(operand)
-            if role == "start":
-                return _channel(inner) or operand.name
             todo.extend(operand.operands[:1])
         return None
 
