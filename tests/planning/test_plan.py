@@ -74,6 +74,20 @@ def test_the_head_meets_its_expected_rows_only(step):
     assert flops["executed"] == pytest.approx(flops["useful"] + head / 8, rel=0.15)
 
 
+def test_loops_over_a_devices_own_rows_hold_no_collective(step):
+    """Devices leave them after different numbers of turns: one inside would wait for those that have left."""
+    module = hlo.Module(step.compiled.text, step.program.trips)
+    own = [i for body in module.computations.values() for i in body if i.opcode == "while" and "_blocks" in i.path]
+    assert len(own) == 2
+    todo, seen = [loop.called("body")[0] for loop in own], []
+    while todo:
+        seen.append(todo.pop())
+        for i in module.computations[seen[-1]]:
+            assert not i.opcode.startswith(traffic.KINDS), i.name
+            todo += [*hlo.callees(i), *(i.called("body") if i.opcode == "while" else [])]
+    assert len(seen) > 10
+
+
 def test_memory_is_counted_by_kind(step):
     memory = step.figures["hbm_bytes"]
     state = 12 * accounting.parameters(small().model).total / 4
