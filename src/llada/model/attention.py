@@ -164,18 +164,19 @@ def _padded(x_BL: jax.Array, value: int) -> jax.Array:
 
 def splash_kernel(causal: bool, heads: int, queries: int, keys: int, interpret: bool = False):
     """The kernel of one sequence, `(H, Q, C), (K, L, C), (K, L, C), segments -> (H, Q, C)`."""
-    # Of large tiles in memory, small ones in registers: the more work a step of the grid has, the less its start costs,
-    # and the fused backward pass writes a partial query gradient for each tile of keys.
-    # The backward pass of 2048 keys is 30 KB more than the 16 MB of fast memory that a v4 has.
-    q, kv = _tile(queries, 1024), _tile(keys, 1024 if device_kind() == "TPU v4" else 2048)
-    compute = _tile(kv, 512)
+    # Of large tiles in memory, small ones in registers: the more work a step of the grid has, the less its start costs.
+    # The fused backward pass writes a partial query gradient for each tile of keys, so all keys are one where they fit:
+    # 16 MB of fast memory, all that a v4 has, are 30 KB too few for 2048.
+    small = device_kind() == "TPU v4"
+    q, kv = _tile(queries, 1024), _tile(keys, 1024 if small else 2048)
+    q_back, kv_back = (q, kv) if small else (_tile(queries, 512), _tile(keys, 4096))
     blocks = splash.BlockSizes(
         block_q=q,
         block_kv=kv,
-        block_kv_compute=compute,
-        block_q_dkv=q,
-        block_kv_dkv=kv,
-        block_kv_dkv_compute=compute,
+        block_kv_compute=_tile(kv, 512),
+        block_q_dkv=q_back,
+        block_kv_dkv=kv_back,
+        block_kv_dkv_compute=_tile(kv_back, 512),
         use_fused_bwd_kernel=True,
     )
     mask = (splash.CausalMask if causal else splash.FullMask)((queries, keys))
