@@ -169,8 +169,9 @@ def program_flops(config: Config) -> float:
 def test_exact_flops_are_those_that_xla_counts_in_the_training_step(causal, change, monkeypatch):
     """To 1 %: the whole count, and how much it grows when one thing changes, which no other part of it can hide."""
     monkeypatch.setattr("llada.model.attention.SHORT", 10 * LENGTH)  # a loop over queries would count once
-    # So would one over smaller blocks, which no row is left for.
+    # So would one over smaller blocks, which no row is left for, or over pieces of the vocabulary.
     monkeypatch.setattr("llada.objectives.vocabulary_head.block_sizes", lambda N, block_rows: (block_rows, block_rows))
+    monkeypatch.setattr("llada.objectives.vocabulary_head.PIECE", 10**6)
     before, after = wide_step(causal), wide_step(causal, **change)
     print()
     for config in (before, after):

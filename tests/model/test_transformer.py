@@ -260,3 +260,21 @@ def test_unstacked_parameters_and_wanted_positions_give_the_same_states():
     close(transformer.hidden(config, params, TOKENS, None, at_BR), some)
     for i, layer in enumerate(kept):
         jax.tree.map(close, layer, jax.tree.map(lambda leaf, i=i: leaf[i], cache))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rotating_by_a_product_is_the_same(dtype):
+    """Values to the last bit but one, and the gradient that turning back gives."""
+    q = jax.random.normal(jax.random.key(0), (2, 5, 3, 16)).astype(dtype)
+    positions = jnp.array([[0, 3, 4, 7, 2000], [1, 2, 3, 5, 8]])
+    angles = layers.rotary_angles(positions, 16, 500_000.0)
+    cos, sin = (table[:, None] for table in angles)
+    weights = jax.random.normal(jax.random.key(1), q.shape).astype(dtype)
+
+    def by_product(q):
+        return layers.rotate_by_product(q.swapaxes(1, 2), cos, sin).swapaxes(1, 2)
+
+    rtol = 1e-6 if dtype == "float32" else 1e-2
+    plain = functools.partial(layers.rotate, angles=angles)
+    for way in (lambda f: f(q), lambda f: jax.vjp(f, q)[1](weights)[0]):
+        np.testing.assert_allclose(*(np.asarray(way(f), np.float32) for f in (by_product, plain)), rtol=rtol, atol=rtol)
