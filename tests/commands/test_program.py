@@ -247,12 +247,21 @@ def test_compare_writes_report_and_curves(trained, tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_compare_refuses_runs_on_other_rows(trained, tmp_path):
+@pytest.mark.parametrize(
+    "summary, blocked, words",
+    [
+        ({"rows_digest": "0"}, False, "differ in rows_digest"),
+        ({}, True, "differ in objective.block_cross_document_attention"),
+    ],
+)
+def test_compare_refuses_runs_that_read_other_rows_or_less_of_them(trained, tiny, tmp_path, summary, blocked, words):
     other = tmp_path / "other"
     other.mkdir()
-    (other / "summary.json").write_text(json.dumps(trained["arm"].summary | {"rows_digest": "0"}))
+    config = tiny("arm", {"objective.block_cross_document_attention": blocked})
+    (other / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    (other / "summary.json").write_text(json.dumps(trained["arm"].summary | summary))
     line = refused("compare", f"--llada={trained['llada'].workdir}", f"--arm={other}", f"--out={tmp_path / 'out'}")
-    assert "differ in rows_digest" in line
+    assert words in line
 
 
 def test_help_and_unknown_commands():

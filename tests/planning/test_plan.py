@@ -54,12 +54,16 @@ def step(libtpu):
 
 
 def test_a_step_without_recomputation_executes_its_useful_flops(libtpu):
-    """The ARM's, whose head meets every row; here attention forms all scores, and half of them count as useful."""
+    """The ARM's, whose head meets every row; here attention forms all scores, and half of them count as useful.
+
+    Rotation is a product too: of queries and keys with C x C numbers, there and back.
+    """
     config = small(objective__name="autoregressive", model__causal=True)
     flops = planned(config).figures["matrix_flops"]
     tokens, m = 16 * 64 / 4, config.model
     assert flops["useful"] == pytest.approx(tokens * accounting.flops_exact_per_token(config))
-    assert flops["executed"] == pytest.approx(flops["useful"] + tokens * 6 * m.layers * m.width * 64, rel=1e-6)
+    beyond = m.layers * m.width * (6 * 64 + 2 * 2 * 2 * m.head_size)
+    assert flops["executed"] == pytest.approx(flops["useful"] + tokens * beyond, rel=1e-6)
 
 
 def test_the_head_meets_its_expected_rows_only(step):

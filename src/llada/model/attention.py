@@ -167,7 +167,8 @@ def splash_kernel(causal: bool, heads: int, queries: int, keys: int, interpret: 
     # Of large tiles in memory, small ones in registers: the more work a step of the grid has, the less its start costs.
     # The fused backward pass writes a partial query gradient for each tile of keys, so all keys are one where they fit:
     # 16 MB of fast memory, all that a v4 has, are 30 KB too few for 2048.
-    small = device_kind() == "TPU v4"
+    # A causal kernel leaves out tiles that no query sees, so its tiles are not that large.
+    small = causal or device_kind() == "TPU v4"
     q, kv = _tile(queries, 1024), _tile(keys, 1024 if small else 2048)
     q_back, kv_back = (q, kv) if small else (_tile(queries, 512), _tile(keys, 4096))
     blocks = splash.BlockSizes(

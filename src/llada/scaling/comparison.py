@@ -32,9 +32,10 @@ class Sampled(NamedTuple):
 
 def read_run(name: str, workdir: Path) -> RunRecord:
     """A finished run; a separate evaluation of its last step takes the place of the one made while training."""
-    path = workdir / "summary.json"
-    if not path.exists():
-        raise UserError(f"{workdir} holds no summary.json; let llada train finish there first")
+    path, settings = workdir / "summary.json", workdir / "config.json"
+    for needed in (settings, path):
+        if not needed.exists():
+            raise UserError(f"{workdir} holds no {needed.name}; let llada train finish there first")
     summary = json.loads(path.read_text())
     evaluation = workdir / "evaluation.json"
     if evaluation.exists():
@@ -43,8 +44,7 @@ def read_run(name: str, workdir: Path) -> RunRecord:
             summary["eval_nats_per_token"] = found["nats_per_token"]
             summary["eval_stderr"] = found["stderr"]
             summary["eval_bits_per_byte"] = found["bits_per_byte"]
-    config = config_lib.load(workdir / "config.json")
-    return RunRecord(name, workdir, config, summary, metrics_lib.read(workdir / "metrics.jsonl"))
+    return RunRecord(name, workdir, config_lib.load(settings), summary, metrics_lib.read(workdir / "metrics.jsonl"))
 
 
 def check_twins(runs: list[RunRecord]) -> None:
