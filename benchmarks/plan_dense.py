@@ -31,7 +31,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(ROOT / "experiments" / "llada_1b.py"))
     parser.add_argument("--topology", default="v5p:4x4x8")
-    parser.add_argument("--fsdp", type=int, default=16)
+    parser.add_argument("--fsdp", type=int, default=32)
     parser.add_argument("--remat", default="full")
     parser.add_argument("--sequences", type=int, default=4, help="at once on a device")
     parser.add_argument("--layers", type=int, default=None, help="fewer, for a quick look")
