@@ -110,7 +110,7 @@ def largest(given, objective: str, found: dict | None) -> int:
     """
     fits, too_many = (0, given.sequences) if found is None else (given.sequences, None)
     one = attempt(given, objective, 1) if given.sequences > 1 else found
-    trial = None
+    trial, stride = None, 1
     if found and one and given.sequences > 1:
         peaks = [figures["hbm_bytes"]["peak"] for figures in (one, found)]
         each = (peaks[1] - peaks[0]) / (given.sequences - 1)
@@ -119,9 +119,10 @@ def largest(given, objective: str, found: dict | None) -> int:
         if trial is None or not fits < trial < (too_many or math.inf):
             trial = max(2 * fits, 1) if too_many is None else (fits + too_many) // 2
         if attempt(given, objective, trial) is None:
-            too_many, trial = trial, trial - 1
+            too_many, trial = trial, trial - stride
         else:
-            fits, trial = trial, trial + 1
+            fits, trial = trial, trial + stride
+        stride *= 2  # away from a guess that was wrong by more
     return fits
 
 
