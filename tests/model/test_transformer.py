@@ -264,7 +264,7 @@ def test_unstacked_parameters_and_wanted_positions_give_the_same_states():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_rotating_by_a_product_is_the_same(dtype):
-    """Values to the last bit but one, and the gradient that turning back gives."""
+    """Values to the last bits, and the gradient that turning back gives."""
     q = jax.random.normal(jax.random.key(0), (2, 5, 3, 16)).astype(dtype)
     positions = jnp.array([[0, 3, 4, 7, 2000], [1, 2, 3, 5, 8]])
     angles = layers.rotary_angles(positions, 16, 500_000.0)

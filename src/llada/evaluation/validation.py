@@ -18,7 +18,7 @@ from llada.errors import UserError
 from llada.model import transformer
 from llada.objectives import autoregressive, diffusion
 from llada.objectives import noise as noise_lib
-from llada.objectives.contract import Predictor, SpecialTokens, documents
+from llada.objectives.contract import Predictor, SpecialTokens, segments
 
 _SEED = 0  # not the run's: runs with different seeds are evaluated on the same masks
 
@@ -127,7 +127,7 @@ class Validator:
 
 def _row_nats(config, special, draws, estimator, params, x0_BL, row_B):
     """Nats of each row (B,), mean over draws, and the Monte Carlo variance of that mean (B,)."""
-    segments_BL = documents(x0_BL, special.eos) if config.objective.block_cross_document_attention else None
+    segments_BL = segments(x0_BL, special, config.objective)
     predict = functools.partial(transformer.hidden, config.model, params, segments_BL=segments_BL)
     head_VD = transformer.head(config.model, params)
     rows = config.objective.head_rows

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llada.config import ObjectiveConfig
+
 
 class Unfinished(NamedTuple):
     """Hidden states but for the last of their row-wise work, which is then done for the rows that are needed.
@@ -59,12 +61,15 @@ def is_valid(x0_BL: jax.Array, lengths_B: jax.Array | None) -> jax.Array:
     return jnp.arange(x0_BL.shape[1])[None, :] < lengths_B[:, None]
 
 
-def documents(x0_BL: jax.Array, eos: int) -> jax.Array:
+def segments(x0_BL: jax.Array, special: SpecialTokens, config: ObjectiveConfig) -> jax.Array | None:
     """Int32 (B, L): which document of its row a token belongs to, its end-of-text token being its last.
 
-    An ARM's input at i is the token before i, so its segments are these too: a document then begins with that `eos`.
+    None where attention may cross them. An ARM's input at i is the token before i, so its segments are these too: a
+    document then begins with that `eos`.
     """
-    ends_BL = (x0_BL == eos).astype(jnp.int32)
+    if not config.block_cross_document_attention:
+        return None
+    ends_BL = (x0_BL == special.eos).astype(jnp.int32)
     return jnp.cumsum(ends_BL, axis=1) - ends_BL
 
 

@@ -11,7 +11,7 @@ from llada import fsdp
 from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.model import transformer
-from llada.objectives.contract import LossTerms, SpecialTokens, Unfinished, documents
+from llada.objectives.contract import LossTerms, SpecialTokens, Unfinished, segments
 from llada.objectives.noise import Noise
 from llada.objectives.objective import LOSSES
 from llada.training import optimizer
@@ -69,7 +69,7 @@ def _gradient_sums(config: Config, special: SpecialTokens, batch_size: int, para
     loss = LOSSES[config.objective.name]
 
     def microbatch_loss(params, tokens_BL, sequence_B):
-        segments_BL = documents(tokens_BL, special.eos) if config.objective.block_cross_document_attention else None
+        segments_BL = segments(tokens_BL, special, config.objective)
 
         def predict(inputs_BL, lengths_B):
             return Unfinished(*transformer.unfinished(config.model, params, inputs_BL, lengths_B, segments_BL))
