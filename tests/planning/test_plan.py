@@ -235,32 +235,39 @@ def test_devices_of_every_generation(libtpu):
 
 def test_a_search_prefers_less_recomputation_where_memory_allows(monkeypatch):
     """Arithmetic stands in for the compiler: memory grows with the batch, less remat is faster and larger."""
-    place = topology.Slice("v5e:2x2", topology.CHIPS["v5e"], (2, 2), 1, [None] * 4)
+    place = topology.Slice("v5e:4x4", topology.CHIPS["v5e"], (4, 4), 1, [None] * 16)
     need = {"full": 1.0, "dots": 3.0, "none": 9.0}
     speed = {"full": 1.0, "dots": 1.2, "none": 1.3}
-    tried = []
+    tried, told = [], []
 
     def compile_(config, place, mesh, remat, sequences):
         tried.append((mesh.fsdp, remat, sequences))
         peak = topology.GIB * (4 / mesh.fsdp + need[remat] * sequences)
         fits = peak <= place.chip.capacity
-        rate = speed[remat] * (1 + 0.01 * sequences)
-        figures = {"projection": {"tokens_per_second_per_chip": rate}} if fits else None
+        rate = speed[remat] * (1 + 0.01 * sequences) * (0.98 if mesh.fsdp == 16 else 1)
+        projected = {"tokens_per_second_per_chip": rate, "seconds": 1 / rate, "useful_mfu": 0.5}
+        figures = {"projection": projected, "matrix_flops": {"executed_over_useful": 1.0}} if fits else None
         model = dataclasses.replace(config.model, remat=remat)
         return search.Point(dataclasses.replace(config, mesh=mesh, model=model), sequences, peak, figures)
 
     monkeypatch.setattr(search, "_compile", compile_)
-    found = search.search(small(), place, lambda text: None)
-    assert (found.best.config.model.remat, found.best.config.mesh.fsdp, found.best.sequences) == ("none", 4, 1)
+    config = small(train__batch_size=64, model__width=256)
+    found = search.search(config, place, lambda text: None, told.append)
+    assert (found.best.config.model.remat, found.best.config.mesh.fsdp, found.best.sequences) == ("none", 8, 1)
     assert all(point.fits for point in found.pareto) and found.best in found.pareto
-    assert len(tried) == len(set(tried)) <= 24
+    # Everything on half of the slice, from the largest batch down; there the best, and only that on the other meshes.
+    assert tried[:5] == [(8, "full", 4), (8, "dots", 4), (8, "none", 4), (8, "none", 1), (8, "none", 2)]
+    assert tried[5:] == [(2, "none", 1), (1, "none", 1), (16, "none", 1)]
+    assert len(told) == len(tried) and "does not fit" in told[2] and told[2].split()[:6] == "2 x 8 x 1 none".split()
+    table = search.text(found).splitlines()
+    assert table[2].split()[:6] == "* 2 x 8 x 1".split() and "best within 92% of memory: " in table[-1]
 
 
 def test_a_model_that_no_remat_fits_is_told_in_one_line():
     place = topology.Slice("v5e:2x2", topology.CHIPS["v5e"], (2, 2), 1, [None] * 4)
     config = small(model__width=8192, model__layers=64, model__ffn=32_768)
     with pytest.raises(UserError, match="at any remat.*GiB of 15.8 a chip; use a larger slice"):
-        search.search(config, place, lambda text: None)
+        search.search(config, place, *[lambda text: None] * 2)
 
 
 def test_the_command_writes_its_figures(libtpu, tmp_path):

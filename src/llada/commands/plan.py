@@ -46,15 +46,16 @@ def run(overrides: dict[str, str]) -> int:
     if SEARCH.value:
         if PROGRAM.value != "train":
             raise UserError(f"--search is for --program=train, not {PROGRAM.value}")
-        with progress.line() as say:
-            found = search.search(config, place, say)
+        with progress.line() as line:
+            line.done(search.HEADER)
+            found = search.search(config, place, line.now, line.done)
         _write(found.figures)
         print(search.text(found))
         return 0
     mesh = mesh_lib.make(config.mesh, place.devices)
     program = programs.make(config, mesh, PROGRAM.value, request)
-    with progress.line() as say:
-        say(f"compiling {PROGRAM.value} for {place.chips} chips of {place.name}")
+    with progress.line() as line:
+        line.now(f"compiling {PROGRAM.value} for {place.chips} chips of {place.name}")
         compiled = programs.lower_and_compile(program, mesh)
     if compiled.refusal:
         raise UserError(report.refusal(config, place, mesh, program, compiled))

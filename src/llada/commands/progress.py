@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 
 @contextlib.contextmanager
@@ -20,14 +21,23 @@ def bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: drawn.update(task, completed=done, total=total)
 
 
-@contextlib.contextmanager
-def line() -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows what is going on now: a spinner with its text, or nothing where nobody looks."""
-    if not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    from rich.console import Console
+class Line(NamedTuple):
+    """`now` shows what is going on, where someone is looking; `done` writes a line that stays, also into a log."""
 
+    now: Callable[[str], None]
+    done: Callable[[str], None]
+
+
+@contextlib.contextmanager
+def line() -> Iterator[Line]:
+    """A spinner with its text, and finished lines above it."""
     # Not standard error itself: libtpu's chatter there is kept away while it compiles.
-    with os.fdopen(os.dup(2), "w") as stream, Console(file=stream).status("") as status:
-        yield status.update
+    with os.fdopen(os.dup(2), "w") as stream:
+        if not sys.stderr.isatty():
+            yield Line(lambda text: None, lambda text: print(text, file=stream, flush=True))
+            return
+        from rich.console import Console
+
+        console = Console(file=stream, highlight=False)
+        with console.status("") as status:
+            yield Line(status.update, lambda text: console.print(text, markup=False, soft_wrap=True))

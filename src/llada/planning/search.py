@@ -2,12 +2,13 @@
 
 The batch of a step stays the config's: a smaller batch per device means more microbatches. Arithmetic rules out what
 cannot fit; the rest is compiled. Memory grows in proportion to the batch per device, so every compilation, one that
-does not fit included, says which batch to try next.
+does not fit included, says which batch to try next. Remat and batch are searched on one mesh, and the best of them is
+then compiled on the others: minutes a compilation make all combinations a day.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llada import accounting
@@ -18,7 +19,7 @@ from llada.planning import programs, report
 from llada.planning.topology import GIB, Slice
 
 REMAT = ("full", "dots", "none")  # from the least memory to the most
-MESHES = 3
+LARGE = 16  # devices of a slice from which on splitting parameters over all of them is not tried first
 FULL = 0.92  # of HBM: what is left is for fragmentation and for what the program does not know of
 
 
@@ -72,55 +73,81 @@ class Found(NamedTuple):
         return {"best": self.best.flags, "method": report.METHOD, "points": entries}
 
 
-def search(config: Config, place: Slice, say: Callable[[str], None], most: int = 24) -> Found:
-    """Compile at most `most` candidates. UserError where none fits, in one line."""
-    meshes = candidate_meshes(config, place)
+Attempt = Callable[[MeshConfig, str, int], Point]  # mesh, remat, sequences at once on a device
+
+
+def search(config: Config, place: Slice, now: Callable[[str], None], done: Callable[[str], None]) -> Found:
+    """Compile candidates, about ten. UserError where none fits, in one line.
+
+    `now` is told what is being compiled, `done` the row of each when it is.
+    """
     points: list[Point] = []
-    for mesh in meshes:
-        limit = _per_device(config, mesh)
-        for remat in REMAT:
-            for point in _largest_batches(config, place, mesh, remat, limit, say, len(points)):
-                points.append(point)
-                if len(points) >= most:
-                    break
-            fitting = [p for p in points if p.config.mesh == mesh and p.config.model.remat == remat and p.fits]
-            if not fitting or len(points) >= most:
-                break  # less recomputation needs more memory still
-            limit = max(p.sequences for p in fitting)
-    fitting = [p for p in points if p.fits]
-    if not fitting:
+    best = None
+
+    def attempt(mesh: MeshConfig, remat: str, sequences: int) -> Point:
+        named = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, remat {remat}"
+        now(f"{len(points) + 1}: {named}, {sequences} sequences per device")
+        points.append(_compile(config, place, mesh, remat, sequences))
+        done(row(points[-1]))
+        return points[-1]
+
+    for mesh in candidate_meshes(config, place):
+        if best is None:
+            _on_mesh(config, place, mesh, attempt)
+            best = _best(points, place)
+        elif _per_device(config, mesh) % best.sequences == 0:
+            attempt(mesh, best.config.model.remat, best.sequences)
+    best = _best(points, place)
+    if best is None:
         least = min(points, key=lambda p: p.peak)
         raise UserError(
             f"does not fit {place.chips} chips of {place.name} at any remat: the least is {least.peak / GIB:.1f} GiB "
             f"of {place.chip.capacity / GIB:.1f} a chip with {least.flags}; use a larger slice, or a smaller model"
         )
-    within = [p for p in fitting if p.peak <= FULL * place.chip.capacity] or fitting
-    pareto = [p for p in fitting if not any(_beats(other, p) for other in fitting)]
-    return Found(points, max(within, key=lambda p: p.rate), pareto)
+    fitting = [p for p in points if p.fits]
+    return Found(points, best, [p for p in fitting if not any(_beats(other, p) for other in fitting)])
+
+
+def _best(points: list[Point], place: Slice) -> Point | None:
+    """The fastest that leaves some memory free, or of those that fit at all; None where none does."""
+    fitting = [p for p in points if p.fits]
+    within = [p for p in fitting if p.peak <= FULL * place.chip.capacity]
+    return max(within or fitting, key=lambda p: p.rate, default=None)
+
+
+def _on_mesh(config: Config, place: Slice, mesh: MeshConfig, attempt: Attempt) -> None:
+    """Every remat on a mesh, each with the largest batches that fit."""
+    limit = _per_device(config, mesh)
+    for remat in REMAT:
+        limit = _largest_batch(config, place, mesh, remat, limit, attempt)
+        if not limit:
+            break  # less recomputation needs more memory still
 
 
 def candidate_meshes(config: Config, place: Slice) -> list[MeshConfig]:
-    """A few meshes from all parameters split as far as a slice goes to hardly at all; those that arithmetic allows.
+    """A few meshes that arithmetic allows, the most promising first.
 
-    Tensor parallelism is left at the config's: at these sizes it never pays on a torus that FSDP can fill.
+    Half a slice leads: memory, links and bytes are best where parameters are split furthest, but over the whole of a
+    large slice the compiler moves more bytes than it has to. Then the middle, the smallest, and the whole. Tensor
+    parallelism is left at the config's: at these sizes it never pays on a torus that FSDP can fill.
     """
     devices, tensor = len(place.devices), config.mesh.tensor
     if devices // place.slices % tensor:
         raise UserError(
             f"--config.mesh.tensor={tensor} does not divide the {devices // place.slices} devices of a slice"
         )
-    sizes = [n for n in range(1, devices // place.slices // tensor + 1) if devices // place.slices // tensor % n == 0]
+    whole = devices // place.slices // tensor
     found = []
-    for fsdp in reversed(sizes):
+    for fsdp in (n for n in range(whole, 0, -1) if whole % n == 0):
         mesh = MeshConfig(data=devices // fsdp // tensor, fsdp=fsdp, tensor=tensor)
         divides = config.model.width % fsdp == 0 and config.train.batch_size % (mesh.data * fsdp) == 0
         if divides and _floor(config, mesh, 1) * place.chip.devices <= place.chip.capacity:
             found.append(mesh)
     if not found:
         _refuse(config, place, devices // tensor, tensor)
-    # Both ends and the middle.
-    chosen = {0, len(found) // 2, len(found) - 1} if len(found) > MESHES else range(len(found))
-    return [found[i] for i in sorted(chosen)]
+    parts = [mesh for mesh in found if mesh.fsdp < whole]
+    chosen = dict.fromkeys([*parts[:1], *parts[len(parts) // 2 :][:1], *parts[-1:], *found[:1]])
+    return list(chosen) if whole >= LARGE else [*found[:1], *(mesh for mesh in chosen if mesh != found[0])]
 
 
 def _refuse(config: Config, place: Slice, ways: int, tensor: int) -> None:
@@ -149,8 +176,8 @@ def _per_device(config: Config, mesh: MeshConfig) -> int:
     return config.train.batch_size // (mesh.data * mesh.fsdp)
 
 
-def _largest_batches(config, place, mesh, remat, limit, say, done) -> Iterator[Point]:
-    """Compile towards the largest batch per device that fits, from a good guess."""
+def _largest_batch(config: Config, place: Slice, mesh: MeshConfig, remat: str, limit: int, attempt: Attempt) -> int:
+    """The largest batch per device up to `limit` that fits, from a good guess; 0 where none does."""
     whole = _per_device(config, mesh)
     sizes = [n for n in range(1, min(whole, limit) + 1) if whole % n == 0]
     while sizes and _floor(config, mesh, sizes[-1]) * place.chip.devices > place.chip.capacity:
@@ -158,21 +185,15 @@ def _largest_batches(config, place, mesh, remat, limit, say, done) -> Iterator[P
     low, high = 0, len(sizes) - 1  # what is left to try
     at = high
     while low <= high:
-        sequences = sizes[at]
-        say(
-            f"{done + 1}: data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, remat {remat}, "
-            f"{sequences} sequences per device"
-        )
-        point = _compile(config, place, mesh, remat, sequences)
-        done += 1
-        yield point
+        point = attempt(mesh, remat, sizes[at])
         if point.fits:
             low = at + 1
             at = high
         else:
             high = at - 1
             room = FULL * place.chip.capacity / point.peak
-            at = max([i for i in range(low, high + 1) if sizes[i] <= sequences * room], default=low)
+            at = max([i for i in range(low, high + 1) if sizes[i] <= sizes[at] * room], default=low)
+    return sizes[high] if high >= 0 else 0
 
 
 def _compile(config: Config, place: Slice, mesh_config: MeshConfig, remat: str, sequences: int) -> Point:
@@ -205,20 +226,30 @@ def _beats(other: Point, point: Point) -> bool:
     return better and (other.rate > point.rate or other.peak < point.peak)
 
 
+HEADER = (
+    f"  {'data x fsdp x tensor':<22}{'remat':<7}{'per device':>10}{'peak GiB':>10}{'executed/useful':>17}"
+    f"{'s/step':>9}{'tokens/s/chip':>15}{'useful MFU':>12}"
+)
+
+
+def row(p: Point, star: bool = False) -> str:
+    """One line under HEADER."""
+    c, mesh = p.config, f"{p.config.mesh.data} x {p.config.mesh.fsdp} x {p.config.mesh.tensor}"
+    line = f"{'*' if star else ' '} {mesh:<22}{c.model.remat:<7}{p.sequences:>10}{p.peak / GIB:>10.1f}"
+    if p.figures is None:
+        return line + "  does not fit"
+    q = p.figures["projection"]
+    ratio = p.figures["matrix_flops"]["executed_over_useful"]
+    return f"{line}{ratio:>17.3f}{q['seconds']:>9.3g}{p.rate:>15,.0f}{q['useful_mfu']:>12.1%}"
+
+
 def text(found: Found) -> str:
     """The table, fastest first, and the line to paste."""
-    lines = [
-        "projections, not measurements; * nothing beats it in both speed and memory",
-        f"  {'data x fsdp x tensor':<22}{'remat':<7}{'per device':>10}{'peak GiB':>10}{'executed/useful':>17}"
-        f"{'s/step':>9}{'tokens/s/chip':>15}{'useful MFU':>12}",
-    ]
-    for p in sorted(found.points, key=lambda p: (-p.rate, p.peak)):
-        c, mesh = p.config, f"{p.config.mesh.data} x {p.config.mesh.fsdp} x {p.config.mesh.tensor}"
-        line = f"{'*' if p in found.pareto else ' '} {mesh:<22}{c.model.remat:<7}{p.sequences:>10}{p.peak / GIB:>10.1f}"
-        if p.figures is None:
-            lines.append(line + "  does not fit")
-            continue
-        q = p.figures["projection"]
-        ratio = p.figures["matrix_flops"]["executed_over_useful"]
-        lines.append(f"{line}{ratio:>17.3f}{q['seconds']:>9.3g}{p.rate:>15,.0f}{q['useful_mfu']:>12.1%}")
-    return "\n".join([*lines, f"best within {FULL:.0%} of memory: {found.best.flags}"])
+    return "\n".join(
+        [
+            "projections, not measurements; * nothing beats it in both speed and memory",
+            HEADER,
+            *(row(p, p in found.pareto) for p in sorted(found.points, key=lambda p: (-p.rate, p.peak))),
+            f"best within {FULL:.0%} of memory: {found.best.flags}",
+        ]
+    )
