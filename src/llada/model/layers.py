@@ -2,7 +2,7 @@
 
 Norms and rotary embedding are float32 whatever the dtype of the matrix products.
 Shapes: B sequences, L tokens, Q queries (all L positions, or some), D width, H query heads, K key/value heads,
-C channels per head.
+C channels per head, V vocabulary.
 """
 
 import math
@@ -18,6 +18,26 @@ def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     x = x_BLD.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
     return (x * scale_D).astype(x_BLD.dtype)
+
+
+@jax.custom_vjp
+def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+    """Rows of a table, in its dtype. Its gradient is added up in float32 and rounded to that dtype once.
+
+    Half of all tokens are masks: thousands of gradients go to one row, and a sum in bfloat16 stands still at 256 times
+    what it adds.
+    """
+    return table_VD[tokens_BL]
+
+
+def _look_up_backward(kept, d_BLD):
+    tokens_BL, like_V0 = kept
+    zeros_VD = jnp.zeros((len(like_V0), d_BLD.shape[-1]), jnp.float32)
+    return zeros_VD.at[tokens_BL].add(d_BLD.astype(jnp.float32)).astype(like_V0.dtype), None
+
+
+# Of the table only its length and dtype are kept.
+look_up.defvjp(lambda table_VD, tokens_BL: (table_VD[tokens_BL], (tokens_BL, table_VD[:, :0])), _look_up_backward)
 
 
 def rotary_angles(position: jax.Array, channels: int, theta: float) -> tuple[jax.Array, jax.Array]:
