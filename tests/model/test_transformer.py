@@ -195,6 +195,16 @@ def test_rematerialisation_and_unrolling_change_no_gradient():
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), gradient(**switches), plain)
 
 
+def test_what_a_tpu_gets_is_the_same_function(monkeypatch):
+    """Heads before positions from the product on, rotation by a product: only the order of memory differs."""
+    params = initialise(TINY)
+    loss = lambda p: jnp.sum(jnp.sin(transformer.hidden(TINY, p, TOKENS)))  # noqa: E731
+    here = jax.jit(jax.value_and_grad(loss))(params)
+    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    there = jax.jit(lambda p: jax.value_and_grad(loss)(p))(params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), there, here)
+
+
 def test_bfloat16_is_the_dtype_of_products_only():
     """Parameters and their gradients stay float32; hidden states are bfloat16 and close to the float32 ones."""
     config = dataclasses.replace(TINY, dtype="bfloat16", qk_norm=True)

@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from llada.mesh import ACTIVATIONS, device_kind, on_each_device, platform, shared_axes
@@ -21,7 +22,7 @@ SHORT, BLOCK = 1024, 128
 # At least so many keys go to a kernel: below, a tile is mostly padding.
 KERNEL_FROM = 128
 LANES = 128  # a TPU register's width: sequences are padded to it
-RESIDUALS = "attention"  # name, for remat policies, of what the splash kernel keeps for its backward pass
+RESIDUALS = "attention"  # name, for remat policies, of what the splash kernel's backward pass takes
 
 
 def attend(
@@ -137,7 +138,8 @@ def on_tpu(
 
     def of_one_device(query_BQHC, key_BLKC, value_BLKC, segments_BQ, segments_BL):
         scaled = (query_BQHC.astype(jnp.float32) / math.sqrt(C)).astype(query_BQHC.dtype)
-        query, key, value = (_padded(x, 0).swapaxes(1, 2) for x in (scaled, key_BLKC, value_BLKC))
+        given = (_padded(x, 0).swapaxes(1, 2) for x in (scaled, key_BLKC, value_BLKC))
+        query, key, value = (checkpoint_name(x, RESIDUALS) for x in given)
         kernel = splash_kernel(causal, query.shape[1], query.shape[2], key.shape[2], interpret)
         segments = None
         if segments_BL is not None:

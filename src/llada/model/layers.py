@@ -97,12 +97,21 @@ rotate_by_product.defvjp(
 )
 
 
-def project(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
-    """Contract the last `contracted` axes of `x` with the first ones of `kernel`: one matrix product over flat rows.
+def to_heads(x_BLD: jax.Array, kernel_DHC: jax.Array) -> jax.Array:
+    """`x_BLHC`: a projection to the channels of every head."""
+    B, L, D = x_BLD.shape
+    if platform() == "tpu":
+        # The order in which rotation and the attention kernel want it, straight from the product; of flat rows each
+        # change of order is a pass over memory or two.
+        return jnp.einsum("bld,dhc->bhlc", x_BLD, kernel_DHC).swapaxes(1, 2)
+    # On CPU the weight gradient of a product with two row axes is slower than that of one over flat rows.
+    return (x_BLD.reshape(-1, D) @ kernel_DHC.reshape(D, -1)).reshape(B, L, *kernel_DHC.shape[1:])
 
-    On CPU the weight gradient of a product with two row axes (B, L) is slower than the flat one; elsewhere the
-    two are the same.
-    """
-    rows, size = x.shape[: x.ndim - contracted], math.prod(kernel.shape[:contracted])
-    flat = x.reshape(-1, size) @ kernel.reshape(size, -1)
-    return flat.reshape(*rows, *kernel.shape[contracted:])
+
+def from_heads(x_BLHC: jax.Array, kernel_HCD: jax.Array) -> jax.Array:
+    """`x_BLD`, or `x_ND` of `x_NHC`: the projection back, for the same reasons in two ways."""
+    if platform() == "tpu" and x_BLHC.ndim == 4:
+        return jnp.einsum("bhlc,hcd->bld", x_BLHC.swapaxes(1, 2), kernel_HCD)
+    rows, D = x_BLHC.shape[:-2], kernel_HCD.shape[-1]
+    flat = x_BLHC.reshape(math.prod(rows), -1) @ kernel_HCD.reshape(-1, D)
+    return flat.reshape(*rows, D)

@@ -76,12 +76,12 @@ class Block(nn.Module):
             x_BLD = checkpoint_name(x_BLD, _INPUT)
         y = layers.rms_norm(x_BLD, self.param("attention_norm", ones, (D,)), c.norm_eps)
         if self.joined:
-            joined = layers.project(y, self.param(_JOINED, normal, (D, H + 2 * K, C)).astype(dtype))
+            joined = layers.to_heads(y, self.param(_JOINED, normal, (D, H + 2 * K, C)).astype(dtype))
             q_BLHC, k_BLKC, v_BLKC = jnp.split(joined, (H, H + K), axis=2)
         else:
-            q_BLHC = layers.project(y, self.param("query", normal, (D, H, C)).astype(dtype))
-            k_BLKC = layers.project(y, self.param("key", normal, (D, K, C)).astype(dtype))
-            v_BLKC = layers.project(y, self.param("value", normal, (D, K, C)).astype(dtype))
+            q_BLHC = layers.to_heads(y, self.param("query", normal, (D, H, C)).astype(dtype))
+            k_BLKC = layers.to_heads(y, self.param("key", normal, (D, K, C)).astype(dtype))
+            v_BLKC = layers.to_heads(y, self.param("value", normal, (D, K, C)).astype(dtype))
         query_angles, query_position_BQ = angles, position_BQ
         if at_BR is not None:
             x_BLD, query_angles = layers.take(x_BLD, at_BR), layers.angles_at(angles, at_BR)
@@ -106,20 +106,20 @@ class Block(nn.Module):
             "down": self.param("down", branch_end, (F, D)),
         }
         if self.until_rows:
-            return (x_BLD, mixed_BLHC.reshape(*mixed_BLHC.shape[:2], H * C)), None
-        # On flat rows throughout: see `layers.project`.
-        x_ND = block_end(c, weights, x_BLD.reshape(-1, D), mixed_BLHC.reshape(-1, H * C), constrain)
+            return (x_BLD, mixed_BLHC.reshape(*x_BLD.shape[:2], H * C)), None
+        x_ND = block_end(c, weights, x_BLD, mixed_BLHC, constrain)
         x_BLD = constrain(x_ND.reshape(x_BLD.shape), "BLD")
         return x_BLD, Cache(k_BLKC, v_BLKC) if self.keep_cache else None
 
 
-def block_end(c: ModelConfig, weights: Parameters, x_ND: jax.Array, mixed_NE: jax.Array, pin=lambda x, name: x):
-    """What a block does row by row: output projection of the `mixed` values of all heads (E = H C), then SwiGLU.
+def block_end(c: ModelConfig, weights: Parameters, x: jax.Array, mixed: jax.Array, pin=lambda x, name: x):
+    """What a block does row by row, `x_ND`: output projection of the `mixed` values of all heads, then SwiGLU.
 
-    `weights` are the block's own, those of the products in any dtype; `pin` places a named activation on the mesh.
+    `x` is BLD with `mixed` BLHC, or ND with NHC. `weights` are the block's own, those of the products in any dtype;
+    `pin` places a named activation on the mesh.
     """
-    dtype = x_ND.dtype
-    x_ND = pin(x_ND + mixed_NE @ weights["output"].reshape(-1, c.width).astype(dtype), "ND")
+    dtype = x.dtype
+    x_ND = pin((x + layers.from_heads(mixed, weights["output"].astype(dtype))).reshape(-1, c.width), "ND")
     y_ND = layers.rms_norm(x_ND, weights["ffn_norm"], c.norm_eps)
     gate_NF = pin(y_ND @ weights["gate"].astype(dtype), "NF")
     up_NF = pin(y_ND @ weights["up"].astype(dtype), "NF")
@@ -247,7 +247,9 @@ def unfinished(
 
 
 def _finish(config, weights, rows):
-    return layers.rms_norm(block_end(config, weights, *rows), weights["final_norm"], config.norm_eps)
+    x_ND, mixed_NE = rows
+    mixed_NHC = mixed_NE.reshape(-1, config.heads, config.head_size)
+    return layers.rms_norm(block_end(config, weights, x_ND, mixed_NHC), weights["final_norm"], config.norm_eps)
 
 
 def prefill(
