@@ -1,16 +1,19 @@
 """Projected training steps of LLaDA 1B and 8B (and the ARMs) on five TPU generations: docs/plan/table.{md,json}.
 
-python benchmarks/plan_table.py [--models=llada_1b,llada_8b] [--topologies=v5p:4x4x8] [--again]
+python benchmarks/plan_table.py [--models=llada_1b,llada_8b] [--topologies=v5p:4x4x8,2xv5p:4x4x8] [--again]
+
+A topology is a slice, or that many of them (2xv5p:4x4x8), joined by the data-centre network.
 
 Each entry is the real step compiled for the slice, parameters split over FSDP devices (on a torus of three axes not
 over all: there gradients would come back whole) and repeated over the rest, with the fewest microbatches that fit; a
 compilation that does not fit says how many to try next. Entries already in table.json are kept: interrupt it freely.
-Nothing here is a measurement. Needs libtpu (pip install 'llada-jax[tpu]'); about a minute a compilation on 2 cores.
+Nothing here is a measurement. Needs libtpu (pip install 'llada-jax[tpu]'); about 2 minutes a compilation on 2 cores.
 """
 
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,9 +23,9 @@ from llada.commands import experiment
 from llada.planning import programs, report, search, topology
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = "llada_1b,llada_8b,arm_1b,arm_7b"
+MODELS = "llada_8b,llada_1b,arm_7b,arm_1b"
 FSDP = {"v4:4x4x4": 32, "v5e:16x16": 128, "v5p:4x4x8": 32, "v6e:16x16": 128, "tpu7x:4x4x4": 32}
-TOPOLOGIES = ",".join(FSDP)
+TOPOLOGIES = ",".join([*FSDP, "2xv5p:4x4x8", "2xv6e:16x16"])
 
 
 def main():
@@ -30,7 +33,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=MODELS)
     parser.add_argument("--topologies", default=TOPOLOGIES)
-    parser.add_argument("--remat", default="full")
+    parser.add_argument("--remat", default=None, help="default: dots where there is room for it, else full")
     parser.add_argument("--most", type=int, default=None, help="compile at most so many entries, then stop")
     parser.add_argument("--again", action="store_true", help="compile entries that are there already")
     given = parser.parse_args()
@@ -41,10 +44,12 @@ def main():
     done = 0
     for model in given.models.split(","):
         for name in given.topologies.split(","):
-            key = f"{model} {name} {given.remat}"
+            roomy = "v5p" in name or "tpu7x" in name or ("v6e" in name and "1b" in model)
+            remat = given.remat or ("dots" if roomy else "full")
+            key = f"{model} {name} {remat}"
             if (key in entries and not given.again) or (given.most is not None and done >= given.most):
                 continue
-            entries[key] = entry(model, name, given.remat)
+            entries[key] = entry(model, name, remat)
             done += 1
             path.write_text(json.dumps(entries, indent=1) + "\n")
             (out / "table.md").write_text(table(entries))
@@ -52,8 +57,9 @@ def main():
 
 def entry(model: str, name: str, remat: str) -> dict:
     """The plan with the fewest microbatches that fit; or the refusal, where not even one sequence a device does."""
-    place = topology.describe(name)
-    devices, fsdp, microbatches = len(place.devices), FSDP[name], 1
+    slices, slice_name = re.fullmatch(r"(?:(\d+)x)?(\w+:[\dx]+)", name).groups()
+    place = topology.describe(slice_name, int(slices or 1))
+    devices, fsdp, microbatches = len(place.devices), FSDP[slice_name], 1
     while True:
         overrides = {"mesh.fsdp": str(fsdp), "model.remat": remat, "train.microbatches": str(microbatches)}
         config = experiment.read(str(ROOT / "experiments" / f"{model}.py"), {})
