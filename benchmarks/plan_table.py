@@ -106,7 +106,7 @@ def table(entries: dict) -> str:
         + ".** "
         + report.METHOD.split(". ", 1)[1]
         + " Attention kernels, for which the compiler estimates nothing, are taken at half of peak with 128 channels a "
-        "head and in proportion with fewer, causal ones for half of the scores (tiles on the diagonal do more). Useful "
+        "head and in proportion with fewer, causal ones for the tiles that they do. Useful "
         "MFU credits the vocabulary head on the rows that meet it, dense-credit MFU on all; neither credits "
         "recomputation. The floor is the roofline alone: what perfect overlap would reach.",
         "",

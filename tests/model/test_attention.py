@@ -97,6 +97,15 @@ def test_blocks_hold_no_square_of_the_length():
     assert temporaries(attention.by_blocks, 4096) < temporaries(attention.at_once, 4096) / 10
 
 
+@pytest.mark.parametrize("length", [256, 1280, 4096])
+def test_the_share_of_scores_of_a_causal_kernel_is_that_of_its_tiles(length):
+    """As the kernel itself lists them, forward and backward."""
+    kernel = attention.splash_kernel(True, 2, length, length)
+    for info in (kernel.fwd_mask_info, kernel.dkv_mask_info):
+        done = np.asarray(info.block_mask) > 0
+        assert np.sum(done) / done.size == attention.causal_share(length)
+
+
 def test_the_platform_and_the_length_choose(monkeypatch):
     """Shapes only: which way `attend` goes on each platform; without one that serves, by length."""
     taken = []

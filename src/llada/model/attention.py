@@ -22,6 +22,7 @@ SHORT, BLOCK = 1024, 128
 # At least so many keys go to a kernel: below, a tile is mostly padding.
 KERNEL_FROM = 128
 LANES = 128  # a TPU register's width: sequences are padded to it
+SMALL_TILE = 1024  # queries and keys of a tile of the splash kernel where it cannot be larger
 RESIDUALS = "attention"  # name, for remat policies, of what the splash kernel's backward pass takes
 
 
@@ -171,7 +172,7 @@ def splash_kernel(causal: bool, heads: int, queries: int, keys: int, interpret: 
     # 16 MB of fast memory, all that a v4 has, are 30 KB too few for 2048.
     # A causal kernel leaves out tiles that no query sees, so its tiles are not that large.
     small = causal or device_kind() == "TPU v4"
-    q, kv = _tile(queries, 1024), _tile(keys, 1024 if small else 2048)
+    q, kv = _tile(queries, SMALL_TILE), _tile(keys, SMALL_TILE if small else 2048)
     q_back, kv_back = (q, kv) if small else (_tile(queries, 512), _tile(keys, 4096))
     blocks = splash.BlockSizes(
         block_q=q,
@@ -189,6 +190,12 @@ def splash_kernel(causal: bool, heads: int, queries: int, keys: int, interpret: 
         residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
+
+
+def causal_share(length: int) -> float:
+    """The share of a sequence's L x L scores that a causal splash kernel computes: tiles on the diagonal wholly."""
+    tile = _tile(length, SMALL_TILE)
+    return (1 + tile / length) / 2
 
 
 def _tile(size: int, most: int) -> int:

@@ -99,19 +99,19 @@ rotate_by_product.defvjp(
 
 def to_heads(x_BLD: jax.Array, kernel_DHC: jax.Array) -> jax.Array:
     """`x_BLHC`: a projection to the channels of every head."""
-    B, L, D = x_BLD.shape
     if platform() == "tpu":
-        # The order in which rotation and the attention kernel want it, straight from the product; of flat rows each
-        # change of order is a pass over memory or two.
-        return jnp.einsum("bld,dhc->bhlc", x_BLD, kernel_DHC).swapaxes(1, 2)
+        # With all its axes the compiler has the product write heads before positions, where rotation and the attention
+        # kernel want them; of flat rows each change of order is a pass over memory or two.
+        return jnp.einsum("bld,dhc->blhc", x_BLD, kernel_DHC)
     # On CPU the weight gradient of a product with two row axes is slower than that of one over flat rows.
-    return (x_BLD.reshape(-1, D) @ kernel_DHC.reshape(D, -1)).reshape(B, L, *kernel_DHC.shape[1:])
+    flat = x_BLD.reshape(-1, x_BLD.shape[-1]) @ kernel_DHC.reshape(len(kernel_DHC), -1)
+    return flat.reshape(*x_BLD.shape[:2], *kernel_DHC.shape[1:])
 
 
 def from_heads(x_BLHC: jax.Array, kernel_HCD: jax.Array) -> jax.Array:
     """`x_BLD`, or `x_ND` of `x_NHC`: the projection back, for the same reasons in two ways."""
-    if platform() == "tpu" and x_BLHC.ndim == 4:
-        return jnp.einsum("bhlc,hcd->bld", x_BLHC.swapaxes(1, 2), kernel_HCD)
+    if platform() == "tpu":
+        return jnp.einsum("...hc,hcd->...d", x_BLHC, kernel_HCD)
     rows, D = x_BLHC.shape[:-2], kernel_HCD.shape[-1]
     flat = x_BLHC.reshape(math.prod(rows), -1) @ kernel_HCD.reshape(-1, D)
     return flat.reshape(*rows, D)

@@ -2,11 +2,13 @@
 
 The rule, by the kernel's name: splash attention multiplies queries with keys and weights with values (2 products), its
 backward passes 3 (dq), 4 (dkv) or 5 (dkv that makes dq too), each 2 x heads x queries x keys x channels; a causal
-kernel skips blocks and does half. Any other kernel counts what it declares, or nothing.
+kernel leaves out the tiles that no query sees. Any other kernel counts what it declares, or nothing.
 """
 
 import math
 import re
+
+from llada.model import attention
 
 SHARE = 0.5  # of peak that such kernels reach with 128 channels per head; fewer leave lanes empty
 LANES = 128
@@ -21,7 +23,7 @@ def flops(name: str, attributes: str, operands: list[tuple[int, ...]], results: 
     """FLOPs of one call, from the shapes of its floating-point operands and the number of its results."""
     if products := _products(name, results):
         query, key = operands[:2]
-        return products * 2.0 * math.prod(query) * key[-2] * (0.5 if causal else 1.0)
+        return products * 2.0 * math.prod(query) * key[-2] * (attention.causal_share(key[-2]) if causal else 1.0)
     declared = re.search(r'"flops":"?(\d+)', attributes)
     return float(declared[1]) if declared else 0.0
 
