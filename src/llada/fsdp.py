@@ -25,9 +25,9 @@ TPU_OPTIONS = {
 }
 
 # MiB of on-chip memory that a product may fill, where there are 64 or more (a v4 has 16): in the 16 that it gets
-# otherwise a large one takes up to twice as long. Matrix units of 256 x 256 gain from more than those of 128 x 128; so
-# does nothing else but the time to compile.
-VMEM = {"TPU v5": 48, "TPU v5 lite": 32, "TPU v6 lite": 52, "TPU7x": 56}
+# otherwise a large one takes up to twice as long. From some size on it is compile time that grows: a v6e would step a
+# little faster with 64, and compile half as long again.
+VMEM = {"TPU v5": 48, "TPU v5 lite": 32, "TPU v6 lite": 48, "TPU7x": 56}
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | int] | None:
