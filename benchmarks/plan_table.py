@@ -108,7 +108,8 @@ def table(entries: dict) -> str:
         + " Attention kernels, for which the compiler estimates nothing, are taken at half of peak with 128 channels a "
         "head and in proportion with fewer, causal ones for the tiles that they do. Useful "
         "MFU credits the vocabulary head on the rows that meet it, dense-credit MFU on all; neither credits "
-        "recomputation. The floor is the roofline alone: what perfect overlap would reach.",
+        "recomputation. The floor is the roofline alone: what perfect overlap would reach. The batch of a step is the "
+        "experiment's, or the next smaller multiple of the devices (2xv6e: 1,024 sequences for 1,280).",
         "",
         "| model | slice | chips | data x fsdp | remat | sequences at once per device | peak HBM GiB of "
         "| executed / useful | FSDP bytes / least | gathers and scatters asynchronous | s per step | tokens/s/chip "
