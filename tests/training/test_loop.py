@@ -90,6 +90,16 @@ def test_a_killed_run_continues_from_its_last_checkpoint_bit_for_bit(tiny, train
     assert_same_run(config, tmp_path, trained["llada"].workdir)
 
 
+def test_what_a_checkpoint_writes_down_does_not_change_while_the_run_goes_on(tiny):
+    """Orbax does it in the background, in the middle of a window of metrics."""
+    meter = metrics.Meter(tiny("llada"))
+    meter.add({"loss_nats_per_token": 5.0})
+    saved = meter.state()
+    as_it_was = json.dumps(saved)
+    meter.add({"loss_nats_per_token": 3.0})
+    assert json.dumps(saved) == as_it_was
+
+
 def config_tree(config):
     from llada.config import to_dict
 

@@ -55,10 +55,10 @@ class Meter:
         self._window_clock = (self.timed_seconds, self.timed_tokens)
 
     def state(self) -> dict:
-        """JSON-ready."""
+        """JSON-ready, and apart from what goes on: a checkpoint writes it down while further steps are added."""
         self._count_wall()
-        names = ("sums", "steps_in_window", "seconds", "timed_seconds", "timed_tokens")
-        return {name: getattr(self, name) for name in names}
+        names = ("steps_in_window", "seconds", "timed_seconds", "timed_tokens")
+        return {"sums": dict(self.sums)} | {name: getattr(self, name) for name in names}
 
     def pause(self) -> None:
         """Leave what follows (evaluation, saving, compilation) out of the speed."""
