@@ -1,7 +1,8 @@
 """What compiling the training step costs, and what the compiled program contains: python benchmarks/compile_time.py
 
-  depth   seconds to trace, lower and compile the step of 32 layers and of 2, alternately: a layer a turn of the scan
-          (scan_unroll=1, what TPUs get), then as many as this platform gets
+  depth   seconds to trace, lower and compile the step of 32 layers, of 3 and of 2, alternately: a layer a turn of the
+          scan (scan_unroll=1, what TPUs get), then as many as this platform gets. The last layer stands apart, so 2
+          are a loop of one turn, which XLA takes apart
   warm    the same in fresh processes, with an empty compilation cache and with a full one
   traces  how often a short `llada train` traces its step
   head    matrix-product FLOPs of the vocabulary head in one step of the compiled program (the loop's body times its
@@ -73,17 +74,18 @@ def compile_once(config: config_lib.Config, special: SpecialTokens):
 
 
 def depth(width: int, pairs: int) -> dict:
-    """32 layers against 2."""
+    """32 layers against 2, and against 3."""
     compile_once(*build(2, width))  # JAX's own start-up
     out = {}
     for name, unroll in (("scanned", 1), ("default", None)):
-        seconds = {32: [], 2: []}
+        seconds = {32: [], 3: [], 2: []}
         for _ in range(pairs):
             for layers, found in seconds.items():
                 found.append(compile_once(*build(layers, width, scan_unroll=unroll))[0]["total"])
-        ratio = [a / b for a, b in zip(seconds[32], seconds[2], strict=True)]
         spreads = {f"layers_{n}": timing.spread(found) for n, found in seconds.items()}
-        out[name] = spreads | {"ratio": timing.spread(ratio)}
+        for few, label in ((2, "ratio"), (3, "ratio_to_3")):
+            spreads[label] = timing.spread([a / b for a, b in zip(seconds[32], seconds[few], strict=True)])
+        out[name] = spreads
     return out
 
 
