@@ -259,6 +259,11 @@ def test_a_search_prefers_less_recomputation_where_memory_allows(monkeypatch):
     assert tried[:5] == [(8, "full", 4), (8, "dots", 4), (8, "none", 4), (8, "none", 1), (8, "none", 2)]
     assert tried[5:] == [(2, "none", 1), (1, "none", 1), (16, "none", 1)]
     assert len(told) == len(tried) and "does not fit" in told[2] and told[2].split()[:6] == "2 x 8 x 1 none".split()
+    # What fits with hardly anything to spare is shown, and not stopped at: 15.25 of 15.75 GiB for 14 sequences.
+    need["full"] = 14.75 / 14
+    tried.clear()
+    tight = search.search(small(train__batch_size=14 * 16, model__width=256), place, lambda text: None, told.append)
+    assert tried[:3] == [(8, "full", 14), (8, "full", 7), (8, "dots", 7)] and tight.points[0].fits
     table = search.text(found).splitlines()
     assert table[2].split()[:6] == "* 2 x 8 x 1".split() and "best within 92% of memory: " in table[-1]
 

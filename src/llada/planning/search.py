@@ -111,8 +111,12 @@ def search(config: Config, place: Slice, now: Callable[[str], None], done: Calla
 def _best(points: list[Point], place: Slice) -> Point | None:
     """The fastest that leaves some memory free, or of those that fit at all; None where none does."""
     fitting = [p for p in points if p.fits]
-    within = [p for p in fitting if p.peak <= FULL * place.chip.capacity]
+    within = [p for p in fitting if _leaves_room(p, place)]
     return max(within or fitting, key=lambda p: p.rate, default=None)
+
+
+def _leaves_room(point: Point, place: Slice) -> bool:
+    return point.fits and point.peak <= FULL * place.chip.capacity
 
 
 def _on_mesh(config: Config, place: Slice, mesh: MeshConfig, attempt: Attempt) -> None:
@@ -177,7 +181,7 @@ def _per_device(config: Config, mesh: MeshConfig) -> int:
 
 
 def _largest_batch(config: Config, place: Slice, mesh: MeshConfig, remat: str, limit: int, attempt: Attempt) -> int:
-    """The largest batch per device up to `limit` that fits, from a good guess; 0 where none does."""
+    """The largest batch per device up to `limit` that leaves some memory free, from a good guess; 0 where none does."""
     whole = _per_device(config, mesh)
     sizes = [n for n in range(1, min(whole, limit) + 1) if whole % n == 0]
     while sizes and _floor(config, mesh, sizes[-1]) * place.chip.devices > place.chip.capacity:
@@ -186,7 +190,7 @@ def _largest_batch(config: Config, place: Slice, mesh: MeshConfig, remat: str, l
     at = high
     while low <= high:
         point = attempt(mesh, remat, sizes[at])
-        if point.fits:
+        if _leaves_room(point, place):
             low = at + 1
             at = high
         else:
