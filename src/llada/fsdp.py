@@ -25,8 +25,7 @@ TPU_OPTIONS = {
 }
 
 # MiB of on-chip memory that a product may fill, where there are 64 or more (a v4 has 16): in the 16 that it gets
-# otherwise a large one takes up to twice as long. From some size on it is compile time that grows: a v6e would step a
-# little faster with 64, and compile half as long again.
+# otherwise a large one takes up to twice as long. More takes longer to compile, for less and less.
 VMEM = {"TPU v5": 48, "TPU v5 lite": 32, "TPU v6 lite": 48, "TPU7x": 56}
 
 

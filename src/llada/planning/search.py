@@ -3,7 +3,7 @@
 The batch of a step stays the config's: a smaller batch per device means more microbatches. Arithmetic rules out what
 cannot fit; the rest is compiled. Memory grows in proportion to the batch per device, so every compilation, one that
 does not fit included, says which batch to try next. Remat and batch are searched on one mesh, and the best of them is
-then compiled on the others: minutes a compilation make all combinations a day.
+then compiled on the others: at minutes a compilation, all combinations would take hours.
 """
 
 import dataclasses
