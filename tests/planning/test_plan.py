@@ -258,7 +258,8 @@ def test_a_search_prefers_less_recomputation_where_memory_allows(monkeypatch):
     # Everything on half of the slice, from the largest batch down; there the best, and only that on the other meshes.
     assert tried[:5] == [(8, "full", 4), (8, "dots", 4), (8, "none", 4), (8, "none", 1), (8, "none", 2)]
     assert tried[5:] == [(2, "none", 1), (1, "none", 1), (16, "none", 1)]
-    assert len(told) == len(tried) and "does not fit" in told[2] and told[2].split()[:6] == "2 x 8 x 1 none".split()
+    assert told[0] == search.HEADER and len(told) == len(tried) + 1
+    assert "does not fit" in told[3] and told[3].split()[:6] == "2 x 8 x 1 none".split()
     # What fits with hardly anything to spare is shown, and not stopped at: 15.25 of 15.75 GiB for 14 sequences.
     need["full"] = 14.75 / 14
     tried.clear()
@@ -299,6 +300,7 @@ REFUSED = {
     "sampling flag": (["--topology=v5e:2x2", "--steps=4"], ["--steps", "--program=train"]),
     "slices": (["--topology=v5e:2x2", "--slices=2", "--config.mesh.fsdp=8"], ["2 slices", "--config.mesh.fsdp"]),
     "search": (["--topology=v5e:2x2", "--search", "--program=sample"], ["--search", "sample"]),
+    "searched batch": (["--topology=v5e:4x4", "--search", "--config.train.batch_size=3"], ["batch_size=3", "16 dev"]),
 }
 
 

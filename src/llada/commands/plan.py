@@ -47,7 +47,6 @@ def run(overrides: dict[str, str]) -> int:
         if PROGRAM.value != "train":
             raise UserError(f"--search is for --program=train, not {PROGRAM.value}")
         with progress.line() as line:
-            line.done(search.HEADER)
             found = search.search(config, place, line.now, line.done)
         _write(found.figures)
         print(search.text(found))

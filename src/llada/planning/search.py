@@ -79,7 +79,7 @@ Attempt = Callable[[MeshConfig, str, int], Point]  # mesh, remat, sequences at o
 def search(config: Config, place: Slice, now: Callable[[str], None], done: Callable[[str], None]) -> Found:
     """Compile candidates, about ten. UserError where none fits, in one line.
 
-    `now` is told what is being compiled, `done` the row of each when it is.
+    `now` is told what is being compiled, `done` the header and the row of each when it is.
     """
     points: list[Point] = []
     best = None
@@ -87,6 +87,8 @@ def search(config: Config, place: Slice, now: Callable[[str], None], done: Calla
     def attempt(mesh: MeshConfig, remat: str, sequences: int) -> Point:
         named = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, remat {remat}"
         now(f"{len(points) + 1}: {named}, {sequences} sequences per device")
+        if not points:
+            done(HEADER)  # not before it is clear that there is something to try: a mistake gets one line
         points.append(_compile(config, place, mesh, remat, sequences))
         done(row(points[-1]))
         return points[-1]
