@@ -4,7 +4,9 @@ Compiles the training step of a model for a slice three times: as it is, with al
 positions in chunks that the backward pass computes again (benchmarks/dense_losses.py). Same mesh, remat and batch.
 Printed for each: FLOPs of products with the vocabulary matrix, all matrix FLOPs, the compiler's own cycles as seconds
 (nothing for attention kernels, which it estimates no cycles for), the projected seconds and peak HBM, with ratios to
-ours; and with --batches the largest number of sequences at once on a device that fits.
+ours; and with --batches the largest number of sequences at once on a device that fits. --config.key=value changes a key, for
+another shape: the 50M of the README is --config.model.layers=16 --config.model.width=512 --config.model.heads=8
+--config.model.kv_heads=8 --config.model.ffn=1408 (51 M parameters without embeddings).
 Nothing is measured. Needs libtpu (pip install 'llada-jax[tpu]').
 """
 
@@ -12,6 +14,7 @@ import argparse
 import dataclasses
 import math
 import os
+import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -34,9 +37,9 @@ def main():
     parser.add_argument("--fsdp", type=int, default=32)
     parser.add_argument("--remat", default="full")
     parser.add_argument("--sequences", type=int, default=4, help="at once on a device")
-    parser.add_argument("--layers", type=int, default=None, help="fewer, for a quick look")
     parser.add_argument("--batches", action="store_true", help="find the largest batch on a device too")
-    given = parser.parse_args()
+    rest, overrides = experiment.take_overrides(sys.argv[1:])
+    given = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
     names = {"ours": "diffusion", "all logits": dense_losses.WHOLE, "in chunks": dense_losses.CHUNKED}
     found = {}
     for label, objective in names.items():
@@ -60,9 +63,7 @@ def attempt(given, objective: str, sequences: int) -> dict | None:
         "train.microbatches": "1",
         "objective.random_length_fraction": "0.0",
     }
-    if given.layers:
-        changes["model.layers"] = str(given.layers)
-    config = experiment.read(given.config, changes)
+    config = experiment.read(given.config, given.overrides | changes)
     mesh = mesh_lib.make(config.mesh, place.devices)
     # What a diffusion step would need is what all three are credited with.
     program = programs.make(config, mesh, "train", programs.Request())

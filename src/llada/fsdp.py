@@ -14,7 +14,8 @@ from llada import mesh as mesh_lib
 from llada.mesh import ACTIVATIONS, BATCH
 
 # With these a TPU multiplies while parts are on their way: gathers advance inside products (v4 and v5p wait for each
-# otherwise), reduce-scatters on the SparseCores of those that have them.
+# otherwise), reduce-scatters on the SparseCores of those that have them. The last: sums of the vocabulary's gradients
+# come back by reduce-scatters where the compiler would sum them whole (126,464 entries split into parts of 64 channels).
 TPU_OPTIONS = {
     "xla_enable_async_all_gather": True,
     "xla_tpu_enable_async_collective_fusion": True,
@@ -22,6 +23,7 @@ TPU_OPTIONS = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_overlap_compute_collective_tc": True,
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_use_minor_sharding_for_major_trivial_input": True,
 }
 
 # MiB of on-chip memory that a product may fill, where there are 64 or more (a v4 has 16): in the 16 that it gets
@@ -81,3 +83,13 @@ def whole(params, dtype):
         return jnp.moveaxis(jax.lax.all_gather(part, "fsdp", tiled=True), 0, axis)
 
     return jax.tree.map(gather, params, mesh_lib.parameter_specs(params))
+
+
+@jax.custom_vjp
+def made_before(whole, same):
+    """`same`, made outside a loop from what `whole` is made of inside it: its gradient, and no gather, is done here."""
+    return same
+
+
+# Nothing reads `whole` then, and no program has what nothing reads.
+made_before.defvjp(lambda whole, same: (same, None), lambda _, gradient: (gradient, None))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,6 +110,14 @@ def test_gradients_of_the_layers_come_back_in_parts(step):
     matrices = 2 * (4 * 256 * 256 + 3 * 256 * 512)
     moved = [entry["bytes"] for entry in step.figures["collectives"] if entry["kind"] == "reduce-scatter"]
     assert sum(moved) == 2 * matrices * 3 / 4
+
+
+def test_the_embedding_is_gathered_once_for_all_microbatches(libtpu):
+    made = compiled(small(train__microbatches=2))
+    module = hlo.Module(made.compiled.text, made.program.trips)
+    moved = traffic.Traffic(module, traffic.Links(made.mesh, made.place)).collectives
+    tables = [c.times for c in moved if c.kind == "all-gather" and math.prod(c.array.dims) == 1024 * 256]
+    assert sorted(tables) == [1, 2]  # the embedding, and the head in each
 
 
 def test_the_report_says_what_it_is(step):

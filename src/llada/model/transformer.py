@@ -229,14 +229,18 @@ def unfinished(
     tokens_BL: jax.Array,
     lengths_B: jax.Array | None = None,
     segments_BL: jax.Array | None = None,
+    embedding_VD: jax.Array | None = None,
 ):
     """`(rows, finish, weights)`: `finish(weights, rows)` of any flat rows is what `hidden` has for them.
 
     What is left to do is the last block's row-wise part and the final norm, for those rows an objective needs.
+    `embedding_VD`: what `table` made of these parameters, if it is at hand.
     """
     dtype = jnp.dtype(config.dtype)
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
     rest = fsdp.whole(rest | {"last": jax.tree.map(lambda leaf: leaf[-1], params["layers"])}, dtype)
+    if embedding_VD is not None:
+        rest["embedding"] = fsdp.made_before(rest["embedding"], embedding_VD)
     before, last = rest | {"layers": jax.tree.map(lambda leaf: leaf[:-1], params["layers"])}, rest["last"]
     rows, _ = Transformer(config, until_rows=True).apply(
         {"params": before}, tokens_BL, lengths_B, segments_BL=segments_BL
@@ -287,10 +291,14 @@ def _apply(config, params, keep_cache, *inputs, **more):
     return module.apply({"params": params}, *inputs, **more)
 
 
-def head(config: ModelConfig, params: Parameters) -> jax.Array:
-    """The vocabulary matrix `head_VD`, the embedding where they are tied: float32, or `fsdp.whole` from its parts."""
-    name = "embedding" if config.tie_embeddings else "head"
+def table(config: ModelConfig, params: Parameters, name: str = "embedding") -> jax.Array:
+    """`embedding_VD` or `head_VD`: float32, or `fsdp.whole` from its parts."""
     return fsdp.whole({name: params[name]}, jnp.dtype(config.dtype))[name]
+
+
+def head(config: ModelConfig, params: Parameters) -> jax.Array:
+    """The vocabulary matrix `head_VD`, the embedding where they are tied; see `table`."""
+    return table(config, params, "embedding" if config.tie_embeddings else "head")
 
 
 def logits(config: ModelConfig, params: Parameters, tokens_BL: jax.Array, lengths_B: jax.Array | None = None):

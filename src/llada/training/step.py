@@ -67,12 +67,17 @@ def _gradient_sums(config: Config, special: SpecialTokens, batch_size: int, para
     B, L = tokens_BL.shape
     G = config.train.microbatches
     loss = LOSSES[config.objective.name]
+    # Once for all microbatches: a forward pass begins with it, and has nothing to do while it is gathered.
+    embedding_VD = transformer.table(config.model, params)
 
     def microbatch_loss(params, tokens_BL, sequence_B):
         segments_BL = segments(tokens_BL, special, config.objective)
 
         def predict(inputs_BL, lengths_B):
-            return Unfinished(*transformer.unfinished(config.model, params, inputs_BL, lengths_B, segments_BL))
+            unfinished = transformer.unfinished(
+                config.model, params, inputs_BL, lengths_B, segments_BL, embedding_VD
+            )
+            return Unfinished(*unfinished)
 
         noise = Noise(config.seed, step, sequence_B, batch_size)
         terms = loss(predict, transformer.head(config.model, params), tokens_BL, noise, special, config.objective)
