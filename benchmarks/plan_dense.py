@@ -4,9 +4,10 @@ Compiles the training step of a model for a slice three times: as it is, with al
 positions in chunks that the backward pass computes again (benchmarks/dense_losses.py). Same mesh, remat and batch.
 Printed for each: FLOPs of products with the vocabulary matrix, all matrix FLOPs, the compiler's own cycles as seconds
 (nothing for attention kernels, which it estimates no cycles for), the projected seconds and peak HBM, with ratios to
-ours; and with --batches the largest number of sequences at once on a device that fits. --config.key=value changes a key, for
-another shape: the 50M of the README is --config.model.layers=16 --config.model.width=512 --config.model.heads=8
---config.model.kv_heads=8 --config.model.ffn=1408 (51 M parameters without embeddings).
+ours; and with --batches the largest number of sequences at once on a device that fits.
+
+--config.key=value changes a key, for another shape. README's of 50 M parameters (without embeddings):
+--config.model.layers=16 --config.model.width=512 --config.model.heads=8 --config.model.kv_heads=8 --config.model.ffn=1408
 Nothing is measured. Needs libtpu (pip install 'llada-jax[tpu]').
 """
 

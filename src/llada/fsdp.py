@@ -14,8 +14,8 @@ from llada import mesh as mesh_lib
 from llada.mesh import ACTIVATIONS, BATCH
 
 # With these a TPU multiplies while parts are on their way: gathers advance inside products (v4 and v5p wait for each
-# otherwise), reduce-scatters on the SparseCores of those that have them. The last: sums of the vocabulary's gradients
-# come back by reduce-scatters where the compiler would sum them whole (126,464 entries split into parts of 64 channels).
+# otherwise), reduce-scatters on the SparseCores of those that have them. The last: without it
+# gradients of 126,464 entries, in parts of 64 channels, are summed whole on every device.
 TPU_OPTIONS = {
     "xla_enable_async_all_gather": True,
     "xla_tpu_enable_async_collective_fusion": True,

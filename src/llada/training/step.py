@@ -74,9 +74,7 @@ def _gradient_sums(config: Config, special: SpecialTokens, batch_size: int, para
         segments_BL = segments(tokens_BL, special, config.objective)
 
         def predict(inputs_BL, lengths_B):
-            unfinished = transformer.unfinished(
-                config.model, params, inputs_BL, lengths_B, segments_BL, embedding_VD
-            )
+            unfinished = transformer.unfinished(config.model, params, inputs_BL, lengths_B, segments_BL, embedding_VD)
             return Unfinished(*unfinished)
 
         noise = Noise(config.seed, step, sequence_B, batch_size)
