@@ -7,7 +7,7 @@ Printed for each: FLOPs of products with the vocabulary matrix, all matrix FLOPs
 ours; and with --batches the largest number of sequences at once on a device that fits.
 
 --config.key=value changes a key, for another shape. README's of 50 M parameters (without embeddings):
---config.model.layers=16 --config.model.width=512 --config.model.heads=8 --config.model.kv_heads=8 --config.model.ffn=1408
+--config.model.{layers=16,width=512,heads=8,kv_heads=8,ffn=1408}, in a shell that expands braces.
 Nothing is measured. Needs libtpu (pip install 'llada-jax[tpu]').
 """
 
@@ -24,6 +24,7 @@ import dense_losses
 
 from llada import mesh as mesh_lib
 from llada.commands import experiment
+from llada.errors import UserError
 from llada.planning import kernels, programs, report, topology
 from llada.planning.hlo import Module
 
@@ -144,4 +145,8 @@ def line(label: str, figures: dict | None, ours: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as mistake:
+        print(f"plan_dense: {mistake}", file=sys.stderr)
+        sys.exit(2)

@@ -14,12 +14,14 @@ import argparse
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from llada import mesh as mesh_lib
 from llada.commands import experiment
+from llada.errors import UserError
 from llada.planning import programs, report, search, topology
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,4 +137,8 @@ def table(entries: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as mistake:
+        print(f"plan_table: {mistake}", file=sys.stderr)
+        sys.exit(2)

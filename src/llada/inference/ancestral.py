@@ -40,14 +40,17 @@ def ancestral(
     longest = int(prompt_length_B.max())
     forbidden_F = ids_of(forbidden_V, special.mask)
     return timed(
-        _ancestral,
+        left_to_right,
         *(config, special, temperature, longest, observe, repeated(params), np.asarray(canvas_BL, np.int32)),
         *(prompt_length_B, forbidden_F, seeds(seed_B, len(canvas_BL))),
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _ancestral(config, special, temperature, longest, observe, params, canvas_BL, prompt_length_B, forbidden_F, seed_B):
+def left_to_right(
+    config, special, temperature, longest, observe, params, canvas_BL, prompt_length_B, forbidden_F, seed_B
+):
+    """The compiled program of `ancestral`: its tokens, steps and number of forward passes."""
     B, L = canvas_BL.shape
     head_VD = transformer.head(config, params)
     # Position i sees the tokens before i, so the prompts and one more position are known from the start.

@@ -110,7 +110,7 @@ def log_likelihoods(
     row_of = np.concatenate([np.arange(len(plan.masked_RA)) for plan in plans])
     nats = np.zeros(len(owner))
     lengths = np.array([len(pair.prompt) + len(pair.answer) for pair in pairs])[owner]
-    run = functools.partial(_row_nats, config, special, settings.cfg_scale)
+    run = functools.partial(row_nats, config, special, settings.cfg_scale)
     done = 0
     for index, L in _batches(lengths, settings):
         batch = _Rows.empty(len(index), L)
@@ -318,7 +318,7 @@ def _bucket(length: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _row_nats(config, special, scale, params, tokens_BL, masked_BL, scored_BL, open_BL, lengths_B):
+def row_nats(config, special, scale, params, tokens_BL, masked_BL, scored_BL, open_BL, lengths_B):
     """Sum over the scored positions of -log p(token | the row with its masks)."""
     tokens_BL, masked_BL, scored_BL, open_BL = (
         mesh_lib.constrain(x, "BL") for x in (tokens_BL, masked_BL, scored_BL, open_BL)

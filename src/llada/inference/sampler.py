@@ -81,7 +81,7 @@ def reverse_process(
     suffix = int(np.max(ends_B - open_BL.argmax(axis=1)))
     params = repeated(params)
     sample = timed(
-        _reverse_process,
+        fill_blocks,
         *(config, settings, special, int(blocks_B.max()), suffix, observe),
         *(params, canvas_BL, open_BL, seeds(seed_B, B), forbidden_F, None if lengths_B is None else ends_B),
     )
@@ -132,7 +132,8 @@ class _State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def _reverse_process(config, settings, special, blocks, suffix, observe, params, canvas_BL, *rows):
+def fill_blocks(config, settings, special, blocks, suffix, observe, params, canvas_BL, *rows):
+    """The compiled loop of `reverse_process`: tokens and steps as there, and the number of forward passes."""
     process = _Process(config, settings, special, blocks, suffix, observe, params, *rows)
     never_BL = jnp.full(canvas_BL.shape, -1, jnp.int32)
     start = _State(canvas_BL, never_BL, jnp.zeros((len(canvas_BL), 1), jnp.int32))

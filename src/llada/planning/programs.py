@@ -170,7 +170,7 @@ def _likelihood(config: Config, mesh, request: Request) -> Program:
     per_device = B * L // mesh.devices.size
     return Program(
         "likelihood",
-        jax.jit(functools.partial(likelihood._row_nats, config.model, special, 0.0)),
+        jax.jit(functools.partial(likelihood.row_nats, config.model, special, 0.0)),
         (params, *rows, None),
         head_trips(per_device, likelihood.head_rows("tpu"), fraction),
         B * L * accounting.flops_exact_per_token(config) / 3,
@@ -196,7 +196,7 @@ def _sample(config: Config, mesh, request: Request) -> Program:
     seed_B = jax.ShapeDtypeStruct((B,), jnp.uint32, sharding=each)
     if m.causal:
         prompt_B = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=each)
-        jitted = functools.partial(ancestral._ancestral, config.model, special, 0.0, prompt, None)
+        jitted = functools.partial(ancestral.left_to_right, config.model, special, 0.0, prompt, None)
         arguments = (params, tokens_BL, prompt_B, forbidden_F, seed_B)
         passes = float(written - 1), "a token a pass, to the end of the canvas"
         return Program("sample", jax.jit(jitted), arguments, lambda path: passes, None, None, B * written)
@@ -206,7 +206,7 @@ def _sample(config: Config, mesh, request: Request) -> Program:
     settings_lib.check(settings, written)
     blocks = -(-written // settings.block_length)
     open_BL = jax.ShapeDtypeStruct((B, L), bool, sharding=rows)
-    jitted = functools.partial(sampler._reverse_process, config.model, settings, special, blocks, written, None)
+    jitted = functools.partial(sampler.fill_blocks, config.model, settings, special, blocks, written, None)
     arguments = (params, tokens_BL, open_BL, seed_B, forbidden_F, None)
     return Program(
         "sample", jax.jit(jitted), arguments, _sampler_trips(settings, blocks, B, mesh), None, None, B * written
