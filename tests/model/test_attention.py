@@ -27,9 +27,10 @@ WAYS = {
 attend = jax.jit(attention.attend, static_argnums=3)
 
 
-def draw(queries=L):
+def draw(queries=L, channels=C):
     rng = np.random.default_rng(0)
-    return [jnp.array(rng.normal(size=s), jnp.float32) for s in ((B, queries, H, C), (B, L, K, C), (B, L, K, C))]
+    shapes = ((B, queries, H, channels), *((B, L, K, channels),) * 2)
+    return [jnp.array(rng.normal(size=s), jnp.float32) for s in shapes]
 
 
 def result_and_gradients(way, lengths, inputs):
@@ -46,19 +47,21 @@ def result_and_gradients(way, lengths, inputs):
 
 
 @functools.cache
-def expected(name):
+def expected(name, channels=C):
     causal, lengths, segments = CASES[name]
     way = lambda q, k, v: attention.at_once(q, k, v, causal, None, lengths, segments, segments)  # noqa: E731
-    return result_and_gradients(way, lengths, draw())
+    return result_and_gradients(way, lengths, draw(channels=channels))
 
 
 @pytest.mark.parametrize("name", list(CASES))
-@pytest.mark.parametrize("way", list(WAYS))
-def test_all_ways_agree(way, name):
-    """Forward and gradients, four query heads over two key heads."""
+@pytest.mark.parametrize("way, channels", [*((way, C) for way in WAYS), ("splash", attention.LANES)])
+def test_all_ways_agree(way, channels, name):
+    """Forward and gradients, four query heads over two key heads; splash also where a head fills a register."""
     causal, lengths, segments = CASES[name]
-    got = result_and_gradients(lambda q, k, v: WAYS[way](q, k, v, causal, lengths, segments, segments), lengths, draw())
-    for mine, wanted in zip(got, expected(name), strict=True):
+    got = result_and_gradients(
+        lambda q, k, v: WAYS[way](q, k, v, causal, lengths, segments, segments), lengths, draw(channels=channels)
+    )
+    for mine, wanted in zip(got, expected(name, channels), strict=True):
         np.testing.assert_allclose(mine, wanted, atol=2e-5)
 
 
@@ -100,7 +103,7 @@ def test_blocks_hold_no_square_of_the_length():
 @pytest.mark.parametrize("length", [256, 1280, 4096])
 def test_the_share_of_scores_of_a_causal_kernel_is_that_of_its_tiles(length):
     """As the kernel itself lists them, forward and backward."""
-    kernel = attention.splash_kernel(True, 2, length, length)
+    kernel = attention.splash_kernel(True, (2, length, 64), length)
     for info in (kernel.fwd_mask_info, kernel.dkv_mask_info):
         done = np.asarray(info.block_mask) > 0
         assert np.sum(done) / done.size == attention.causal_share(length)

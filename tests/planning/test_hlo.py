@@ -150,6 +150,11 @@ def test_products_of_attention_kernels():
     assert kernels.flops("%splash_mha_dq.1", "", operands, 1, False) == 3 * product
     assert kernels.flops("%splash_mha_dkv.1", "", operands, 2, False) == 4 * product
     assert kernels.flops("%splash_mha_dkv_segmented.1", "", operands, 3, False) == 5 * product
+    # Heads of 64 channels bring their queries with positions last.
+    turned = [(2, 32, 64, 4096), (2, 4, 4096, 64), (2, 4, 4096, 64)]
+    assert kernels.flops("%splash_mha_fwd_residuals.2", "", turned, 3, False) == 2 * product / 2
+    assert kernels.efficiency("%splash_mha_fwd_residuals.2", turned) == kernels.SHARE / 2
+    assert kernels.efficiency("%splash_mha_fwd_residuals.2", operands) == kernels.SHARE
     assert kernels.flops("%other", '"cost_estimate":{"flops":"123"}', operands, 1, False) == 123
 
 

@@ -141,7 +141,7 @@ def on_tpu(
         scaled = (query_BQHC.astype(jnp.float32) / math.sqrt(C)).astype(query_BQHC.dtype)
         given = (_padded(x, 0).swapaxes(1, 2) for x in (scaled, key_BLKC, value_BLKC))
         query, key, value = (checkpoint_name(x, RESIDUALS) for x in given)
-        kernel = splash_kernel(causal, query.shape[1], query.shape[2], key.shape[2], interpret)
+        kernel = splash_kernel(causal, query.shape[1:], key.shape[2], interpret)
         segments = None
         if segments_BL is not None:
             segments = splash.SegmentIds(q=_padded(segments_BQ, 0), kv=_padded(segments_BL, -1))
@@ -165,8 +165,9 @@ def _padded(x_BL: jax.Array, value: int) -> jax.Array:
     return jnp.pad(x_BL, [(0, 0), (0, -x_BL.shape[1] % LANES)] + [(0, 0)] * (x_BL.ndim - 2), constant_values=value)
 
 
-def splash_kernel(causal: bool, heads: int, queries: int, keys: int, interpret: bool = False):
+def splash_kernel(causal: bool, shape_HQC: tuple[int, int, int], keys: int, interpret: bool = False):
     """The kernel of one sequence, `(H, Q, C), (K, L, C), (K, L, C), segments -> (H, Q, C)`."""
+    heads, queries, channels = shape_HQC
     # Of large tiles in memory, small ones in registers: the more work a step of the grid has, the less its start costs.
     # The fused backward pass writes a partial query gradient for each tile of keys, so all keys are one where they fit:
     # 16 MB of fast memory, all that a v4 has, are 30 KB too few for 2048.
@@ -182,6 +183,8 @@ def splash_kernel(causal: bool, heads: int, queries: int, keys: int, interpret: 
         block_kv_dkv=kv_back,
         block_kv_dkv_compute=_tile(kv_back, 512),
         use_fused_bwd_kernel=True,
+        # Fewer channels than a register has lanes leave the rest of each empty, in memory too; positions fill them.
+        q_layout=splash.QKVLayout.SEQ_MINOR if channels < LANES else splash.QKVLayout.HEAD_DIM_MINOR,
     )
     mask = (splash.CausalMask if causal else splash.FullMask)((queries, keys))
     return splash.make_splash_mha_single_device(

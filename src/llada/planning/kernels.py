@@ -30,7 +30,7 @@ def flops(name: str, attributes: str, operands: list[tuple[int, ...]], results: 
 
 def efficiency(name: str, operands: list[tuple[int, ...]]) -> float:
     """The share of peak FLOP/s that a call is taken to run at: an assumption, as the compiler estimates none."""
-    channels = operands[0][-1] if _products(name, 0) else LANES
+    channels = operands[1][-1] if _products(name, 0) else LANES  # the keys': queries may come with positions last
     return SHARE * min(1.0, channels / LANES)
 
 
