@@ -37,7 +37,9 @@ def main():
     parser.add_argument("--topologies", default=TOPOLOGIES)
     parser.add_argument("--remat", default=None, help="default: dots where there is room for it, else full")
     parser.add_argument("--most", type=int, default=None, help="compile at most so many entries, then stop")
-    parser.add_argument("--again", action="store_true", help="compile entries that are there already")
+    parser.add_argument(
+        "--again", action="store_true", help="compile entries that are there already, from their microbatches on"
+    )
     given = parser.parse_args()
     out = ROOT / "docs" / "plan"
     out.mkdir(parents=True, exist_ok=True)
@@ -51,17 +53,17 @@ def main():
             key = f"{model} {name} {remat}"
             if (key in entries and not given.again) or (given.most is not None and done >= given.most):
                 continue
-            entries[key] = entry(model, name, remat)
+            entries[key] = entry(model, name, remat, entries.get(key, {}).get("microbatches", 1))
             done += 1
             path.write_text(json.dumps(entries, indent=1) + "\n")
             (out / "table.md").write_text(table(entries))
 
 
-def entry(model: str, name: str, remat: str) -> dict:
-    """The plan with the fewest microbatches that fit; or the refusal, where not even one sequence a device does."""
+def entry(model: str, name: str, remat: str, microbatches: int) -> dict:
+    """The plan with the fewest that fit, from `microbatches` on; or the refusal, where not one sequence a device does."""
     slices, slice_name = re.fullmatch(r"(?:(\d+)x)?(\w+:[\dx]+)", name).groups()
     place = topology.describe(slice_name, int(slices or 1))
-    devices, fsdp, microbatches = len(place.devices), FSDP[slice_name], 1
+    devices, fsdp = len(place.devices), FSDP[slice_name]
     while True:
         overrides = {"mesh.fsdp": str(fsdp), "model.remat": remat, "train.microbatches": str(microbatches)}
         config = experiment.read(str(ROOT / "experiments" / f"{model}.py"), {})

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from llada import mesh as mesh_lib
 from llada.mesh import ACTIVATIONS, BATCH
@@ -80,9 +81,28 @@ def whole(params, dtype):
         # of fewer than 128 channels comes back to a TPU by an all-reduce of everything.
         axis = spec.index("fsdp")
         part = jnp.moveaxis(leaf.astype(dtype), axis, 0)
-        return jnp.moveaxis(jax.lax.all_gather(part, "fsdp", tiled=True), 0, axis)
+        return jnp.moveaxis(_scattered_by_rows(jax.lax.all_gather(part, "fsdp", tiled=True)), 0, axis)
 
     return jax.tree.map(gather, params, mesh_lib.parameter_specs(params))
+
+
+@jax.custom_vjp
+def _scattered_by_rows(whole):
+    """`whole`, whose gradient is written down row by row before it is scattered, on TPU.
+
+    Left to itself the compiler writes parts of 64 rows across registers of 128, at half the speed of the product, and
+    turns the vocabulary's around by copies. What is gathered it lays out better.
+    """
+    return whole
+
+
+def _by_rows(_, gradient):
+    if mesh_lib.platform() == "tpu":
+        gradient = with_layout_constraint(gradient, Layout(tuple(range(gradient.ndim))))
+    return (gradient,)
+
+
+_scattered_by_rows.defvjp(lambda whole: (whole, None), _by_rows)
 
 
 @jax.custom_vjp
