@@ -60,7 +60,7 @@ def main():
 
 
 def entry(model: str, name: str, remat: str, microbatches: int) -> dict:
-    """The plan with the fewest that fit, from `microbatches` on; or the refusal, where not one sequence a device does."""
+    """The plan with the fewest that fit, from `microbatches` on; the refusal where not one sequence a device does."""
     slices, slice_name = re.fullmatch(r"(?:(\d+)x)?(\w+:[\dx]+)", name).groups()
     place = topology.describe(slice_name, int(slices or 1))
     devices, fsdp = len(place.devices), FSDP[slice_name]
