@@ -6,7 +6,7 @@ Printed for each: FLOPs of products with the vocabulary matrix, all matrix FLOPs
 (nothing for attention kernels, which it estimates no cycles for), the projected seconds and peak HBM, with ratios to
 ours; and with --batches the largest number of sequences at once on a device that fits, ours and with all logits.
 
---config.key=value changes a key, for another shape. README's of 50 M parameters (without embeddings):
+--config.key=value changes a key, for another shape; of 50 M parameters without embeddings, say:
 --config.model.{layers=16,width=512,heads=8,kv_heads=8,ffn=1408}, in a shell that expands braces.
 Nothing is measured. Needs libtpu (pip install 'llada-jax[tpu]').
 """
