@@ -90,8 +90,8 @@ def whole(params, dtype):
 def _scattered_by_rows(whole):
     """`whole`, whose gradient is written down row by row before it is scattered, on TPU.
 
-    Left to itself the compiler writes parts of 64 rows across registers of 128, at half the speed of the product, and
-    turns the vocabulary's around by copies. What is gathered it lays out better.
+    Left to itself the compiler writes gradients of heads of 64 channels across registers of 128 lanes, and turns the
+    vocabulary's around by copies. What is gathered it lays out better.
     """
     return whole
 
