@@ -12,7 +12,8 @@
 Forward, backward, clipping and AdamW in float32, from the same weights, on the same tokens and masks. Both programs run
 alternately in one process, after one step each to compile; that first step is also where loss, gradient and updated
 parameters are compared. Later steps compare the loss. A turn is a step that is not timed, as it meets the memory and
-caches that the other program left, and three that are. Both programs have memory in huge pages, as `llada` takes it.
+caches that the other program left, and three that are. Both programs have memory as `llada train` takes it: in huge
+pages, and kept; the threads of PyTorch sleep while it is not their turn.
 Printed are medians and ranges of seconds, of the ratio per pair, and tokens, useful FLOPs (head on masked rows) and
 dense-credit FLOPs (head on all rows) per second. Needs torch.
 """
@@ -21,6 +22,8 @@ import argparse
 import dataclasses
 import functools
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch's threads sleep where it is not their turn
 
 import dense_losses
 import jax
@@ -34,7 +37,7 @@ import torch_training
 
 from llada import accounting, config
 from llada import mesh as mesh_lib
-from llada.commands.program import use_huge_pages
+from llada.commands import memory
 from llada.objectives import diffusion
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import SpecialTokens
@@ -226,7 +229,8 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
-    use_huge_pages()
+    memory.use_huge_pages()
+    memory.keep()
     timing.report(**measure(options.shape, options.rival, options.pairs))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
-from llada.commands import experiment
+from llada.commands import experiment, memory
 from llada.errors import UserError
 
 COMMANDS = {
@@ -25,7 +25,7 @@ COMMANDS = {
 
 def start() -> int:
     """The program as a process of its own."""
-    use_huge_pages()
+    memory.use_huge_pages()
     return main()
 
 
@@ -59,18 +59,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"llada {name}: interrupted", file=sys.stderr)
         return 130
-
-
-def use_huge_pages() -> None:
-    """Begin this process anew with memory in pages of 2 MB, where glibc is asked nothing else already.
-
-    On CPU XLA takes its buffers anew for every step, and their first touch costs less in large pages. glibc reads the
-    variable only when a process begins. Nothing happens outside Linux; an old glibc ignores the variable.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _keep_compiled_programs() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from llada import processes
-from llada.commands import experiment
+from llada.commands import experiment, memory
 from llada.errors import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if missing, continued if it holds one")
@@ -30,6 +30,7 @@ def run(overrides: dict[str, str]) -> int:
     """Train; 130 or 143 after a signal (everything saved), 1 if the loss stopped being a number."""
     if not PRINT_CONFIG.value:
         processes.start(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
+        memory.keep()
     with processes.agreement():
         config = _config(overrides)
     if PRINT_CONFIG.value:

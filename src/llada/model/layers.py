@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llada.mesh import platform
 
@@ -40,14 +41,19 @@ def _look_up_backward(kept, d_BLD):
 look_up.defvjp(lambda table_VD, tokens_BL: (table_VD[tokens_BL], (tokens_BL, table_VD[:, :0])), _look_up_backward)
 
 
-def rotary_angles(position: jax.Array, channels: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of positions `(L,)` or `(B, Q)`, float32, a last axis of `channels` added; half-split layout
-    (channel i pairs with i + C/2).
+def rotary_angles(position: jax.Array | int, channels: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of positions `(L,)` or `(B, Q)`, or of the first L, float32, a last axis of `channels` added;
+    half-split layout (channel i pairs with i + C/2).
     """
-    frequency = theta ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
-    angle = position.astype(jnp.float32)[..., None] * frequency
-    angle = jnp.concatenate([angle, angle], axis=-1)
-    return jnp.cos(angle), jnp.sin(angle)
+    xp = jnp
+    if isinstance(position, int):
+        # Constants on CPU: XLA would compute them there for every head of every sequence again.
+        xp = np if platform() == "cpu" else jnp
+        position = xp.arange(position)
+    frequency = theta ** (-xp.arange(0, channels, 2, dtype=xp.float32) / channels)
+    angle = position.astype(xp.float32)[..., None] * frequency
+    angle = xp.concatenate([angle, angle], axis=-1)
+    return jnp.asarray(xp.cos(angle)), jnp.asarray(xp.sin(angle))
 
 
 def take(x_BL: jax.Array, at_BR: jax.Array) -> jax.Array:

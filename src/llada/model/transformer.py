@@ -146,7 +146,7 @@ class Transformer(nn.Module):
         # Gathering the bf16 table once is cheaper than letting the partitioner reshard a lookup on a split table.
         table_VD = constrain(embedding_VD.astype(dtype), "VD_gathered")
         x_BLD = constrain(layers.look_up(table_VD, tokens_BL), "BLD")
-        position = jnp.arange(tokens_BL.shape[1]) if position_BQ is None else position_BQ
+        position = tokens_BL.shape[1] if position_BQ is None else position_BQ
         angles = layers.rotary_angles(position, c.head_size, c.rope_theta)
         if self.unstacked:
             kept = []
