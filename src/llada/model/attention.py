@@ -66,10 +66,12 @@ def at_once(
     B, Q, H, C = query_BQHC.shape
     L, K = key_BLKC.shape[1:3]
     G = H // K
+    # Queries are C / L times as many numbers as scores, and on CPU a factor of the scores would be as large as they are.
+    query_BQHC = _scaled(query_BQHC)
     # The heads of a group share keys, so they stand behind each other in one longer query axis (X = G Q).
     query_BKXC = query_BQHC.reshape(B, Q, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * Q, C)
     key_BKLC, value_BKLC = key_BLKC.swapaxes(1, 2), value_BLKC.swapaxes(1, 2)
-    scores_BKXL = jnp.einsum("bkxc,bklc->bkxl", query_BKXC, key_BKLC, preferred_element_type=jnp.float32) / math.sqrt(C)
+    scores_BKXL = jnp.einsum("bkxc,bklc->bkxl", query_BKXC, key_BKLC, preferred_element_type=jnp.float32)
     position_L = jnp.arange(L)
     if segments_BL is not None:
         # Finite, as padding behind a length may be in a segment with no key left: its result is a mean, not NaN.
@@ -138,8 +140,7 @@ def on_tpu(
             segments_BL = jnp.where(jnp.arange(L) < lengths_B[:, None], segments_BL, -1)
 
     def of_one_device(query_BQHC, key_BLKC, value_BLKC, segments_BQ, segments_BL):
-        scaled = (query_BQHC.astype(jnp.float32) / math.sqrt(C)).astype(query_BQHC.dtype)
-        given = (_padded(x, 0).swapaxes(1, 2) for x in (scaled, key_BLKC, value_BLKC))
+        given = (_padded(x, 0).swapaxes(1, 2) for x in (_scaled(query_BQHC), key_BLKC, value_BLKC))
         query, key, value = (checkpoint_name(x, RESIDUALS) for x in given)
         kernel = splash_kernel(causal, query.shape[1:], key.shape[2], interpret)
         segments = None
@@ -151,6 +152,11 @@ def on_tpu(
     heads, rows = ACTIVATIONS["BLHC"], ACTIVATIONS["BL"]
     of_all = on_each_device(of_one_device, (heads, heads, heads, rows, rows), heads)
     return of_all(query_BQHC, key_BLKC, value_BLKC, segments_BQ, segments_BL)
+
+
+def _scaled(query_BQHC: jax.Array) -> jax.Array:
+    """Queries over the root of their channels."""
+    return (query_BQHC.astype(jnp.float32) / math.sqrt(query_BQHC.shape[-1])).astype(query_BQHC.dtype)
 
 
 def _divides(shape_BLHC: tuple[int, ...]) -> bool:

@@ -14,11 +14,23 @@ import numpy as np
 from llada.mesh import platform
 
 
+def _again(f, *given: jax.Array) -> jax.Array:
+    """`f(*given)`, computed again on CPU for its gradient.
+
+    XLA would write down what each of its steps makes, in a pass over memory, and read it in the backward pass.
+    """
+    return (jax.checkpoint(f) if platform() == "cpu" else f)(*given)
+
+
 def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, in float32, returned in the dtype of `x`."""
-    x = x_BLD.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    return (x * scale_D).astype(x_BLD.dtype)
+
+    def normalised(x_BLD, scale_D):
+        x = x_BLD.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+        return (x * scale_D).astype(x_BLD.dtype)
+
+    return _again(normalised, x_BLD, scale_D)
 
 
 @jax.custom_vjp
@@ -101,6 +113,11 @@ rotate_by_product.defvjp(
     lambda x_BHLC, cos, sin: (rotate_by_product(x_BHLC, cos, sin), (cos, sin)),
     lambda angles, d_BHLC: (rotate_by_product(d_BHLC, angles[0], -angles[1]), None, None),
 )
+
+
+def swiglu(gate_NF: jax.Array, up_NF: jax.Array) -> jax.Array:
+    """`silu(gate) * up`."""
+    return _again(lambda gate, up: jax.nn.silu(gate) * up, gate_NF, up_NF)
 
 
 def to_heads(x_BLD: jax.Array, kernel_DHC: jax.Array) -> jax.Array:

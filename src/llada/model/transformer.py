@@ -123,7 +123,7 @@ def block_end(c: ModelConfig, weights: Parameters, x: jax.Array, mixed: jax.Arra
     y_ND = layers.rms_norm(x_ND, weights["ffn_norm"], c.norm_eps)
     gate_NF = pin(y_ND @ weights["gate"].astype(dtype), "NF")
     up_NF = pin(y_ND @ weights["up"].astype(dtype), "NF")
-    return x_ND + (jax.nn.silu(gate_NF) * up_NF) @ weights["down"].astype(dtype)
+    return x_ND + layers.swiglu(gate_NF, up_NF) @ weights["down"].astype(dtype)
 
 
 class Transformer(nn.Module):

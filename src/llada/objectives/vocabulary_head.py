@@ -17,11 +17,11 @@ from llada.objectives.contract import Unfinished
 
 # Rows of a block where the config says none. Each block reads and writes the whole float32 gradient of the vocabulary
 # matrix, 8 bytes for 2 FLOPs a row, and the data sheets of accelerators have 166 to 560 FLOPs for a byte.
-ROWS = {"cpu": 256, "gpu": 1024, "tpu": 2048}
+ROWS = {"cpu": 384, "gpu": 1024, "tpu": 2048}
 
 # On CPU gradients take so many entries of the vocabulary at a time: XLA writes a product before it adds it to a sum,
 # and what is small is still in the caches then. Elsewhere the sum is part of the product.
-PIECE = 2048
+PIECE = 1024
 
 # Names of the two loops in a compiled program: `llada plan` tells them apart by these.
 WHOLE_BLOCKS, SMALLER_BLOCKS = "whole_blocks", "smaller_blocks"

@@ -46,14 +46,16 @@ def train_step(state: TrainState, batch_BL: jax.Array, config: Config, special: 
     B = len(batch_BL)
     sums = fsdp.batch_sums(functools.partial(_gradient_sums, config, special, B))
     gradients, terms = sums(state.params, (batch_BL, jnp.arange(B)), state.step)
-    gradients = jax.tree.map(lambda g: g / terms.token_count, gradients)
-    updates, optimizer_state = optimizer.make(config).update(gradients, state.optimizer_state, state.params)
+    grad_norm = optax.tree.norm(gradients) / terms.token_count
+    updates, optimizer_state = optimizer.make(config).update(
+        gradients, state.optimizer_state, state.params, token_count=terms.token_count, norm=grad_norm
+    )
     params = optax.apply_updates(state.params, updates)
     metrics = {
         "loss_nats_per_token": terms.nats / terms.token_count,
         "head_nats_per_row": terms.head_nats / jnp.maximum(terms.head_count, 1),
         "head_fraction": terms.head_count / terms.token_count,
-        "grad_norm": optax.tree.norm(gradients),
+        "grad_norm": grad_norm,
         "parameter_norm": optax.tree.norm(params),
         "learning_rate": optimizer.learning_rate(config)(state.step),
         "token_count": terms.token_count,
