@@ -66,7 +66,7 @@ def at_once(
     B, Q, H, C = query_BQHC.shape
     L, K = key_BLKC.shape[1:3]
     G = H // K
-    # Queries are C / L times as many numbers as scores, and on CPU a factor of the scores would be as large as they are.
+    # Queries are C / L times as many numbers as scores, and on CPU a factor of scores would be as large as they are.
     query_BQHC = _scaled(query_BQHC)
     # The heads of a group share keys, so they stand behind each other in one longer query axis (X = G Q).
     query_BKXC = query_BQHC.reshape(B, Q, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * Q, C)
