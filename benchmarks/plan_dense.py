@@ -4,7 +4,8 @@ Compiles the training step of a model for a slice three times: as it is, with al
 positions in chunks that the backward pass computes again (benchmarks/dense_losses.py). Same mesh, remat and batch.
 Printed for each: FLOPs of products with the vocabulary matrix, all matrix FLOPs, the compiler's own cycles as seconds
 (nothing for attention kernels, which it estimates no cycles for), the projected seconds and peak HBM, with ratios to
-ours; and with --batches the largest number of sequences at once on a device that fits, ours and with all logits.
+ours; and with --batches the largest number of sequences at once on a device that fits, ours and with all logits: about
+ten compilations more, of minutes each.
 
 --config.key=value changes a key, for another shape; of 50 M parameters without embeddings, say:
 --config.model.{layers=16,width=512,heads=8,kv_heads=8,ffn=1408}, in a shell that expands braces.
@@ -119,7 +120,9 @@ def largest(given, objective: str, found: dict | None) -> int:
     while too_many is None or too_many - fits > 1:
         if trial is None or not fits < trial < (too_many or math.inf):
             trial = max(2 * fits, 1) if too_many is None else (fits + too_many) // 2
-        if attempt(given, objective, trial) is None:
+        figures = attempt(given, objective, trial)
+        print(f"    {trial} sequences {'do not fit' if figures is None else 'fit'}", file=sys.stderr, flush=True)
+        if figures is None:
             too_many, trial = trial, trial - stride
         else:
             fits, trial = trial, trial + stride
