@@ -108,7 +108,7 @@ def test_the_head_costs_six_flops_per_weight_and_row_that_meets_it():
         loss = lambda h, v: weighted_nats(h, v, jnp.zeros((B, L), jnp.int32), jnp.ones((B, L)), rows)[0]  # noqa: E731
         return jax.grad(loss, argnums=(0, 1))(hidden, head)
 
-    once_each = sum(block_sizes(B * L, rows))
+    once_each = sum(block_sizes(B * L, rows, jax.default_backend()))
     assert product_flops(jax.make_jaxpr(gradients)(hidden, head).jaxpr) == once_each * 6 * V * D
 
 
@@ -170,7 +170,7 @@ def test_exact_flops_are_those_that_xla_counts_in_the_training_step(causal, chan
     """To 1 %: the whole count, and how much it grows when one thing changes, which no other part of it can hide."""
     monkeypatch.setattr("llada.model.attention.SHORT", 10 * LENGTH)  # a loop over queries would count once
     # So would one over smaller blocks, which no row is left for, or over pieces of the vocabulary.
-    monkeypatch.setattr("llada.objectives.vocabulary_head.block_sizes", lambda N, block_rows: (block_rows, block_rows))
+    monkeypatch.setattr("llada.objectives.vocabulary_head.block_sizes", lambda N, block_rows, where: (block_rows,))
     monkeypatch.setattr("llada.objectives.vocabulary_head.PIECE", 10**6)
     before, after = wide_step(causal), wide_step(causal, **change)
     print()

@@ -91,7 +91,8 @@ _weighted_nats.defvjp(_forward, _backward)
 
 def _loop(rows, parameters, head_VD, targets_N, weights_N, finish, block_rows, with_gradients):
     N, V = len(targets_N), len(head_VD)
-    largest, smallest = block_sizes(N, block_rows)
+    sizes = block_sizes(N, block_rows, platform())
+    smallest = sizes[-1]
     used_N = weights_N != 0
     on_cpu = platform() == "cpu"
     order_N = jnp.argsort(~used_N, stable=True)  # rows with work first, in their own order
@@ -150,14 +151,12 @@ def _loop(rows, parameters, head_VD, targets_N, weights_N, finish, block_rows, w
     gradients = (jax.tree.map(jnp.zeros_like, rows), *sums) if with_gradients else ()
     carry = (jnp.zeros((), jnp.float32), jnp.zeros(padded, jnp.float32), gradients)
     # A block costs the same whatever share of it is needed, so what is left after whole ones goes in smaller ones.
-    turns = (jnp.sum(used_N) + smallest - 1) // smallest
-    whole = turns // (largest // smallest)
-    with jax.named_scope(WHOLE_BLOCKS):
-        carry = jax.lax.fori_loop(0, whole, functools.partial(block, largest), carry)
-    if smallest < largest:
-        with jax.named_scope(SMALLER_BLOCKS):
-            done = whole * (largest // smallest)
-            carry = jax.lax.fori_loop(done, turns, functools.partial(block, smallest), carry)
+    turns, done = (jnp.sum(used_N) + smallest - 1) // smallest, 0
+    for k, R in enumerate(sizes):
+        each = R // smallest
+        with jax.named_scope(SMALLER_BLOCKS if k else WHOLE_BLOCKS):
+            carry = jax.lax.fori_loop(done // each, turns // each, functools.partial(block, R), carry)
+        done = turns // each * each
     total, nats, gradients = carry
     if with_gradients:
         d_rows, *sums = gradients
@@ -174,7 +173,12 @@ def _in_pieces(piece, V: int, size: int, carry):
     return piece(rest, V - rest, carry) if rest else carry
 
 
-def block_sizes(N: int, block_rows: int) -> tuple[int, int]:
-    """Rows of a whole block and of the smaller ones behind it, for N rows of one device."""
+def block_sizes(N: int, block_rows: int, where: str) -> tuple[int, ...]:
+    """Rows of a whole block and of the smaller ones behind it, for N rows of one device on that platform.
+
+    On CPU a block of half the rows comes between: products of few rows are slow there.
+    """
     largest = min(block_rows, N)
-    return largest, largest // 4 if largest % 4 == 0 else largest
+    if largest % 4:
+        return (largest,)
+    return (largest, largest // 2, largest // 4) if where == "cpu" else (largest, largest // 4)

@@ -134,7 +134,8 @@ def _train(config: Config, mesh, request: Request) -> Program:
 
 def head_trips(rows: int, block_rows: int, fraction: float) -> Trips:
     """Turns of the vocabulary head's two loops: as many blocks as the rows with work on one device fill, on average."""
-    largest, smallest = vocabulary_head.block_sizes(rows, block_rows)
+    sizes = vocabulary_head.block_sizes(rows, block_rows, "tpu")
+    largest, smallest = sizes[0], sizes[-1]
     blocks = largest // smallest
     if fraction == 1:
         whole, smaller = divmod(-(-rows // smallest), blocks)
