@@ -39,6 +39,11 @@ def canvas_BL():
     return canvas
 
 
+@jax.jit
+def logits_of(params, tokens_BL):
+    return transformer.logits(MODEL, params, tokens_BL)
+
+
 def read_plainly(params, canvas_L, settings):
     """One row, greedy, low-confidence remasking (LLaDA Algorithm 5, integer quota), guided by Eq. (16) if asked."""
     tokens = canvas_L.copy()
@@ -48,11 +53,11 @@ def read_plainly(params, canvas_L, settings):
     for block in blocks:
         base, extra = divmod(len(block), steps)
         for step in range(steps):
-            logits = np.asarray(transformer.logits(MODEL, params, tokens[None]), np.float64)[0]
+            logits = np.asarray(logits_of(params, tokens[None]), np.float64)[0]
             if settings.cfg_scale:
                 blind = np.full_like(tokens, MASK)
                 blind[positions] = tokens[positions]
-                without = np.asarray(transformer.logits(MODEL, params, blind[None]), np.float64)[0]
+                without = np.asarray(logits_of(params, blind[None]), np.float64)[0]
                 logits = without + (settings.cfg_scale + 1) * (logits - without)
             logits[:, FORBIDDEN] = -np.inf
             if settings.eos == "no_logits":
@@ -167,7 +172,7 @@ def test_sampling_at_temperature_one_follows_the_models_law(params):
     canvas[:, 2] = MASK
     settings = SamplerConfig(steps=1, block_length=1, temperature=1.0)
     got = sampler.reverse_process(MODEL, params, canvas, settings, SPECIAL, FORBIDDEN)
-    logits = np.asarray(transformer.logits(MODEL, params, canvas[:1]))[0, 2].astype(np.float64)
+    logits = np.asarray(logits_of(params, canvas[:1]))[0, 2].astype(np.float64)
     law = np.where(FORBIDDEN, 0, np.exp(logits - logits.max()))
     law /= law.sum()
     counts = np.bincount(got.tokens_BL[:, 2], minlength=V)

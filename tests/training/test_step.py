@@ -58,15 +58,21 @@ def alone(config, params, rows_BL) -> jax.Array:
     return total / rows_BL.size
 
 
-def test_documents_of_a_row_are_learnt_as_if_each_were_alone(run):
+@pytest.fixture(scope="module")
+def apart(run):
+    """The value of `alone` and its gradient."""
     config, rows_BL, state = run
-    expected, gradients = jax.jit(jax.value_and_grad(functools.partial(alone, config)))(state.params, rows_BL)
+    return jax.jit(jax.value_and_grad(functools.partial(alone, config)))(state.params, rows_BL)
+
+
+def test_documents_of_a_row_are_learnt_as_if_each_were_alone(run, apart):
+    (config, rows_BL, state), (expected, gradients) = run, apart
     _, metrics = jax.jit(functools.partial(step_lib.train_step, config=config, special=SPECIAL))(state, rows_BL)
     np.testing.assert_allclose(metrics["loss_nats_per_token"], expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradients), rtol=1e-4)
 
 
-def test_held_out_documents_are_judged_alone_too(run):
+def test_held_out_documents_are_judged_alone_too(run, apart):
     """The ARM's figure is exact, so it is that sum; LLaDA's is a sum over documents, whichever stand in a row."""
     config, rows_BL, state = run
 
@@ -77,7 +83,7 @@ def test_held_out_documents_are_judged_alone_too(run):
             return validate(state.params).nats_per_token
 
     if config.model.causal:
-        np.testing.assert_allclose(nats(rows_BL), alone(config, state.params, rows_BL), rtol=1e-5)
+        np.testing.assert_allclose(nats(rows_BL), apart[0], rtol=1e-5)
         return
     rng, cut = np.random.default_rng(1), 16
     (first, second), (other_first, other_second) = rng.integers(4, 320, (2, 2, 1, cut)).astype(np.int32)

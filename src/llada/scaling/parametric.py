@@ -1,7 +1,8 @@
 """L(N, D) = E + A/N^a + B/D^b through all the runs at once (Chinchilla approach 3), and its frontier in closed form.
 
 Chinchilla is arXiv 2203.15556, section 3.3; Besiroglu et al. (arXiv 2404.10102) refitted its runs and found that its
-optimiser had stopped early. Units as in `laws`. Shapes: P runs, K = 5 constants, S draws or starts.
+optimiser had stopped early. Units as in `laws`. Shapes: P runs, T = 3 terms, K = 5 constants, S
+draws or starts.
 """
 
 import itertools
@@ -62,21 +63,25 @@ class HuberObjective:
     def __init__(self, points: Sequence[Point]):
         _, n_P, d_P, loss_P, stderr_P = columns(points)
         self.mean_n, self.mean_d = np.log(n_P).mean(), np.log(d_P).mean()
-        self.n_P, self.d_P, self.log_loss_P = np.log(n_P) - self.mean_n, np.log(d_P) - self.mean_d, np.log(loss_P)
+        one_P, log_n_P, log_d_P = np.ones_like(n_P), np.log(n_P) - self.mean_n, np.log(d_P) - self.mean_d
+        # What each constant is multiplied by in the logarithm of its term: E, A/N^a, B/D^b.
+        self.factor_KP = np.stack([one_P, one_P, -log_n_P, one_P, -log_d_P])
+        self.log_loss_P = np.log(loss_P)
         self.unit_P = np.maximum(stderr_P / loss_P, HUBER_DELTA)
 
     def __call__(self, theta_SK: np.ndarray, log_loss_SP: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Value (S,), gradient (S, 5), and the Hessian (S, 5, 5) of reweighted least squares (Gauss-Newton)."""
-        log_E, log_A, a, log_B, b = np.moveaxis(theta_SK[..., None], -2, 0)
-        terms = np.stack(np.broadcast_arrays(log_E, log_A - a * self.n_P, log_B - b * self.d_P))
-        top = terms.max(axis=0)
-        log_loss = top + np.log(np.exp(terms - top).sum(axis=0))  # log L = log-sum-exp of the three terms' logarithms
-        of_E, of_A, of_B = np.exp(terms - log_loss)
-        slope_SPK = np.stack([of_E, of_A, -of_A * self.n_P, of_B, -of_B * self.d_P], axis=-1) / self.unit_P[:, None]
-        r = (log_loss - log_loss_SP) / self.unit_P
-        value = np.where(np.abs(r) <= 1, r**2 / 2, np.abs(r) - 0.5).sum(axis=-1)
-        weighted_SKP = slope_SPK.mT / np.maximum(np.abs(r), 1)[:, None, :]
-        return value, (weighted_SKP @ r[..., None])[..., 0], weighted_SKP @ slope_SPK
+        terms_STP = np.add.reduceat(theta_SK[..., None] * self.factor_KP, (0, 1, 3), axis=1)
+        top_S1P = terms_STP.max(axis=1, keepdims=True)
+        share_STP = np.exp(terms_STP - top_S1P)
+        total_S1P = share_STP.sum(axis=1, keepdims=True)
+        log_loss_S1P = top_S1P + np.log(total_S1P)  # log L = log-sum-exp of the three terms' logarithms
+        slope_SKP = (share_STP / total_S1P)[:, (0, 1, 1, 2, 2)] * (self.factor_KP / self.unit_P)
+        r_SP = (log_loss_S1P[:, 0] - log_loss_SP) / self.unit_P
+        size_SP = np.abs(r_SP)
+        value = np.where(size_SP <= 1, r_SP**2 / 2, size_SP - 0.5).sum(axis=-1)
+        weighted_SKP = slope_SKP / np.maximum(size_SP, 1)[:, None]
+        return value, (weighted_SKP @ r_SP[..., None])[..., 0], weighted_SKP @ slope_SKP.mT
 
     def descend(self, start_K: np.ndarray) -> np.ndarray:
         """(1, 5): where L-BFGS ends for the runs' own losses, in units in which the Hessian at the start is near 1."""
