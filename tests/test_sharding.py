@@ -14,7 +14,8 @@ import pytest
 
 MESHES = {  # name -> (data, fsdp, tensor, microbatches)
     "1 device": (1, 1, 1, 1),
-    "2 data, 4 microbatches": (2, 1, 1, 4),
+    "1 device, 4 microbatches": (1, 1, 1, 4),
+    "2 data": (2, 1, 1, 1),
     "4 fsdp": (1, 4, 1, 1),
     "8 data": (8, 1, 1, 1),
     "2 x 2 x 2": (2, 2, 2, 1),

@@ -1,8 +1,8 @@
 """L(N, D) = E + A/N^a + B/D^b through all the runs at once (Chinchilla approach 3), and its frontier in closed form.
 
 Chinchilla is arXiv 2203.15556, section 3.3; Besiroglu et al. (arXiv 2404.10102) refitted its runs and found that its
-optimiser had stopped early. Units as in `laws`. Shapes: P runs, T = 3 terms, K = 5 constants, S
-draws or starts.
+optimiser had stopped early. Units as in `laws`.
+Shapes: P runs, T = 3 terms, K = 5 constants, S draws or starts.
 """
 
 import itertools
