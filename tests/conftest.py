@@ -14,8 +14,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llada-compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # Compiling is most of the time here, and what is compiled runs for milliseconds: without LLVM's optimisations it takes
-# half as long. XLA's own passes are the usual ones.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# half as long, and half of that with the emitters that XLA had for fused operations before those of MLIR. Its passes
+# are the usual ones. What users run is in tests/training/test_step.py.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+)
 
 import jax
 import pytest

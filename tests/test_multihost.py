@@ -62,7 +62,7 @@ class Launched:
     def __init__(self, log: Path, count: int, devices: int, *arguments, cluster=None, only_of: dict | None = None):
         self.logs = [log.with_name(f"{log.name}.{i}.log") for i in range(count)]
         self.processes = []
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         port = free_port()
         for i in range(count):
             environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **CACHE}

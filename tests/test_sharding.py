@@ -25,8 +25,7 @@ MESHES = {  # name -> (data, fsdp, tensor, microbatches)
 
 @pytest.fixture(scope="module")
 def verdicts():
-    # Compiling is nearly all of the time here; without LLVM's optimisations it takes half as long.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
