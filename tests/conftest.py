@@ -3,6 +3,7 @@
 GPUs and TPUs otherwise round float32 operands to fewer bits, and one tolerance would not hold everywhere.
 """
 
+import gc
 import os
 import random
 import tempfile
@@ -15,7 +16,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # Compiling is most of the time here, and what is compiled runs for milliseconds: without LLVM's optimisations it takes
 # half as long, and half of that with the emitters that XLA had for fused operations before those of MLIR. Its passes
-# are the usual ones. What users run is in tests/training/test_step.py.
+# are the usual ones. One run in tests/training/test_loop.py has everything as users have it.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
@@ -28,6 +29,8 @@ from llada.config import default_config, from_config_dict
 from llada.training import loop
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# Tracing makes many objects and little garbage: looking for it took a twentieth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope="module", autouse=True)

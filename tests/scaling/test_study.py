@@ -31,7 +31,7 @@ def runs(law, rng, budgets=BUDGETS, sizes=7, reach=3.0, stderr=0.004, shift=1.0)
 
 @pytest.fixture(scope="module")
 def trials():
-    """quantity -> (200,) hits of the 95% interval, (200,) half-widths; a gap's half-width is that of its logarithm."""
+    """quantity -> (100,) hits of the 95% interval, (100,) half-widths; a gap's half-width is that of its logarithm."""
     families = {"diffusion": QUOKKA, "autoregressive": CHINCHILLA}
     of_d, of_a = (law.frontier()[2] for law in families.values())
     seen = {}
@@ -40,7 +40,7 @@ def trials():
         low, high = (math.inf if row[end] is None else row[end] for end in ("low", "high"))
         seen.setdefault(name, []).append((low <= truth <= high, (scale(high) - scale(low)) / 2))
 
-    for seed in range(200):
+    for seed in range(100):
         rng = np.random.default_rng(seed)
         # Of 159 draws, the fourth from either end are the percentiles of 2.5 and 97.5 without rounding.
         study = fit({family: runs(law, rng) for family, law in families.items()}, draws=159, seed=seed)
@@ -76,7 +76,7 @@ HALF_WIDTHS = {
 
 
 def test_intervals_hold_the_truth_in_95_percent_of_studies_and_are_narrow(trials):
-    """200 studies of known laws. Of 200, 92% is two standard errors below 95%.
+    """100 studies of known laws. Of 100, 90.6% is two standard errors below 95%.
 
     Sizes lie within a factor of 3 of the optimum. On wider grids the parabola's lack of fit counts as scatter, and the
     intervals of approach 2 are then too wide rather than too narrow (99% at a factor of 10).
@@ -85,7 +85,7 @@ def test_intervals_hold_the_truth_in_95_percent_of_studies_and_are_narrow(trials
     table = {name: (hits.mean(), np.median(widths)) for name, (hits, widths) in trials.items()}
     for (group, name), (hits, width) in table.items():
         print(f"{group:16} {name:22} {hits:.3f} ± {width:.4f}, of {HALF_WIDTHS[group][name]}")
-    assert not {name: row for name, row in table.items() if row[0] < 0.92}
+    assert not {name: row for name, row in table.items() if row[0] < 0.906}
     assert not {name: row for name, row in table.items() if row[1] > HALF_WIDTHS[name[0]][name[1]]}
     assert 0.94 <= np.mean([row[0] for row in table.values()]) <= 0.98
 

@@ -16,6 +16,11 @@ from llada.errors import UserError
 from llada.training import loop, metrics
 from llada.training.checkpoint import Checkpoints
 
+# What a process of its own runs, given a directory with the config in it.
+PROGRAM = (
+    "import json, pathlib, sys; from llada.config import load; from llada.training import loop;"
+    "loop.train(load(pathlib.Path(sys.argv[1]) / 'config.json'), pathlib.Path(sys.argv[1]))"
+)
 TIMINGS = ("speed/tokens_per_second", "time/seconds", "speed/mfu_percent")
 
 
@@ -74,12 +79,8 @@ def test_a_killed_run_continues_from_its_last_checkpoint_bit_for_bit(tiny, train
     """SIGKILL as soon as step 4 is committed."""
     config = tiny("llada")
     (tmp_path / "config.json").write_text(json.dumps(config_tree(config)))
-    program = (
-        "import json, pathlib, sys; from llada.config import load; from llada.training import loop;"
-        "loop.train(load(pathlib.Path(sys.argv[1]) / 'config.json'), pathlib.Path(sys.argv[1]))"
-    )
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], env=environment, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (tmp_path / "checkpoints" / "4").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
@@ -217,3 +218,13 @@ def test_a_moved_tokenizer_is_no_other_experiment_but_another_tokenizer_is(tiny,
     SentencePieceTokenizer.train(["other words entirely " * 50], 300, tmp_path / "other.model")
     with pytest.raises(UserError, match="not the tokenizer that"):
         loop.train(tiny("arm", {"data.tokenizer": str(tmp_path / "other.model")}), tmp_path / "run")
+
+
+def test_the_compiler_as_users_have_it_trains_the_same(tiny, trained, tmp_path):
+    """The other tests compile with flags that save time (conftest.py); a process without them ends as close as float32
+    sums in another order do."""
+    (tmp_path / "config.json").write_text(json.dumps(config_tree(tiny("llada"))))
+    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], env=plain, check=True, stderr=subprocess.PIPE)
+    for ours, theirs in zip(record(tmp_path), record(trained["llada"].workdir), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)
