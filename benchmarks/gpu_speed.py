@@ -252,7 +252,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="*", default=list(GOALS), metavar="WHICH", help=", ".join(GOALS))
-    parser.add_argument("--remat", default="none", choices=("none", "dots", "full"), help="of our step")
+    parser.add_argument("--remat", default="none", choices=("none", "dots", "attention", "full"), help="of our step")
     parser.add_argument("--rounds", type=int, default=2, help="times the programs alternate after the search")
     options = parser.parse_args()
     runs = {"loss": loss, "attention": attention, "packed": packed, "input": input_share}

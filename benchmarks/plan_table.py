@@ -35,7 +35,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=MODELS)
     parser.add_argument("--topologies", default=TOPOLOGIES)
-    parser.add_argument("--remat", default=None, help="default: dots where there is room for it, else full")
+    parser.add_argument("--remat", default=None, help="default: the least that memory has room for")
     parser.add_argument("--most", type=int, default=None, help="compile at most so many entries, then stop")
     parser.add_argument(
         "--again", action="store_true", help="compile entries that are there already, from their microbatches on"
@@ -48,15 +48,25 @@ def main():
     done = 0
     for model in given.models.split(","):
         for name in given.topologies.split(","):
-            roomy = "v5p" in name or "tpu7x" in name or ("v6e" in name and "1b" in model)
-            remat = given.remat or ("dots" if roomy else "full")
+            remat = given.remat or least_remat(model, name)
             key = f"{model} {name} {remat}"
             if (key in entries and not given.again) or (given.most is not None and done >= given.most):
                 continue
-            entries[key] = entry(model, name, remat, entries.get(key, {}).get("microbatches", 1))
+            # Less recomputation needs more memory: no fewer microbatches than with more.
+            known = entries.get(key) or entries.pop(f"{model} {name} full", {})
+            entries[key] = entry(model, name, remat, known.get("microbatches", 1))
             done += 1
             path.write_text(json.dumps(entries, indent=1) + "\n")
             (out / "table.md").write_text(table(entries))
+
+
+def least_remat(model: str, name: str) -> str:
+    """The remat that recomputes least of those that there is room for."""
+    small = "1b" in model
+    if "v5p" in name or "tpu7x" in name or ("v6e" in name and small):
+        return "dots"
+    # On one v6e slice it would be a sequence at a time, and all weights for each.
+    return "attention" if small or name in ("v4:4x4x4", "2xv6e:16x16") else "full"
 
 
 def entry(model: str, name: str, remat: str, microbatches: int) -> dict:

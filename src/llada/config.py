@@ -39,8 +39,8 @@ class ModelConfig:
     init_std: float = 0.02
     dtype: str = "bfloat16"  # of the matrix products; parameters, norms, softmax and loss are float32
     scan_unroll: int | None = None  # layers per turn of the scan; None: 4 on CPU, all on GPU, 1 on TPU
-    # What the backward pass recomputes: none | dots (all but matrix products) | full (each layer from its input) |
-    # offload (the same, with those inputs kept in the host's memory)
+    # What the backward pass recomputes: none | dots (all but products and attention) | attention (all but attention) |
+    # full (each layer from its input) | offload (the same, with those inputs kept in the host's memory)
     remat: str = "none"
 
     @property
@@ -285,7 +285,7 @@ POSITIVE = (
 )
 CHOICES = {
     "model.dtype": ("bfloat16", "float32"),
-    "model.remat": ("none", "dots", "full", "offload"),
+    "model.remat": ("none", "dots", "attention", "full", "offload"),
     "objective.name": ("diffusion", "autoregressive"),
     "objective.time_sampling": ("stratified", "iid"),
 }

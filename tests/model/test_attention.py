@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from llada.model import attention
 
@@ -98,6 +99,24 @@ def test_blocks_hold_no_square_of_the_length():
 
     assert temporaries(attention.by_blocks, 4096) < 2.5 * temporaries(attention.by_blocks, 2048)
     assert temporaries(attention.by_blocks, 4096) < temporaries(attention.at_once, 4096) / 10
+
+
+@pytest.mark.parametrize(
+    ("way", "platform", "kernel"),
+    [(attention.on_tpu, "tpu", "call @_splash_attention"), (attention.on_gpu, "cuda", "custom_call @__cudnn$fmha")],
+    ids=["splash", "cudnn"],
+)
+def test_what_is_kept_of_attention_saves_running_its_kernel_again(way, platform, kernel, monkeypatch):
+    """The lowered program of a rematerialised block: kernels forward and backward, and no third."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91500)
+    inputs = [x.astype(jnp.bfloat16) for x in draw()]
+    times = {}
+    for name, policy in (("kept", attention.kept), ("nothing", None)):
+        block = jax.checkpoint(lambda q, k, v: way(2 * q, 2 * k, 2 * v, False, None, None, None), policy=policy)
+        loss = lambda *inputs, block=block: jnp.sum(jnp.sin(block(*inputs).astype(jnp.float32)))  # noqa: E731
+        gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+        times[name] = gradient.trace(*inputs).lower(lowering_platforms=(platform,)).as_text().count(kernel)
+    assert times == {"kept": 2, "nothing": 3}
 
 
 @pytest.mark.parametrize("length", [256, 1280, 4096])

@@ -182,7 +182,7 @@ def test_a_tied_head_is_the_embedding_and_receives_both_gradients():
 
 
 def test_rematerialisation_and_unrolling_change_no_gradient():
-    """remat none, dots, full, offload and scan_unroll are ways to execute one function."""
+    """remat none, dots, attention, full, offload and scan_unroll are ways to execute one function."""
     params = initialise(TINY)
 
     def gradient(**switches):
@@ -191,8 +191,13 @@ def test_rematerialisation_and_unrolling_change_no_gradient():
         return jax.jit(jax.value_and_grad(loss))(params)
 
     plain = gradient()
-    for switches in ({"remat": "dots", "scan_unroll": 1}, {"remat": "full"}, {"remat": "offload"}):
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), gradient(**switches), plain)
+    for switches in (
+        {"remat": "dots", "scan_unroll": 1},
+        {"remat": "attention"},
+        {"remat": "full"},
+        {"remat": "offload"},
+    ):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=5e-5), gradient(**switches), plain)
 
 
 def test_what_a_tpu_gets_is_the_same_function(monkeypatch):

@@ -245,8 +245,8 @@ def test_devices_of_every_generation(libtpu):
 def test_a_search_prefers_less_recomputation_where_memory_allows(monkeypatch):
     """Arithmetic stands in for the compiler: memory grows with the batch, less remat is faster and larger."""
     place = topology.Slice("v5e:4x4", topology.CHIPS["v5e"], (4, 4), 1, [None] * 16)
-    need = {"full": 1.0, "dots": 3.0, "none": 9.0}
-    speed = {"full": 1.0, "dots": 1.2, "none": 1.3}
+    need = {"full": 1.0, "attention": 2.0, "dots": 3.0, "none": 9.0}
+    speed = {"full": 1.0, "attention": 1.1, "dots": 1.2, "none": 1.3}
     tried, told = [], []
 
     def compile_(config, place, mesh, remat, sequences):
@@ -265,15 +265,16 @@ def test_a_search_prefers_less_recomputation_where_memory_allows(monkeypatch):
     assert (found.best.config.model.remat, found.best.config.mesh.fsdp, found.best.sequences) == ("none", 8, 1)
     assert all(point.fits for point in found.pareto) and found.best in found.pareto
     # Everything on half of the slice, from the largest batch down; there the best, and only that on the other meshes.
-    assert tried[:5] == [(8, "full", 4), (8, "dots", 4), (8, "none", 4), (8, "none", 1), (8, "none", 2)]
-    assert tried[5:] == [(2, "none", 1), (1, "none", 1), (16, "none", 1)]
+    assert tried[:3] == [(8, "full", 4), (8, "attention", 4), (8, "dots", 4)]
+    assert tried[3:6] == [(8, "none", 4), (8, "none", 1), (8, "none", 2)]
+    assert tried[6:] == [(2, "none", 1), (1, "none", 1), (16, "none", 1)]
     assert told[0] == search.HEADER and len(told) == len(tried) + 1
-    assert "does not fit" in told[3] and told[3].split()[:6] == "2 x 8 x 1 none".split()
+    assert "does not fit" in told[4] and told[4].split()[:6] == "2 x 8 x 1 none".split()
     # What fits with hardly anything to spare is shown, and not stopped at: 15.25 of 15.75 GiB for 14 sequences.
     need["full"] = 14.75 / 14
     tried.clear()
     tight = search.search(small(train__batch_size=14 * 16, model__width=256), place, lambda text: None, told.append)
-    assert tried[:3] == [(8, "full", 14), (8, "full", 7), (8, "dots", 7)] and tight.points[0].fits
+    assert tried[:3] == [(8, "full", 14), (8, "full", 7), (8, "attention", 7)] and tight.points[0].fits
     table = search.text(found).splitlines()
     assert table[2].split()[:6] == "* 2 x 8 x 1".split() and "best within 92% of memory: " in table[-1]
 

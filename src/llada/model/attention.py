@@ -23,7 +23,14 @@ SHORT, BLOCK = 1024, 128
 KERNEL_FROM = 128
 LANES = 128  # a TPU register's width: sequences are padded to it
 SMALL_TILE = 1024  # queries and keys of a tile of the splash kernel where it cannot be larger
-RESIDUALS = "attention"  # name, for remat policies, of what the splash kernel's backward pass takes
+_RESIDUALS = "attention"  # name of what attention's backward pass takes: see `kept`
+
+
+def kept(primitive, *given, **parameters) -> bool:
+    """A remat policy: what attention's backward pass takes is kept, so that no kernel runs again for it."""
+    # What cuDNN's kernel leaves has no name, but is known by who made it.
+    named = jax.checkpoint_policies.save_only_these_names(_RESIDUALS)
+    return primitive.name.startswith("dot_product_attention_fwd") or named(primitive, *given, **parameters)
 
 
 def attend(
@@ -47,11 +54,12 @@ def attend(
     if segments_BL is not None and position_BQ is not None:
         segments_BQ = jnp.take_along_axis(segments_BL, jnp.minimum(position_BQ, L - 1), axis=1)
     allowed = (lengths_B, segments_BQ, segments_BL)
-    if L >= KERNEL_FROM and (position_BQ is None or not causal):
-        if platform() == "tpu" and _divides(query_BQHC.shape) and _divides(key_BLKC.shape):
-            return on_tpu(query_BQHC, key_BLKC, value_BLKC, causal, *allowed)
-        if platform() == "gpu" and has_flash(query_BQHC.dtype, query_BQHC.shape[-1]):
-            return on_gpu(query_BQHC, key_BLKC, value_BLKC, causal, *allowed)
+    by_kernel = L >= KERNEL_FROM and (position_BQ is None or not causal)
+    if by_kernel and platform() == "tpu" and _divides(query_BQHC.shape) and _divides(key_BLKC.shape):
+        return on_tpu(query_BQHC, key_BLKC, value_BLKC, causal, *allowed)
+    query_BQHC, key_BLKC, value_BLKC = (checkpoint_name(x, _RESIDUALS) for x in (query_BQHC, key_BLKC, value_BLKC))
+    if by_kernel and platform() == "gpu" and has_flash(query_BQHC.dtype, query_BQHC.shape[-1]):
+        return on_gpu(query_BQHC, key_BLKC, value_BLKC, causal, *allowed)
     way = by_blocks if L >= SHORT and query_BQHC.shape[1] > BLOCK else at_once
     return way(query_BQHC, key_BLKC, value_BLKC, causal, position_BQ, *allowed)
 
@@ -141,7 +149,7 @@ def on_tpu(
 
     def of_one_device(query_BQHC, key_BLKC, value_BLKC, segments_BQ, segments_BL):
         given = (_padded(x, 0).swapaxes(1, 2) for x in (_scaled(query_BQHC), key_BLKC, value_BLKC))
-        query, key, value = (checkpoint_name(x, RESIDUALS) for x in given)
+        query, key, value = (checkpoint_name(x, _RESIDUALS) for x in given)
         kernel = splash_kernel(causal, query.shape[1:], key.shape[2], interpret)
         segments = None
         if segments_BL is not None:
@@ -196,7 +204,7 @@ def splash_kernel(causal: bool, shape_HQC: tuple[int, int, int], keys: int, inte
     return splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=blocks,
-        residual_checkpoint_name=RESIDUALS,
+        residual_checkpoint_name=_RESIDUALS,
         interpret=interpret,
     )
 

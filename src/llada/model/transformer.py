@@ -26,11 +26,11 @@ Parameters = dict
 _JOINED = "query_key_value"
 _INPUT = "layer_input"
 _POLICIES = {
-    # With what the splash kernel keeps for its own backward pass: it is no product to XLA, and would run again.
+    # An attention kernel is no product to XLA, and would run again.
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(attention.RESIDUALS),
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, attention.kept
     ),
+    "attention": attention.kept,
     "full": None,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

@@ -265,9 +265,12 @@ def largest_buffers(config: Config, mesh, program: Program) -> list[tuple[str, f
         return [("parameters", 4.0 * total / shard), ("vocabulary matrix", width * m.vocab_size * m.width)]
     L = config.data.sequence_length
     rows = config.train.batch_size // config.train.microbatches * L / (axes["data"] * axes["fsdp"])
+    of_attention = m.head_size * (2 * m.heads + 2 * m.key_value_heads) / axes["tensor"]
     per_layer = {
+        "offload": 0,
         "full": m.width,
-        "dots": m.width * 3 + (2 * m.ffn + m.head_size * (2 * m.heads + 2 * m.key_value_heads)) / axes["tensor"],
+        "attention": m.width + of_attention,
+        "dots": m.width * 3 + 2 * m.ffn / axes["tensor"] + of_attention,
     }
     per_layer["none"] = 2 * per_layer["dots"] + 2 * m.width + m.ffn / axes["tensor"]
     found = [

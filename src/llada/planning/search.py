@@ -18,7 +18,7 @@ from llada.errors import UserError
 from llada.planning import programs, report
 from llada.planning.topology import GIB, Slice
 
-REMAT = ("full", "dots", "none")  # from the least memory to the most
+REMAT = ("full", "attention", "dots", "none")  # from the least memory to the most
 LARGE = 16  # devices of a slice from which on splitting parameters over all of them is not tried first
 FULL = 0.92  # of HBM: what is left is for fragmentation and for what the program does not know of
 
@@ -233,7 +233,7 @@ def _beats(other: Point, point: Point) -> bool:
 
 
 HEADER = (
-    f"  {'data x fsdp x tensor':<22}{'remat':<7}{'per device':>10}{'peak GiB':>10}{'executed/useful':>17}"
+    f"  {'data x fsdp x tensor':<22}{'remat':<11}{'per device':>10}{'peak GiB':>10}{'executed/useful':>17}"
     f"{'s/step':>9}{'tokens/s/chip':>15}{'useful MFU':>12}"
 )
 
@@ -241,7 +241,7 @@ HEADER = (
 def row(p: Point, star: bool = False) -> str:
     """One line under HEADER."""
     c, mesh = p.config, f"{p.config.mesh.data} x {p.config.mesh.fsdp} x {p.config.mesh.tensor}"
-    line = f"{'*' if star else ' '} {mesh:<22}{c.model.remat:<7}{p.sequences:>10}{p.peak / GIB:>10.1f}"
+    line = f"{'*' if star else ' '} {mesh:<22}{c.model.remat:<11}{p.sequences:>10}{p.peak / GIB:>10.1f}"
     if p.figures is None:
         return line + "  does not fit"
     q = p.figures["projection"]
