@@ -53,7 +53,7 @@ def main():
             if (key in entries and not given.again) or (given.most is not None and done >= given.most):
                 continue
             # Less recomputation needs more memory: no fewer microbatches than with more.
-            known = entries.get(key) or entries.pop(f"{model} {name} full", {})
+            known = entries.get(key) or entries.get(f"{model} {name} full", {})
             entries[key] = entry(model, name, remat, known.get("microbatches", 1))
             done += 1
             path.write_text(json.dumps(entries, indent=1) + "\n")
@@ -104,6 +104,12 @@ def entry(model: str, name: str, remat: str, microbatches: int) -> dict:
         microbatches = next((g for g in larger if g >= wanted), larger[-1])
 
 
+def rank(key: str) -> tuple[int, int]:
+    """Models and slices in the order in which they are listed above."""
+    model, name, _ = key.split()
+    return MODELS.find(model), TOPOLOGIES.find(name)
+
+
 def key_line(model: str, name: str, found: dict) -> str:
     """Progress."""
     p = found["projection"]
@@ -130,7 +136,7 @@ def table(entries: dict) -> str:
         "| useful MFU | dense-credit MFU | floor, s | days for its tokens |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for key, found in entries.items():
+    for key, found in sorted(entries.items(), key=lambda entry: rank(entry[0])):
         model, name, remat = key.split()
         if "refusal" in found:
             lines.append(f"| `{model}` | {name} | | | {remat} | {found['refusal']} |" + " |" * 10)

@@ -1,6 +1,10 @@
-"""How much of the diffusion loss's variance do stratified times remove? Measured on a trained model.
+"""How evenly are times dealt over devices, and how much of the loss's variance do stratified ones remove?
 
-python benchmarks/time_sampling.py --workdir=runs/quickstart/llada
+python benchmarks/time_sampling.py [--workdir=runs/quickstart/llada]
+
+A device's work in the vocabulary head and the end of the last layer is in proportion to the rows that it masks, and all
+devices wait for the busiest: the first lines are its rows over the mean device's, on average over 200 steps. The last
+line takes a trained model.
 
 One draw of a row's loss (nats per token, Eq. (3)) varies because of t and, given t, because of the masks. Stratifying t
 over a batch removes the first part and leaves the second, so the batch loss keeps the share
@@ -20,13 +24,29 @@ from absl import flags
 
 import llada
 from llada.model import transformer
-from llada.objectives import diffusion
+from llada.objectives import diffusion, noise
 from llada.training import workdir as workdir_lib
 
-WORKDIR = flags.DEFINE_string("workdir", None, "a trained LLaDA", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "a trained LLaDA")
 ROWS = flags.DEFINE_integer("rows", 64, "held-out rows")
 SLICES = flags.DEFINE_integer("slices", 16, "slices of t in [0, 1)")
 DRAWS = flags.DEFINE_integer("draws", 32, "draws of (t, masks) per row and slice")
+
+
+STEPS = 200
+LOADS = ((128, 10), (256, 5), (256, 4), (256, 1))  # devices, sequences at once on each
+
+
+def busiest_over_mean(devices: int, sequences: int) -> dict[str, float]:
+    """By how times are sampled; in the limit of long rows a device masks the mean of its times."""
+    n = devices * sequences
+    of_steps = {
+        how: jax.vmap(lambda step, how=how: noise.times(noise.Noise(0, step, jnp.arange(n), n), how))(jnp.arange(STEPS))
+        for how in ("stratified", "iid")
+    }
+    of_steps["a draw for each sequence"] = np.random.default_rng(0).random((STEPS, n))
+    share = {how: np.asarray(t, np.float64).reshape(STEPS, devices, -1).mean(axis=2) for how, t in of_steps.items()}
+    return {how: round(float(np.mean(s.max(axis=1) / s.mean(axis=1))), 3) for how, s in share.items()}
 
 
 def draws_of_the_loss(run, x0_RL) -> np.ndarray:
@@ -61,7 +81,12 @@ def parts(losses_SKR: np.ndarray) -> tuple[float, float]:
 
 
 def main():
-    """Measure and print one line of JSON."""
+    """Measure and print lines of JSON."""
+    for devices, sequences in LOADS:
+        load = busiest_over_mean(devices, sequences)
+        print(json.dumps({"devices": devices, "sequences_at_once": sequences, "busiest_over_mean": load}), flush=True)
+    if WORKDIR.value is None:
+        return
     run = llada.load(WORKDIR.value)
     corpus = workdir_lib.corpus_for(Path(WORKDIR.value), run.config, run.tokenizer)
     picked = np.linspace(0, len(corpus.holdout_NL) - 1, ROWS.value).astype(int)

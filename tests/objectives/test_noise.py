@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from llada.objectives import diffusion
 from llada.objectives import noise as noise_lib
@@ -23,6 +24,7 @@ PURPOSES = (
     noise_lib.SAMPLING,
     noise_lib.LIKELIHOOD_TIME,
     noise_lib.LIKELIHOOD_MASK,
+    noise_lib.TIME_DRAW,
 )
 MASK_ID = 99
 
@@ -84,11 +86,27 @@ def test_every_aligned_half_and_quarter_of_a_batch_sees_all_times():
         np.testing.assert_array_equal(np.sort(np.floor(parts * m), axis=-1), np.broadcast_to(np.arange(m), parts.shape))
 
 
-def test_iid_times_are_uniform_and_independent_between_sequences():
-    """The paper's sampling: t ~ U[0, 1), every sequence for itself."""
-    times = np.asarray(times_of_steps(8, "iid"), np.float64)
-    assert uniform_distance(times.ravel()) < 1.95 / math.sqrt(times.size)
-    assert np.abs(np.corrcoef(times.T)[np.triu_indices(8, 1)]).max() < 4.5 / math.sqrt(len(times))
+@pytest.mark.parametrize("n", [1, 5, 8])
+def test_iid_times_are_a_batch_of_independent_ones_and_each_is_uniform_alone(n):
+    """The paper's sampling: as a set, n draws from U[0, 1), whose order statistics are Beta(k, n + 1 - k)."""
+    times = np.asarray(times_of_steps(n, "iid"), np.float64)
+    for sequence in range(n):
+        assert uniform_distance(times[:, sequence]) < 1.95 / math.sqrt(len(times))
+    for k, of_rank in enumerate(np.sort(times, axis=1).T, start=1):
+        assert stats.kstest(of_rank, stats.beta(k, n + 1 - k).cdf).pvalue > 1e-4
+    total = times.sum(axis=1)  # of dependent ones it would have another variance
+    assert abs(total.var() / (n / 12) - 1) < 5 * math.sqrt(2 / len(times))
+
+
+@pytest.mark.parametrize(
+    "sampling, devices, rows, most",
+    [("stratified", 4, 8, 1.001), ("stratified", 8, 10, 1.001), ("stratified", 16, 5, 1.14), ("iid", 4, 8, 1.05)],
+)
+def test_every_device_has_about_as_much_to_do(sampling, devices, rows, most):
+    """The most that a device has to mask over the mean; 1.21 where each of 4 x 8 sequences draws for itself."""
+    times = np.asarray(times_of_steps(devices * rows, sampling), np.float64)
+    share = times.reshape(-1, devices, rows).mean(axis=2)
+    assert np.mean(share.max(axis=1) / share.mean(axis=1)) < most
 
 
 def test_the_chosen_fraction_of_sequences_is_cut_to_uniform_lengths():

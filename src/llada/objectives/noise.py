@@ -20,6 +20,7 @@ EVALUATION_MASK = 4
 SAMPLING = 5
 LIKELIHOOD_TIME = 6
 LIKELIHOOD_MASK = 7
+TIME_DRAW = 8
 
 
 class Noise(NamedTuple):
@@ -46,14 +47,19 @@ def times(noise: Noise, sampling: str) -> jax.Array:
     """t_B in [0, 1): `iid`, or `stratified` over the global batch by one shared shift of an even grid.
 
     Each t is uniform either way; stratified ones are negatively dependent (VDM appendix I.1), which lowers the variance
-    of the batch loss. Neighbouring sequences get far-apart strata, so every device and microbatch sees all times.
+    of the batch loss. Both are dealt so that neighbouring sequences get far-apart ones: every device and microbatch
+    sees all times, and has about as many masked rows as any other.
     """
+    n = noise.batch_size
+    shift_key, draw_key = step_key(noise.seed, noise.step, TIME), step_key(noise.seed, noise.step, TIME_DRAW)
+    point_n = (jax.random.uniform(shift_key) + (_scattered_ranks(n) / n).astype(np.float32)) % 1.0
+    # Folded, the grid's ends meet: an even part of it has the mean of the whole, wherever it begins.
+    t_n = jnp.minimum(jnp.abs(2 * point_n - 1), jnp.float32(1 - 2**-24))
     if sampling == "iid":
-        return uniform(noise, TIME)
-    shift = jax.random.uniform(step_key(noise.seed, noise.step, TIME))
-    stratum_B = jnp.asarray(_scattered_ranks(noise.batch_size))[noise.sequence_B]
-    t_B = (shift + stratum_B / noise.batch_size) % 1.0
-    return jnp.minimum(t_B, jnp.float32(1 - 2**-24))  # `%` may round up to 1
+        # Independent draws in the order of those times. Who gets which does not depend on the data, so for a batch of
+        # exchangeable sequences nothing differs from each its own draw.
+        t_n = jnp.sort(jax.random.uniform(draw_key, (n,)))[jnp.argsort(jnp.argsort(t_n))]
+    return t_n[noise.sequence_B]
 
 
 def lengths(noise: Noise, length: int, fraction: float) -> jax.Array | None:
@@ -68,7 +74,20 @@ def lengths(noise: Noise, length: int, fraction: float) -> jax.Array | None:
 
 
 def _scattered_ranks(n: int) -> np.ndarray:
-    """A permutation of 0..n-1 whose every aligned stretch is spread evenly (bit reversal where n is a power of two)."""
+    """A permutation of 0..n-1 whose aligned stretches are spread out: two neighbours are n / 2 apart where n is even.
+
+    Stretches of 2 x odd part of n x any power of two, the rows of one of 2^k devices, are spread evenly.
+    """
+    odd = n // (n & -n)
+    rank, unit, i = np.zeros(n, np.int64), n, np.arange(n)
+    for radix in (n,) if n % 2 else (2, odd, n // odd // 2):
+        unit //= radix
+        rank += _bit_reversed(radix)[i % radix] * unit
+        i //= radix
+    return rank
+
+
+def _bit_reversed(n: int) -> np.ndarray:
+    """0..n-1 in the order of their reversed bits, as ranks."""
     bits = max(1, (n - 1).bit_length())
-    reversed_bits = [int(format(i, f"0{bits}b")[::-1], 2) for i in range(n)]
-    return np.argsort(np.argsort(reversed_bits)).astype(np.int32)
+    return np.argsort(np.argsort([int(format(i, f"0{bits}b")[::-1], 2) for i in range(n)]))
