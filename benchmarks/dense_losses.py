@@ -1,16 +1,18 @@
 """`diffusion.loss` with logits of all positions, as published code has it: what the vocabulary head is compared with.
 
-Importing this file adds two objectives to the training step's, WHOLE and CHUNKED. Both give the loss and gradients of
-`diffusion` where no sequence is cut short.
+Importing this file adds objectives to the training step's, WHOLE and CHUNKED. Both give the loss and gradients of
+`diffusion` where no sequence is cut short. So does STATIC where no more than CAPACITY of the rows are masked: it is the
+vocabulary head itself, with loops of as many turns whatever is masked.
 """
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from llada.objectives import diffusion
+from llada.objectives import diffusion, vocabulary_head
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import LossTerms
 from llada.objectives.objective import LOSSES
@@ -18,6 +20,8 @@ from llada.objectives.objective import LOSSES
 WHOLE = "dense"  # all logits at once, kept for the backward pass
 CHUNKED = "chunked"  # of CHUNK positions, computed again in the backward pass: 8 V d FLOPs a position for 6
 CHUNK = 2048
+STATIC = "static"
+CAPACITY = 0.55
 
 
 def _nats(hidden_ND, head_VD, targets_N):
@@ -51,5 +55,12 @@ def _loss(nats_of, predict, head_VD, x0_BL, noise, special, objective) -> LossTe
     )
 
 
+def _static(*given) -> LossTerms:
+    turns = lambda used_N, R: -(-int(CAPACITY * len(used_N)) // R)  # noqa: E731
+    with mock.patch.object(vocabulary_head, "blocks_with_work", turns):
+        return diffusion.loss(*given)
+
+
+LOSSES[STATIC] = _static
 LOSSES[WHOLE] = functools.partial(_loss, _nats)
 LOSSES[CHUNKED] = functools.partial(_loss, _nats_in_chunks)

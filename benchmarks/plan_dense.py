@@ -2,10 +2,11 @@
 
 Compiles the training step of a model for a slice three times: as it is, with all logits at once, and with logits of all
 positions in chunks that the backward pass computes again (benchmarks/dense_losses.py). Same mesh, remat and batch.
+With --static instead twice, as it is and with loops of a static length, for 55 % of all rows.
 Printed for each: FLOPs of products with the vocabulary matrix, all matrix FLOPs, the compiler's own cycles as seconds
 (nothing for attention kernels, which it estimates no cycles for), the projected seconds and peak HBM, with ratios to
-ours; and with --batches the largest number of sequences at once on a device that fits, ours and with all logits: about
-ten compilations more, of minutes each.
+ours; which share of the bytes of gathers and reduce-scatters is asynchronous; and with --batches the largest number of
+sequences at once on a device that fits, ours and with all logits: about ten compilations more, of minutes each.
 
 --config.key=value changes a key, for another shape; of 50 M parameters without embeddings, say:
 --config.model.{layers=16,width=512,heads=8,kv_heads=8,ffn=1408}, in a shell that expands braces.
@@ -40,16 +41,19 @@ def main():
     parser.add_argument("--fsdp", type=int, default=32)
     parser.add_argument("--remat", default="full")
     parser.add_argument("--sequences", type=int, default=4, help="at once on a device")
+    parser.add_argument("--static", action="store_true", help="compare with loops of a static length")
     parser.add_argument("--batches", action="store_true", help="find the largest batch on a device too")
     rest, overrides = experiment.take_overrides(sys.argv[1:])
     given = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
     names = {"ours": "diffusion", "all logits": dense_losses.WHOLE, "in chunks": dense_losses.CHUNKED}
+    if given.static:
+        names = {"ours": "diffusion", "static": dense_losses.STATIC}
     found = {}
     for label, objective in names.items():
         found[label] = attempt(given, objective, given.sequences)
         print(line(label, found[label], found["ours"]), flush=True)
     if given.batches:
-        for label in ("ours", "all logits"):
+        for label in list(names)[:2]:
             most = largest(given, names[label], found[label])
             print(f"{label:12} at most {most} sequences at once on a device", flush=True)
 
@@ -142,7 +146,9 @@ def line(label: str, figures: dict | None, ours: dict) -> str:
         ("HBM", lambda f: f["hbm_bytes"]["peak"] / 2**30, "GiB"),
     ]
     parts = (f"{name} {of(figures):.4g} {unit} (ours {of(ours) / of(figures):.3f})" for name, of, unit in rows)
-    return f"{label:12} " + ", ".join(parts)
+    asynchronous = f"gathers and scatters asynchronous {figures['traffic']['parts_asynchronous_share']:.1%}"
+    unhidden = f"links unhidden {figures['projection']['exposed_link_seconds']:.3g} s"
+    return f"{label:12} " + ", ".join([*parts, asynchronous, unhidden])
 
 
 if __name__ == "__main__":

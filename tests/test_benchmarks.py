@@ -26,7 +26,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("rival", ["eager", "dense", "chunked"])
+@pytest.mark.parametrize("rival", ["eager", "dense", "chunked", "static"])
 def test_our_step_and_its_rival_make_the_same_step(rival, monkeypatch):
     monkeypatch.setattr(dense_losses, "CHUNK", 64)  # a quarter of the toy's positions
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)

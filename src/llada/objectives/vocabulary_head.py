@@ -151,7 +151,7 @@ def _loop(rows, parameters, head_VD, targets_N, weights_N, finish, block_rows, w
     gradients = (jax.tree.map(jnp.zeros_like, rows), *sums) if with_gradients else ()
     carry = (jnp.zeros((), jnp.float32), jnp.zeros(padded, jnp.float32), gradients)
     # A block costs the same whatever share of it is needed, so what is left after whole ones goes in smaller ones.
-    turns, done = (jnp.sum(used_N) + smallest - 1) // smallest, 0
+    turns, done = blocks_with_work(used_N, smallest), 0
     for k, R in enumerate(sizes):
         each = R // smallest
         with jax.named_scope(SMALLER_BLOCKS if k else WHOLE_BLOCKS):
@@ -162,6 +162,11 @@ def _loop(rows, parameters, head_VD, targets_N, weights_N, finish, block_rows, w
         d_rows, *sums = gradients
         gradients = jax.tree.map(lambda d: d[position_N], d_rows), *sums
     return total, nats[position_N], gradients
+
+
+def blocks_with_work(used_N: jax.Array, R: int) -> jax.Array:
+    """How many blocks of R hold all rows that are used, when these come first: known when the program runs."""
+    return (jnp.sum(used_N) + R - 1) // R
 
 
 def _in_pieces(piece, V: int, size: int, carry):
