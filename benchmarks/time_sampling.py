@@ -34,19 +34,23 @@ DRAWS = flags.DEFINE_integer("draws", 32, "draws of (t, masks) per row and slice
 
 
 STEPS = 200
-LOADS = ((128, 10), (256, 5), (256, 4), (256, 1))  # devices, sequences at once on each
+LOADS = ((128, 1, 10), (256, 1, 5), (256, 1, 4), (64, 10, 2), (256, 5, 1))  # devices, microbatches, sequences at once
 
 
-def busiest_over_mean(devices: int, sequences: int) -> dict[str, float]:
+def busiest_over_mean(devices: int, microbatches: int, sequences: int) -> dict[str, float]:
     """By how times are sampled; in the limit of long rows a device masks the mean of its times."""
-    n = devices * sequences
+    n = devices * microbatches * sequences
     of_steps = {
         how: jax.vmap(lambda step, how=how: noise.times(noise.Noise(0, step, jnp.arange(n), n), how))(jnp.arange(STEPS))
         for how in ("stratified", "iid")
     }
     of_steps["a draw for each sequence"] = np.random.default_rng(0).random((STEPS, n))
-    share = {how: np.asarray(t, np.float64).reshape(STEPS, devices, -1).mean(axis=2) for how, t in of_steps.items()}
-    return {how: round(float(np.mean(s.max(axis=1) / s.mean(axis=1))), 3) for how, s in share.items()}
+    parts = {how: np.asarray(t).reshape(STEPS, devices, microbatches, -1).mean(axis=3) for how, t in of_steps.items()}
+    # Devices meet after every microbatch.
+    return {
+        how: round(float(np.mean(part.max(axis=1).sum(axis=-1) / part.mean(axis=1).sum(axis=-1))), 3)
+        for how, part in parts.items()
+    }
 
 
 def draws_of_the_loss(run, x0_RL) -> np.ndarray:
@@ -82,9 +86,9 @@ def parts(losses_SKR: np.ndarray) -> tuple[float, float]:
 
 def main():
     """Measure and print lines of JSON."""
-    for devices, sequences in LOADS:
-        load = busiest_over_mean(devices, sequences)
-        print(json.dumps({"devices": devices, "sequences_at_once": sequences, "busiest_over_mean": load}), flush=True)
+    for load in LOADS:
+        named = dict(zip(("devices", "microbatches", "sequences_at_once"), load, strict=True))
+        print(json.dumps(named | {"busiest_over_mean": busiest_over_mean(*load)}), flush=True)
     if WORKDIR.value is None:
         return
     run = llada.load(WORKDIR.value)

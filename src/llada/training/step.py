@@ -86,9 +86,8 @@ def _gradient_sums(config: Config, special: SpecialTokens, batch_size: int, para
     gradient = jax.grad(microbatch_loss, has_aux=True)
     if G == 1:
         return gradient(params, tokens_BL, sequence_B)
-    # Microbatch g takes every G-th sequence: each device splits its own rows, and nothing moves between devices.
-    split_GBL = tokens_BL.reshape(B // G, G, L).swapaxes(0, 1)
-    split_GB = sequence_B.reshape(B // G, G).swapaxes(0, 1)
+    # Neighbours stay together, as their times are dealt so that every such part has as many rows to do.
+    split_GBL, split_GB = tokens_BL.reshape(G, B // G, L), sequence_B.reshape(G, B // G)
 
     def accumulate(carry, microbatch):
         own = gradient(params, *microbatch)
