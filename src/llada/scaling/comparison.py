@@ -151,10 +151,11 @@ def report(runs: list[RunRecord], samples: list[Sampled], out: Path) -> str:
 {markdown_table(table(runs))}
 
 The LLaDA figure is an upper bound on its negative log-likelihood (Eq. (6), Monte Carlo), the ARM figure is exact: the
-true gap is at most the one shown. Errors are standard errors over held-out rows. Both runs read the same rows in the
-same order (`rows_digest` {runs[0].summary["rows_digest"][:16]}... in both `summary.json`). A model that knew only how
-often each token occurs would reach {entropy:.4f} nats per token. FLOPs are those of training: 6 x parameters without
-embeddings x tokens, and a count of all matrix products. Tokens per second are of this machine.
+true gap is at most the one shown. Errors are standard errors over held-out rows; what another seed would change is not
+in them. Both runs read the same rows in the same order (`rows_digest` {runs[0].summary["rows_digest"][:16]}... in both
+`summary.json`). A model that knew only how often each token occurs would reach {entropy:.4f} nats per token. FLOPs are
+those of training: 6 x parameters without embeddings x tokens, and a count of all matrix products. Tokens per second are
+of this machine.
 
 ![nats per token against training FLOPs](curves.png)
 
