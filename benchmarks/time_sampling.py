@@ -23,6 +23,7 @@ import numpy as np
 from absl import flags
 
 import llada
+from llada.errors import UserError
 from llada.model import transformer
 from llada.objectives import diffusion, noise
 from llada.training import workdir as workdir_lib
@@ -115,4 +116,8 @@ def main():
 
 if __name__ == "__main__":
     flags.FLAGS(sys.argv)
-    main()
+    try:
+        main()
+    except UserError as mistake:
+        print(f"time_sampling: {mistake}", file=sys.stderr)
+        sys.exit(2)
