@@ -279,6 +279,17 @@ def test_a_search_prefers_less_recomputation_where_memory_allows(monkeypatch):
     assert table[2].split()[:6] == "* 2 x 8 x 1".split() and "best within 92% of memory: " in table[-1]
 
 
+def test_what_does_not_fit_is_named_for_every_remat():
+    """Less recomputation keeps more; no advice leads to more memory."""
+    mesh, program = SimpleNamespace(shape=dict(data=1, fsdp=4, tensor=1)), SimpleNamespace(name="train")
+    kept = []
+    for remat in ("offload", "full", "attention", "dots", "none"):
+        config = small(model__remat=remat)
+        kept += [size for name, size in report.largest_buffers(config, mesh, program) if f"remat={remat}" in name]
+        assert ("remat=full" in report.advice(config, mesh, program)) == (remat in ("attention", "dots", "none"))
+    assert len(kept) == 5 and kept == sorted(set(kept))
+
+
 def test_a_model_that_no_remat_fits_is_told_in_one_line():
     place = topology.Slice("v5e:2x2", topology.CHIPS["v5e"], (2, 2), 1, [None] * 4)
     config = small(model__width=8192, model__layers=64, model__ffn=32_768)

@@ -76,7 +76,7 @@ def lengths(noise: Noise, length: int, fraction: float) -> jax.Array | None:
 def _scattered_ranks(n: int) -> np.ndarray:
     """A permutation of 0..n-1 whose aligned stretches are spread out: two neighbours are n / 2 apart where n is even.
 
-    Stretches of 2 x odd part of n x any power of two, the rows of one of 2^k devices, are spread evenly.
+    Stretches of 2 x odd part of n x a power of two are spread evenly.
     """
     odd = n // (n & -n)
     rank, unit, i = np.zeros(n, np.int64), n, np.arange(n)

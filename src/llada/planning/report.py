@@ -290,7 +290,7 @@ def advice(config: Config, mesh, program: Program) -> str:
         return "a larger --config.mesh.fsdp, a smaller --batch or a larger slice"
     changes = []
     per_device = config.train.batch_size // ways
-    if config.model.remat != "full":
+    if config.model.remat not in ("full", "offload"):
         changes.append("--config.model.remat=full")
     if per_device > config.train.microbatches:
         # The next number of microbatches that divides what a device holds.
