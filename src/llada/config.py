@@ -70,10 +70,13 @@ class ObjectiveConfig:
 class DataConfig:
     """The corpus, and how it becomes rows of tokens."""
 
-    source: str = "stdlib"  # stdlib | text:GLOB
-    tokenizer: str | None = None  # a SentencePiece .model; None: train one of model.vocab_size on the corpus
+    source: str = "stdlib"  # stdlib | text:GLOB[,GLOB ...]; a directory stands for the files in it
+    text_key: str = "text"  # field (JSON lines) or column (Parquet) that holds a document's text
+    # A SentencePiece .model, a tokenizer.json or its directory; None: train one of model.vocab_size on the corpus
+    tokenizer: str | None = None
     sequence_length: int = 256
     holdout_fraction: float = 0.02  # of the documents, chosen by a hash of their text
+    holdout_source: str | None = None  # held-out documents of one's own, written as `source`; None: by the fraction
     directory: str | None = None  # where the rows of tokens are kept, for many runs to share; None: the workdir
     unique_tokens: int | None = None  # train on so many tokens, again and again; None: on the whole training side
 
@@ -100,6 +103,7 @@ class MeshConfig:
     data: int | None = None  # None: all the devices that fsdp and tensor leave
     fsdp: int = 1
     tensor: int = 1
+    tpu_options: bool = True  # compile for TPU with the libtpu options of fsdp.py; False: as libtpu would by itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +166,8 @@ class Config:
 # model it is or what it sees at a given step.
 CHANGEABLE = (
     *("train.steps", "train.tokens", "train.log_every", "train.microbatches", "objective.head_rows"),
-    *("model.remat", "model.scan_unroll", "mesh.data", "mesh.fsdp", "mesh.tensor", "data.directory", "data.tokenizer"),
+    *("model.remat", "model.scan_unroll", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.tpu_options"),
+    *("data.directory", "data.tokenizer"),
     *("evaluate.every", "evaluate.at", "evaluate.batches", "evaluate.draws", "checkpoint.every", "checkpoint.keep"),
 )
 

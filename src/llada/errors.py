@@ -1,5 +1,56 @@
-"""The one exception that means "the user can fix this"; every command turns it into one line and exit status 2."""
+"""What a user can put right, by kind: every command turns it into one line and the exit status of its kind.
+
+0 success. 1 a failure of ours, with its traceback. 2 a mistake in what was given: flags, config, an experiment file, a
+damaged small file. 3 training diverged. 4 the data are damaged, or not those that the run was trained on. 5 the disk
+is full or failing. 128 + n: stopped by signal n, everything saved. Only 1 and 5 are worth another try as things are:
+launch/keep_training.sh and the other launchers go by this table.
+"""
+
+import errno
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class UserError(ValueError):
     """A user's mistake. The message is one line: what was given, what is allowed, which flag to change."""
+
+    status = 2
+
+
+class Diverged(UserError):
+    """Loss or gradient stopped being a number. Nothing was saved after the last good checkpoint."""
+
+    status = 3
+
+
+class DataError(UserError):
+    """Rows, or what they were made from, are damaged or are not those that the run was trained on."""
+
+    status = 4
+
+
+class DiskError(UserError):
+    """No space left, a quota or limit reached, a disk that fails or cannot be written."""
+
+    status = 5
+
+
+KINDS = {kind.__name__: kind for kind in (UserError, Diverged, DataError, DiskError)}
+
+
+def disk_error(error: BaseException, what: str) -> DiskError | None:
+    """The DiskError for an exception that a full or failing disk raised while `what`; None for any other.
+
+    Libraries pass the system's words on in exceptions of their own, so those are looked for as well.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _NO_ROOM:
+            where = f" ({seen.filename})" if seen.filename else ""
+            return DiskError(f"{seen.strerror} while {what}{where}; make room, then run the same command again")
+        words = str(seen)
+        for phrase in ("No space left on device", "Disk quota exceeded", "File too large", "RESOURCE_EXHAUSTED: Error"):
+            if phrase in words:
+                return DiskError(f"{phrase} while {what}; make room, then run the same command again")
+        seen = seen.__cause__ or seen.__context__
+    return None

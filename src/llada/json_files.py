@@ -1,0 +1,100 @@
+"""JSON on disk: read with one line for whatever is wrong with it, written so that every reader takes it.
+
+What is read may be damaged or hostile: kind and size of the file are looked at first, text is UTF-8, and errors name
+the file and the position. What is written has null for numbers that do not exist; NaN and Infinity are not JSON.
+"""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llada.errors import UserError
+
+MOST_BYTES = 1 << 30
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES, name: str | None = None) -> bytes:
+    """All of a regular file of at most `most` bytes; `name` is what errors call it (default the path). UserError."""
+    name = name or str(path)
+    try:
+        # Opened so that a FIFO does not wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(descriptor, "rb") as file:
+            found = os.fstat(file.fileno())
+            if stat.S_ISDIR(found.st_mode):
+                raise UserError(f"{name} is a directory, not a file")
+            if not stat.S_ISREG(found.st_mode):
+                raise UserError(f"{name} is no regular file (a pipe or a device)")
+            if found.st_size > most:
+                raise UserError(f"{name} has {found.st_size:,} bytes, more than the {most:,} that such a file can have")
+            return file.read(most + 1)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name} cannot be read: {error}") from error
+
+
+def read_text(path: Path, most: int = MOST_BYTES, name: str | None = None) -> str:
+    """The same as UTF-8 text. UserError naming the first bad byte."""
+    return decode(read_bytes(path, most, name), name or str(path))
+
+
+def decode(content: bytes, name: str) -> str:
+    """UTF-8 text. UserError naming the first bad byte."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8: bad byte at {error.start}") from error
+
+
+def parse(content: str | bytes, name: str, kind: type = dict) -> Any:
+    """The JSON value in `content`, a `kind` (dict, list; object for any). UserError naming `name` and the position."""
+    text = decode(content, name) if isinstance(content, bytes) else content
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name} is not JSON: {error.msg} at line {error.lineno} column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # digits without end, brackets without end
+        raise UserError(f"{name} is not JSON that can be read: {error}") from error
+    if not isinstance(value, kind):
+        wanted = {dict: "a JSON object", list: "a JSON list"}.get(kind, kind.__name__)
+        raise UserError(f"{name} must hold {wanted}, not {type(value).__name__}")
+    return value
+
+
+def read(path: Path, kind: type = dict, most: int = MOST_BYTES, name: str | None = None) -> Any:
+    """The JSON value of a file, a `kind` (dict, list or object for any). UserError naming file and position."""
+    return parse(read_bytes(path, most, name), name or str(path), kind)
+
+
+def read_lines(path: Path, name: str | None = None, kind: type = dict) -> Iterator[tuple[int, Any]]:
+    """Number (from 1) and value of every line of a JSON-lines file that is not blank; lines end at \\n only.
+
+    UserError naming file and line.
+    """
+    name = name or str(path)
+    for number, line in enumerate(read_bytes(path, name=name).split(b"\n"), 1):
+        if line.strip():
+            yield number, parse(line, f"{name} line {number}", kind)
+
+
+def finite(value: Any) -> Any:
+    """The same value with None for every float that is NaN or infinite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """`value` as strict JSON: null for what is not finite, text as it is."""
+    return json.dumps(finite(value), indent=indent, allow_nan=False, ensure_ascii=False)

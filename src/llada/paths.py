@@ -1,0 +1,75 @@
+"""Paths as users type them: one reading of them for every flag and every config key."""
+
+import os
+import re
+from pathlib import Path
+
+from llada.errors import UserError
+
+_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
+_NAME_BYTES = 255  # of one component, on every file system that matters
+
+
+def user_path(given: str | os.PathLike, flag: str) -> Path:
+    """The path that a user gave to `flag` ("--out", "--config.data.directory"): "~" expanded, otherwise as it is.
+
+    UserError for what is no local path: empty, "-", scheme://, NUL, bytes that no file name can hold, a component that
+    is too long. Nothing is looked up on the disk.
+    """
+    text = os.fspath(given)
+    if not text.strip():
+        raise UserError(f"{flag} is empty; give a path")
+    if text == "-":
+        raise UserError(f"{flag}=- is no path, and this flag takes no stream; write ./- for a file of that name")
+    if _SCHEME.match(text):
+        raise UserError(
+            f"{flag}={text} is no directory or file of this machine; mount the bucket (gcsfuse) or file system, "
+            "and give the path"
+        )
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{flag}={text!r} cannot be a file name ({error.reason}); give another path") from error
+    if b"\0" in encoded:
+        raise UserError(f"{flag}={text!r} has a NUL in it; give another path")
+    if any(len(part) > _NAME_BYTES for part in encoded.split(b"/")):
+        raise UserError(f"{flag}={text[:40]}... has a name of more than {_NAME_BYTES} bytes; give a shorter one")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~someone, or no home directory
+        raise UserError(f"{flag}={text}: {error}; write the path out") from error
+
+
+def readable_file(given: str | os.PathLike, flag: str) -> Path:
+    """`user_path` of a file that is there. UserError where it is missing, a directory, or neither."""
+    path = user_path(given, flag)
+    try:
+        if path.is_file():
+            return path
+        what = "is a directory" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}"
+    raise UserError(f"{flag}={path} {what}; give a file")
+
+
+def writable_target(given: str | os.PathLike, flag: str) -> Path:
+    """`user_path` of a file to be written, checked before the work: its directory exists or can be made, and takes it.
+
+    UserError naming `flag` otherwise. Nothing is written.
+    """
+    path = user_path(given, flag)
+    try:
+        if path.is_dir():
+            raise UserError(f"{flag}={path} is a directory; give a file in it")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{flag}={path} is no regular file; give another path")
+        above = path.absolute().parent
+        while not above.exists():
+            above = above.parent
+        if not above.is_dir():
+            raise UserError(f"{flag}={path} cannot be written: {above} is no directory; choose another")
+        if not os.access(path if path.exists() else above, os.W_OK):
+            raise UserError(f"{flag}={path} cannot be written: permission denied, or a read-only disk; choose another")
+    except OSError as error:
+        raise UserError(f"{flag}={path} cannot be written: {error.strerror}; choose another") from error
+    return path
