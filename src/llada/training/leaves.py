@@ -45,7 +45,9 @@ def open_leaves(params: Path, rewrite: bool = False) -> dict[str, Leaf]:
     With `rewrite` what they hold is gone, and pieces never written read as zero; arrays are then uncompressed, whatever
     they were.
     """
-    database = {"driver": "ocdbt", "base": f"file://{params}/", "target_data_file_size": FILE_BYTES}
+    # Not as a URL: a path may hold "#", "?" or "%".
+    base = {"driver": "file", "path": f"{params}/"}
+    database = {"driver": "ocdbt", "base": base, "target_data_file_size": FILE_BYTES}
     context = tensorstore.Context()
     store = tensorstore.KvStore.open(database, context=context).result()
     names = [key.decode().removesuffix("/.zarray") for key in store.list().result() if key.endswith(b"/.zarray")]
