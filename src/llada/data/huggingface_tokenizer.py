@@ -30,7 +30,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             bundle = json.loads(content)
             self.files: dict[str, str] = bundle["files"]
-            special = {role: bundle["special"][role] for role in NAMES}
+            special = {role: bundle["special"][role] for role in NAMES} | {"bos": bundle["special"].get("bos")}
             source = json.loads(self.files["tokenizer.json"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"tokenizer {name} is not a bundle of a Hugging Face tokenizer ({error!r})") from error
@@ -103,8 +103,9 @@ def read_files(directory: Path) -> dict[str, str]:
 def bundle(files: dict[str, str], name: str, special: dict[str, int | None] | None = None) -> bytes:
     """The bundle of a tokenizer's files; `name` is what errors call where they came from.
 
-    `special` gives ids of some roles (mask, eos, eot, pad); the others are those that the files declare, else those
-    whose token has a usual name. Raises UserError where files are missing or bad, or mask or eos is unknown.
+    `special` gives ids of some roles (mask, eos, eot, pad, bos); the others are those that the files declare, else
+    those whose token has a usual name, but for bos: only an imported model's texts begin with it. UserError where files
+    are missing or bad, or mask or eos is unknown.
     """
     ids = vocabulary(files, name)
     declared = _declared(files, name)

@@ -1,7 +1,7 @@
 """The ARM baseline: exact next-token nats, with the signature of the diffusion objective.
 
-Every token of a row is predicted, the first from the end-of-text token alone, so that the ARM and the bound measure the
-same thing: nats of a whole row of L tokens.
+Every token of a row is predicted, the first from the end-of-text token alone (an imported model's own first token where
+it has one), so that the ARM and the bound measure the same thing: nats of a whole row of L tokens.
 """
 
 import jax
@@ -13,9 +13,9 @@ from llada.objectives.contract import LossTerms, Predictor, SpecialTokens, is_va
 from llada.objectives.vocabulary_head import weighted_nats
 
 
-def shift_right(x0_BL: jax.Array, eos: int) -> jax.Array:
-    """Inputs whose position i sees tokens before i: the row moved right by one, begun with `eos`."""
-    return jnp.pad(x0_BL[:, :-1], ((0, 0), (1, 0)), constant_values=eos)
+def shift_right(x0_BL: jax.Array, start: int) -> jax.Array:
+    """Inputs whose position i sees tokens before i: the row moved right by one, begun with `start`."""
+    return jnp.pad(x0_BL[:, :-1], ((0, 0), (1, 0)), constant_values=start)
 
 
 def row_nats(
@@ -27,7 +27,7 @@ def row_nats(
     head_rows: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of -log p(x_i | x_<i) over the valid tokens, and `nats_BL`. Gradients flow through the first value only."""
-    hidden = predict(shift_right(x0_BL, special.eos), lengths_B)
+    hidden = predict(shift_right(x0_BL, special.start), lengths_B)
     weights_BL = is_valid(x0_BL, lengths_B).astype(jnp.float32)
     return weighted_nats(hidden, head_VD, x0_BL, weights_BL, head_rows)
 

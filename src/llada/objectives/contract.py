@@ -27,11 +27,22 @@ Predictor = Callable[[jax.Array, jax.Array | None], jax.Array | Unfinished]
 
 
 class SpecialTokens(NamedTuple):
-    """Ids that objectives and samplers need from the tokenizer; `eot` ends a turn of a dialogue, where there is one."""
+    """Ids that objectives and samplers need from the tokenizer, None where there is no such token.
 
-    mask: int
+    mask  what the diffusion objective hides tokens by; an ARM needs none
+    eot   ends a turn of a dialogue
+    bos   what texts of an imported ARM begin with; the models trained here begin with `eos`
+    """
+
+    mask: int | None
     eos: int
     eot: int | None = None
+    bos: int | None = None
+
+    @property
+    def start(self) -> int:
+        """What an ARM reads before the first token of a text."""
+        return self.eos if self.bos is None else self.bos
 
     @property
     def ends(self) -> tuple[int, ...]:
