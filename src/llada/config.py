@@ -6,10 +6,8 @@ Positions of the learning-rate schedule are parsed in `training/optimizer.py`, w
 """
 
 import dataclasses
-import difflib
-import json
-import types
-import typing
+import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,31 +15,53 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from llada import json_files, knobs
 from llada.errors import UserError
+from llada.knobs import build, knob
+
+# Generous, and there so that a slip of the keyboard, or a hostile file, does not ask for what no machine has: counts of
+# things that are allocated or walked through, and counts that are only compared.
+_LAYERS, _WIDTH, _ROWS, _STEPS, _FAR = 10_000, 2**17, 2**24, 2**31 - 1, 10**15
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One Transformer for both families; `causal` is the only difference (LLaDA section 2.1, Table 5)."""
 
-    layers: int = 6
-    width: int = 256
-    heads: int = 4
-    kv_heads: int | None = None  # None: as many as heads (MHA); fewer is GQA
-    ffn: int = 704
-    vocab_size: int = 2048
-    max_length: int = 256  # the longest sequence the model is meant for, in tokens
-    causal: bool = False
-    tie_embeddings: bool = False
-    qk_norm: bool = False
-    rope_theta: float = 500_000.0
-    norm_eps: float = 1e-5
-    init_std: float = 0.02
-    dtype: str = "bfloat16"  # of the matrix products; parameters, norms, softmax and loss are float32
-    scan_unroll: int | None = None  # layers per turn of the scan; None: 4 on CPU, all on GPU, 1 on TPU
-    # What the backward pass recomputes: none | dots (all but products and attention) | attention (all but attention) |
-    # full (each layer from its input) | offload (the same, with those inputs kept in the host's memory)
-    remat: str = "none"
+    layers: int = knob(6, "Transformer blocks", above=0, most=_LAYERS)
+    width: int = knob(256, "channels of the residual stream", above=0, most=_WIDTH)
+    heads: int = knob(4, "attention heads; they divide the width", above=0, most=_WIDTH)
+    kv_heads: int | None = knob(
+        None, "key/value heads; None: as many as heads (MHA), fewer is GQA", above=0, most=_WIDTH
+    )
+    ffn: int = knob(704, "hidden channels of the gated FFN", above=0, most=8 * _WIDTH)
+    vocab_size: int = knob(2048, "pieces, the mask token among them", above=0, most=_ROWS)
+    max_length: int = knob(256, "the longest sequence the model is meant for, in tokens", above=0, most=_ROWS)
+    causal: bool = knob(False, "attention to the left only, as an ARM has it")
+    tie_embeddings: bool = knob(False, "one matrix for embedding and vocabulary head")
+    qk_norm: bool = knob(False, "RMSNorm of queries and keys")
+    rope_theta: float = knob(500_000.0, "base of the rotary embedding", above=0, most=1e20)
+    norm_eps: float = knob(1e-5, "RMSNorm's epsilon", above=0, most=1.0)
+    init_std: float = knob(0.02, "standard deviation of initial weights", above=0, most=1e3)
+    dtype: str = knob(
+        "bfloat16",
+        "of the matrix products; parameters, norms, softmax and loss are float32",
+        choices=("bfloat16", "float32"),
+    )
+    scan_unroll: int | None = knob(
+        None,
+        "layers per turn of the scan; None: 4 on CPU, all on GPU, 1 on TPU",
+        above=0,
+        most=_LAYERS,
+        changeable=True,
+    )
+    remat: str = knob(
+        "none",
+        "what the backward pass recomputes: none; dots (all but products and attention); attention (all but "
+        "attention); full (each layer from its input); offload (the same, those inputs kept in the host's memory)",
+        choices=("none", "dots", "attention", "full", "offload"),
+        changeable=True,
+    )
 
     @property
     def head_size(self) -> int:
@@ -58,88 +78,125 @@ class ModelConfig:
 class ObjectiveConfig:
     """The training objective; `eps`, `time_sampling` matter to the diffusion objective only."""
 
-    name: str = "diffusion"  # diffusion | autoregressive
-    eps: float = 1e-3  # masking probability p = (1 - eps) t + eps
-    time_sampling: str = "stratified"  # stratified over the global batch | iid, as in the paper
-    random_length_fraction: float = 0.01  # sequences cut to a length drawn from U[1, L]
-    block_cross_document_attention: bool = False  # a row holds parts of several documents: each sees itself only
-    head_rows: int | None = None  # token positions per vocabulary-sized block of logits; None: by platform
+    name: str = knob("diffusion", "LLaDA's bound, or an ARM's NLL", choices=("diffusion", "autoregressive"))
+    eps: float = knob(1e-3, "masking probability p = (1 - eps) t + eps", least=0, below=1)
+    time_sampling: str = knob(
+        "stratified", "of t: over the global batch, or iid as in the paper", choices=("stratified", "iid")
+    )
+    random_length_fraction: float = knob(
+        0.01, "share of sequences that are cut to a length drawn from U[1, L]", least=0, most=1
+    )
+    block_cross_document_attention: bool = knob(False, "a row holds parts of several documents: each sees itself only")
+    head_rows: int | None = knob(
+        None,
+        "token positions per vocabulary-sized block of logits; None: by platform",
+        above=0,
+        most=_STEPS,
+        changeable=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The corpus, and how it becomes rows of tokens."""
 
-    source: str = "stdlib"  # stdlib | text:GLOB[,GLOB ...]; a directory stands for the files in it
-    text_key: str = "text"  # field (JSON lines) or column (Parquet) that holds a document's text
-    # A SentencePiece .model, a tokenizer.json or its directory; None: train one of model.vocab_size on the corpus
-    tokenizer: str | None = None
-    sequence_length: int = 256
-    holdout_fraction: float = 0.02  # of the documents, chosen by a hash of their text
-    holdout_source: str | None = None  # held-out documents of one's own, written as `source`; None: by the fraction
-    directory: str | None = None  # where the rows of tokens are kept, for many runs to share; None: the workdir
-    unique_tokens: int | None = None  # train on so many tokens, again and again; None: on the whole training side
+    source: str = knob("stdlib", "stdlib | text:GLOB[,GLOB ...]; a directory stands for the files in it")
+    text_key: str = knob("text", "field (JSON lines) or column (Parquet) that holds a document's text")
+    tokenizer: str | None = knob(
+        None,
+        "a SentencePiece .model, a tokenizer.json or its directory; None: train one of model.vocab_size on the corpus",
+        changeable=True,
+    )
+    sequence_length: int = knob(256, "tokens of a row", above=0, most=_ROWS)
+    holdout_fraction: float = knob(
+        0.02, "share of the documents held out, chosen by a hash of their text", above=0, below=1
+    )
+    holdout_source: str | None = knob(
+        None, "held-out documents of one's own, written as `source`; None: by the fraction"
+    )
+    directory: str | None = knob(
+        None, "where the rows of tokens are kept, for many runs to share; None: the workdir", changeable=True
+    )
+    unique_tokens: int | None = knob(
+        None, "train on so many tokens, again and again; None: on the whole training side", above=0, most=_FAR
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with clipping and a piecewise-linear learning rate."""
 
-    peak_learning_rate: float = 1e-3
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_norm: float = 1.0
-    # "position:factor ..." with positions in tokens (10.5G) or percent of the run (2%); linear in between, a jump where
-    # a position repeats. Factors multiply peak_learning_rate.
-    schedule: str = "0:0 2%:1 80%:1 100%:0.1"
+    peak_learning_rate: float = knob(1e-3, "the rate at factor 1 of the schedule", above=0)
+    weight_decay: float = knob(0.1, "decoupled, times the learning rate", least=0)
+    beta1: float = knob(0.9, "Adam's decay of the mean", least=0, below=1)
+    beta2: float = knob(0.95, "Adam's decay of the mean square", least=0, below=1)
+    adam_eps: float = knob(1e-8, "Adam's epsilon", above=0)
+    clip_norm: float = knob(1.0, "the gradient's norm over all parameters is cut to this", above=0)
+    schedule: str = knob(
+        "0:0 2%:1 80%:1 100%:0.1",
+        '"position:factor ..." with positions in tokens (10.5G) or percent of the run (2%); linear in between, a jump '
+        "where a position repeats; factors multiply peak_learning_rate",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices per mesh axis; their product is the number of devices."""
 
-    data: int | None = None  # None: all the devices that fsdp and tensor leave
-    fsdp: int = 1
-    tensor: int = 1
-    tpu_options: bool = True  # compile for TPU with the libtpu options of fsdp.py; False: as libtpu would by itself
+    data: int | None = knob(
+        None,
+        "copies of the model; None: all the devices that fsdp and tensor leave",
+        above=0,
+        most=2**20,
+        changeable=True,
+    )
+    fsdp: int = knob(
+        1, "devices that share parameters and moments, gathered as needed", above=0, most=2**20, changeable=True
+    )
+    tensor: int = knob(1, "devices that share the products of a layer", above=0, most=2**20, changeable=True)
+    tpu_options: bool = knob(
+        True, "compile for TPU with the libtpu options of fsdp.py; False: as libtpu would by itself", changeable=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How long, and how much at once."""
 
-    batch_size: int = 32  # sequences per optimizer step, over all devices and microbatches
-    microbatches: int = 1
-    steps: int | None = None  # give steps or tokens
-    tokens: int | None = None
-    log_every: int = 20
+    batch_size: int = knob(32, "sequences per step, over all devices and microbatches", above=0, most=2**20)
+    microbatches: int = knob(1, "parts of a batch, one after another", above=0, most=2**20, changeable=True)
+    steps: int | None = knob(None, "optimizer steps; give steps or tokens", above=0, most=_STEPS, changeable=True)
+    tokens: int | None = knob(
+        None, "token positions to read; give steps or tokens", above=0, most=_FAR, changeable=True
+    )
+    log_every: int = knob(20, "steps per line of metrics.jsonl", above=0, most=_FAR, changeable=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Held-out evaluation during and after training."""
 
-    every: int = 500  # steps; 0 evaluates at the end only
-    at: str = ""  # and at these positions, written as in optimizer.schedule: "10M 20M 50%"
-    batches: int = 8
-    draws: int = 8  # Monte Carlo draws (l, masks) per row; the ARM needs none
+    every: int = knob(500, "steps; 0 evaluates at the end only", least=0, most=_FAR, changeable=True)
+    at: str = knob("", 'and at these positions, written as in optimizer.schedule: "10M 20M 50%"', changeable=True)
+    batches: int = knob(8, "of held-out rows", above=0, most=_FAR, changeable=True)
+    draws: int = knob(
+        8, "Monte Carlo draws (l, masks) per row; the ARM needs none", above=0, most=2**20, changeable=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When to save and how many to keep."""
 
-    every: int = 500
-    keep: int = 2
+    every: int = knob(500, "steps", above=0, most=_FAR, changeable=True)
+    keep: int = knob(2, "the newest ones", above=0, most=2**20, changeable=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole of a run."""
 
-    seed: int = 0
+    seed: int = knob(0, "of initial weights, data order and masks", least=0, below=2**31)
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig = DataConfig()
@@ -162,16 +219,6 @@ class Config:
         return self.train.tokens // self.tokens_per_step
 
 
-# Keys that a later call on the same workdir may change: they alter how long and how the run is executed, not which
-# model it is or what it sees at a given step.
-CHANGEABLE = (
-    *("train.steps", "train.tokens", "train.log_every", "train.microbatches", "objective.head_rows"),
-    *("model.remat", "model.scan_unroll", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.tpu_options"),
-    *("data.directory", "data.tokenizer"),
-    *("evaluate.every", "evaluate.at", "evaluate.batches", "evaluate.draws", "checkpoint.every", "checkpoint.keep"),
-)
-
-
 def default_config() -> ml_collections.ConfigDict:
     """The defaults above as a ConfigDict for experiment files to change; keys that may be None are placeholders."""
 
@@ -182,7 +229,7 @@ def default_config() -> ml_collections.ConfigDict:
             if dataclasses.is_dataclass(value):
                 out[field.name] = convert(value)
             elif value is None:
-                out[field.name] = config_dict.placeholder(_scalar_type(field.type))
+                out[field.name] = config_dict.placeholder(knobs.scalar(field.type))
             else:
                 out[field.name] = value
         return out
@@ -212,8 +259,14 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def load(path: Path) -> Config:
-    """Read a `config.json`: `to_dict` as JSON."""
-    return from_config_dict(json.loads(path.read_text()))
+    """Read a `config.json`: `to_dict` as JSON. UserError naming the file for what is damaged, or no config of ours."""
+    values = json_files.read(path)
+    if "model_type" in values:
+        raise UserError(f"{path} is a Hugging Face model's; bring it in by llada import --source={path.parent}")
+    try:
+        return from_config_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def differences(old: Config, new: Config, begun: bool = True) -> list[str]:
@@ -221,106 +274,33 @@ def differences(old: Config, new: Config, begun: bool = True) -> list[str]:
 
     Before a run has `begun` (an imported model) only the model is settled.
     """
-    a, b = _flatten(to_dict(old)), _flatten(to_dict(new))
-    settled = [key for key in a if key not in CHANGEABLE and (begun or key.startswith("model."))]
-    return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in settled if a[key] != b[key]]
+    return [
+        f"{key.name}: {a!r} -> {b!r}"
+        for key in knobs.keys(Config)
+        if not key.knob.changeable and (begun or key.name.startswith("model."))
+        if (a := _value(old, key.name)) != (b := _value(new, key.name))
+    ]
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _scalar_type(annotation) -> type:
-    """`int` from `int | None`."""
-    if isinstance(annotation, types.UnionType):
-        return next(a for a in typing.get_args(annotation) if a is not type(None))
-    return annotation
-
-
-def build(cls, values: dict, path: str):
-    """A config dataclass from nested dicts; `path` names it in the UserError for an unknown key or a wrong type."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    out = {}
-    for key, value in values.items():
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean --{path}.{close[0]}? " if close else ""
-            raise UserError(f"unknown config key {path}.{key}; {hint}known keys of {path}: {', '.join(sorted(fields))}")
-        field_type = fields[key].type
-        if dataclasses.is_dataclass(field_type):
-            if not isinstance(value, dict):
-                raise UserError(f"{path}.{key}={value!r} must be a group of keys, not one value")
-            out[key] = build(field_type, value, f"{path}.{key}")
-        else:
-            out[key] = _checked(value, field_type, f"{path}.{key}")
-    return cls(**out)
-
-
-def _checked(value, annotation, path: str):
-    wanted = _scalar_type(annotation)
-    if value is None and wanted is not annotation:
-        return None
-    if wanted is float and type(value) is int:
-        return float(value)
-    if wanted is tuple and type(value) is list:
-        return tuple(value)
-    if type(value) is not wanted:
-        optional = " or None" if wanted is not annotation else ""
-        raise UserError(f"--{path}={value!r} is a {type(value).__name__}; it must be {wanted.__name__}{optional}")
-    return value
+def _value(config: Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def _validate(config: Config) -> None:
     """Refuse what cannot work, naming the value, the rule and the flag. Mesh against devices: see `mesh.check`."""
-    _check_ranges(_flatten(to_dict(config)))
+    knobs.check(config, "config")
     _check_model(config.model)
     _check_run(config)
-
-
-POSITIVE = (
-    *("model.layers", "model.width", "model.heads", "model.kv_heads", "model.ffn", "model.vocab_size"),
-    *("model.max_length", "model.scan_unroll", "model.rope_theta", "model.norm_eps", "model.init_std"),
-    *("objective.head_rows", "data.sequence_length", "data.unique_tokens", "mesh.data", "mesh.fsdp", "mesh.tensor"),
-    *("optimizer.peak_learning_rate", "optimizer.adam_eps", "optimizer.clip_norm"),
-    *("train.batch_size", "train.microbatches", "train.steps", "train.tokens", "train.log_every"),
-    *("evaluate.batches", "evaluate.draws", "checkpoint.every", "checkpoint.keep"),
-)
-CHOICES = {
-    "model.dtype": ("bfloat16", "float32"),
-    "model.remat": ("none", "dots", "attention", "full", "offload"),
-    "objective.name": ("diffusion", "autoregressive"),
-    "objective.time_sampling": ("stratified", "iid"),
-}
-
-
-def _check_ranges(flat: dict[str, Any]) -> None:
-    """One key at a time."""
-    for key in POSITIVE:
-        _require(flat[key] is None or 0 < flat[key] < float("inf"), key, flat[key], "it must be positive")
-    for key, allowed in CHOICES.items():
-        _require(flat[key] in allowed, key, flat[key], f"it must be one of {', '.join(allowed)}")
-    for key in ("optimizer.beta1", "optimizer.beta2", "objective.eps"):
-        _require(0 <= flat[key] < 1, key, flat[key], "it must be in [0, 1)")
-    for key in ("optimizer.weight_decay", "evaluate.every"):
-        _require(0 <= flat[key] < float("inf"), key, flat[key], "it must not be negative")
-    fraction = flat["objective.random_length_fraction"]
-    _require(0 <= fraction <= 1, "objective.random_length_fraction", fraction, "it must be in [0, 1]")
-    fraction = flat["data.holdout_fraction"]
-    _require(0 < fraction < 1, "data.holdout_fraction", fraction, "it must lie between 0 and 1")
-    _require(0 <= flat["seed"] < 2**31, "seed", flat["seed"], "it must be in [0, 2**31)")
 
 
 def _check_model(m: ModelConfig) -> None:
     """Heads against width and each other."""
     _require(m.width % m.heads == 0, "model.heads", m.heads,
-             f"it must divide model.width={m.width}: {_divisors(m.width)}")  # fmt: skip
+             f"it must divide model.width={m.width}: {_divisors(m.width, m.heads)}")  # fmt: skip
     _require(m.head_size % 2 == 0, "model.heads", m.heads,
              f"rotary embedding needs model.width={m.width} / heads, now {m.head_size}, to be even")  # fmt: skip
     _require(m.heads % m.key_value_heads == 0, "model.kv_heads", m.kv_heads,
-             f"it must divide model.heads={m.heads}: {_divisors(m.heads)}")  # fmt: skip
+             f"it must divide model.heads={m.heads}: {_divisors(m.heads, m.key_value_heads)}")  # fmt: skip
 
 
 def _check_run(c: Config) -> None:
@@ -336,6 +316,10 @@ def _check_run(c: Config) -> None:
         raise UserError(f"give one of --config.train.steps and --config.train.tokens, not {got}")
     _require(c.steps > 0, "train.tokens", c.train.tokens,
              f"one step is {c.tokens_per_step} tokens (train.batch_size x data.sequence_length)")  # fmt: skip
+    _require(c.steps <= _STEPS, "train.tokens", c.train.tokens,
+             f"they are {c.steps:,} steps, and a run has at most {_STEPS:,}")  # fmt: skip
+    _require(c.tokens_per_step <= _STEPS, "train.batch_size", c.train.batch_size,
+             f"times data.sequence_length={c.data.sequence_length} it must be at most {_STEPS:,} tokens")  # fmt: skip
     _require(c.train.batch_size % c.train.microbatches == 0, "train.batch_size", c.train.batch_size,
              f"it must be a multiple of train.microbatches={c.train.microbatches}")  # fmt: skip
 
@@ -345,5 +329,8 @@ def _require(ok: bool, key: str, value: Any, rule: str) -> None:
         raise UserError(f"--config.{key}={value}: {rule}")
 
 
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+def _divisors(n: int, near: int) -> str:
+    """In words; of many, the eight closest to `near`."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    found = sorted({*small, *(n // d for d in small)}, key=lambda d: abs(d - near))
+    return ", ".join(map(str, sorted(found[:8]))) + (", ..." if len(found) > 8 else "")

@@ -4,25 +4,32 @@ ml_collections' own flag would do this with a traceback for every slip of the ke
 An experiment file is Python and is executed.
 """
 
-import contextlib
 import dataclasses
+import inspect
 import runpy
-import types
-import typing
+import shutil
+import textwrap
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from llada import config as config_lib
+from llada import knobs, paths
 from llada.config import Config
 from llada.errors import UserError
 
 CONFIG = flags.DEFINE_string("config", None, "experiment file, FILE or FILE:ARGUMENT; --config.key=value changes a key")
+HELP_CONFIG = flags.DEFINE_bool("help_config", False, "list every config key with kind, default and meaning, and stop")
 
 
 def take_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Split `--config.key=value` (or `--config.key value`) off a command line: the rest, and {key: value}."""
+    """Split `--config.key=value` (or `--config.key value`) off a command line: the rest, and {key: value}.
+
+    UserError for a key without a name or a value, or given twice.
+    """
     rest, overrides = [], {}
     words = iter(arguments)
     for word in words:
@@ -31,10 +38,14 @@ def take_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
             rest.append(word)
             continue
         key, equals, value = name.removeprefix("config.").partition("=")
+        if not all(part.strip() for part in key.split(".")):
+            raise UserError(f"{word} names no key; keys look like --config.train.steps=100; --help_config lists them")
         if not equals:
             value = next(words, None)
-            if value is None:
-                raise UserError(f"{word} needs a value: {word}=...")
+            if value is None or value.startswith("--") or value == "=":
+                raise UserError(f"{word} needs a value: {word}=... without spaces")
+        if key in overrides:
+            raise UserError(f"--config.{key} is given twice, {overrides[key]} and {value}; leave one out")
         overrides[key] = value
     return rest, overrides
 
@@ -55,7 +66,9 @@ def read_sweep(experiment: str, overrides: dict[str, str]) -> tuple[dict[str, An
     if "sweep" not in values:
         raise UserError(f"--config={experiment} has no group `sweep`; use llada train, or see experiments/isoflop.py")
     group = values.pop("sweep")
-    return override_sweep(_merged(config_lib.default_config().to_dict(), values), dict(group), overrides)
+    if not isinstance(group, dict):
+        raise UserError(f"--config={experiment}: config.sweep={group!r} must be a group of keys, not one value")
+    return override_sweep(_merged(config_lib.default_config().to_dict(), values), group, overrides)
 
 
 def override_sweep(
@@ -64,9 +77,17 @@ def override_sweep(
     """`base` and the group `sweep` with some keys changed; values are checked where they are used."""
     from llada.scaling.grid import SweepConfig
 
-    own = {key.removeprefix("sweep."): text for key, text in overrides.items() if key.startswith("sweep.")}
+    rules = {field.name for field in dataclasses.fields(SweepConfig)}
+    own, others = {}, {}
+    for key, text in overrides.items():
+        if key.startswith("sweep."):
+            own[key.removeprefix("sweep.")] = text
+        elif key.partition(".")[0] in rules:
+            raise UserError(f"unknown config key config.{key}; did you mean --config.sweep.{key}?")
+        else:
+            others[key] = text
     _put(group, own, SweepConfig, "sweep.")
-    _put(base, {key: text for key, text in overrides.items() if not key.startswith("sweep.")}, Config)
+    _put(base, others, Config)
     return base, group
 
 
@@ -88,25 +109,60 @@ def _put(tree: dict[str, Any], overrides: dict[str, str], root: type, prefix: st
             node = node.setdefault(group, {})
             if not isinstance(node, dict):
                 raise UserError(f"unknown config key config.{key}; config.{'.'.join(groups)} is a value, not a group")
-        node[leaf] = _parse(text, _annotation(key, root), prefix + key)
+        kind = _annotation(key, root)
+        # What is no key stays text, for the border to refuse.
+        known = kind is not None and not dataclasses.is_dataclass(kind)
+        node[leaf] = knobs.coerce(text, kind, f"--config.{prefix}{key}") if known else text
 
 
 def _call(experiment: str) -> dict[str, Any]:
-    name, colon, argument = experiment.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        there = ", ".join(sorted(str(p) for p in path.parent.glob("*.py"))) if path.parent.is_dir() else ""
-        raise UserError(f"--config={experiment}: there is no file {path}" + (f"; there are {there}" if there else ""))
+    """What the file's get_config returns, as plain dicts. UserError naming file and line for what goes wrong in it."""
+    path, argument = _file_and_argument(experiment)
+    flag = f"--config={experiment}"
     try:
         module = runpy.run_path(str(path))
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--config={experiment}: {path} is not a Python experiment file ({error})") from error
-    if "get_config" not in module:
-        raise UserError(f"--config={experiment}: {path} defines no get_config(argument)")
-    values = module["get_config"](argument) if colon else module["get_config"]()
-    return values.to_dict() if hasattr(values, "to_dict") else dict(values)
+        function = module.get("get_config")
+        if not callable(function):
+            raise UserError(f"{flag}: {path} defines no get_config(argument)")
+        given = [] if argument is None else [argument]
+        try:
+            inspect.signature(function).bind(*given)
+        except TypeError as error:
+            how = f"takes no argument; leave out :{argument}" if given else "needs an argument: --config=FILE:ARGUMENT"
+            raise UserError(f"{flag}: get_config of {path} {how}") from error
+        values = _plain(function(*given))
+    except UserError:
+        raise
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag}: {path} is not a Python experiment file ({error})") from error
+    except (Exception, SystemExit) as error:  # whatever the user's own code does is for the user to put right
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path} line {lines[-1]}" if lines else str(path)
+        raise UserError(f"{flag}: {where}: {type(error).__name__}: {str(error)[:500]}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{flag}: get_config of {path} returned {values!r:.80}; it must return a ConfigDict")
+    return values
+
+
+def _file_and_argument(experiment: str) -> tuple[Path, str | None]:
+    """Split at a colon, so that a file is left of it. UserError where there is none."""
+    whole = paths.user_path(experiment, "--config")
+    for colon in [len(experiment), *(i for i in reversed(range(len(experiment))) if experiment[i] == ":")]:
+        if experiment[:colon] and (path := paths.user_path(experiment[:colon], "--config")).is_file():
+            return path, experiment[colon + 1 :] if colon < len(experiment) else None
+    path = paths.user_path(experiment.partition(":")[0], "--config") if ":" in experiment[1:] else whole
+    folder = path if path.is_dir() else path.parent
+    there = sorted(str(p) for p in folder.glob("*.py"))[:12] if folder.is_dir() else []
+    what = f"{path} is a directory" if path.is_dir() else f"there is no file {path}"
+    what = f"{path} is no regular file" if path.exists() and not path.is_dir() else what
+    raise UserError(f"--config={experiment}: {what}" + (f"; there are {', '.join(there)}" if there else ""))
+
+
+def _plain(values: Any) -> Any:
+    """ConfigDicts and other mappings as dicts, all the way down."""
+    if hasattr(values, "to_dict"):
+        values = values.to_dict()
+    return {key: _plain(value) for key, value in values.items()} if isinstance(values, Mapping) else values
 
 
 def _merged(defaults: dict, values: dict) -> dict:
@@ -122,6 +178,8 @@ def _annotation(key: str, root: type):
     """The declared type of a dotted key, or None where there is no such key (the border will say so)."""
     node = root
     for part in key.split("."):
+        if node is dict:  # such as sweep.tokens_per_parameter.diffusion
+            return tuple
         fields = {f.name: f.type for f in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
         if part not in fields:
             return None
@@ -129,35 +187,27 @@ def _annotation(key: str, root: type):
     return node
 
 
-def _parse(text: str, annotation, key: str):
-    if annotation is None or dataclasses.is_dataclass(annotation):
-        return text
-    if isinstance(annotation, types.UnionType):
-        if text == "None":
-            return None
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    try:
-        if annotation is tuple:
-            return tuple(_number_or_word(word) for word in text.strip("()[]").split(",") if word.strip())
-        if annotation is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if annotation is int:
-            # 1e6 is how people write a million; 1.5 is a mistake.
-            return int(text) if "e" not in text.lower() else _whole(float(text))
-        return annotation(text)
-    except (ValueError, KeyError) as error:
-        kind = {bool: "True or False", int: "a whole number", float: "a number"}[annotation]
-        raise UserError(f"--config.{key}={text} is not {kind}") from error
-
-
-def _number_or_word(text: str) -> int | float | str:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text.strip()
-
-
-def _whole(value: float) -> int:
-    if value != int(value):
-        raise ValueError
-    return int(value)
+def help_config(groups: dict[str, type]) -> str:
+    """All keys of some dataclasses, by the prefix of each ("" or "sweep."): kind, default, meaning, what is allowed."""
+    found = [key for prefix, cls in groups.items() for key in knobs.keys(cls, prefix)]
+    left = max(len(key.name) for key in found) + 2
+    width = max(shutil.get_terminal_size((120, 24)).columns, 80)
+    lines = ["--config.KEY=VALUE; + may change on a later call for the same workdir, everything else is settled", ""]
+    before = ""
+    for key in found:
+        group = key.name.rpartition(".")[0]
+        if group != before:
+            lines.append("")
+        before = group
+        mark = "+" if key.knob.changeable else " "
+        value = f'"{key.default}"' if isinstance(key.default, str) else key.default
+        limits = "" if key.knob.choices and key.knob.limits in key.knob.meaning else key.knob.limits
+        text = "; ".join(filter(None, (key.knob.meaning, limits)))
+        kind = f"{knobs.named(key.annotation)} = {value}"
+        lines += textwrap.wrap(
+            f"{kind}: {text}" if text else kind,
+            width,
+            initial_indent=f"{mark} {key.name:<{left}}",
+            subsequent_indent=" " * (left + 4),
+        )
+    return "\n".join(lines)
