@@ -15,7 +15,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -93,7 +93,9 @@ def _is_alive(process: int) -> bool:
 
 
 class Locked(UserError):
-    """Another process holds the file; the message says which."""
+    """Another process holds the file; the message and `holder` say which."""
+
+    holder = "another process"
 
 
 @contextlib.contextmanager
@@ -112,7 +114,9 @@ def lock(path: Path, what: str = "", wait: bool = False, remove: bool = False) -
             file.seek(0)
             holder = " ".join(file.read(200).split()) or "another process"
             file.close()
-            raise Locked(f"{what or path} is in use by {holder}; wait for it, stop it, or choose another") from error
+            locked = Locked(f"{what or path} is in use by {holder}; wait for it, stop it, or choose another")
+            locked.holder = holder
+            raise locked from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 file.close()
@@ -134,6 +138,28 @@ def lock(path: Path, what: str = "", wait: bool = False, remove: bool = False) -
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             file.close()
+
+
+@contextlib.contextmanager
+def in_turn(path: Path, does: str, check: Callable[[], None]) -> Iterator[None]:
+    """Hold a file's lock as soon as others let it go; the file goes when the block ends.
+
+    Whoever must wait is told for whom, and what that one `does` ("prepares DIR"); `check` is called meanwhile, and may
+    raise to end it.
+    """
+    waits = False
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(lock(path, remove=True))
+                break
+            except Locked as locked:
+                if not waits:
+                    print(f"waiting for {locked.holder}, which {does}", file=sys.stderr)
+                waits = True
+                check()
+                time.sleep(0.1)
+        yield
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from llada.data import rows
+from llada.data.row_files import id_dtype
 from llada.data.rows import Batches, chain_digest, open_corpus, prepare, unique_rows
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.sources import documents, is_holdout
@@ -67,12 +68,12 @@ def test_rows_and_metadata_equal_a_plain_reading(source, tokenizer, corpus, tmp_
 
 
 def test_a_large_vocabulary_is_stored_in_32_bits():
-    assert rows._id_dtype(65_536) == np.uint16 and rows._id_dtype(65_537) == np.uint32
+    assert id_dtype(65_536) == np.uint16 and id_dtype(65_537) == np.uint32
 
 
 def test_prepared_rows_are_reused_without_the_source_and_never_mixed(source, tokenizer, tmp_path, monkeypatch):
     made = prepare(tmp_path, source, tokenizer, L, 0.3)
-    monkeypatch.setattr(rows, "documents", lambda source: pytest.fail("read the source again"))
+    monkeypatch.setattr(rows, "split", lambda *request, **_: pytest.fail("read the source again"))
     again = prepare(tmp_path, source, tokenizer, L, 0.3)
     assert again.metadata == made.metadata == open_corpus(tmp_path).metadata
     np.testing.assert_array_equal(again.train_NL, made.train_NL)

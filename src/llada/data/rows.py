@@ -7,20 +7,25 @@ the same rows in the same order. Letters: N rows on disk, B rows in a batch, L t
 
 import dataclasses
 import hashlib
-import json
-import os
-from collections.abc import Iterator
+import sys
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grain
 import numpy as np
 
-from llada.data.sources import documents, is_holdout
+from llada import json_files
+from llada.data.row_files import RowWriter, id_dtype, open_rows
+from llada.data.sources import split
 from llada.data.tokenizer import Tokenizer
-from llada.errors import UserError
-from llada.files import write_atomically
+from llada.data.waiting import Report
+from llada.errors import DataError, DiskError, UserError
+from llada.files import in_turn, replacing, write_atomically
+from llada.paths import user_path
 
-_ENCODE_CHARACTERS = 4_000_000
+_ENCODE_CHARACTERS = 1_000_000
+_MOST_OF_ANYTHING = 1 << 62
 _STEPS_FOREVER = 1 << 62
 
 
@@ -43,6 +48,8 @@ class Metadata:
     holdout_rows: int
     unigram_entropy_nats: float  # of the training rows: the loss of a model that knows only how often each id occurs
     digest: str  # sha256 over the row bytes of both sides, training first
+    text_key: str = "text"
+    holdout_source: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,21 +61,33 @@ class Corpus:
     metadata: Metadata
 
     def verify(self) -> None:
-        """Re-read every row; raises UserError if the bytes are not those that were prepared."""
+        """Re-read every row; raises DataError if the bytes are not those that were prepared."""
         if _digest(self.train_NL, self.holdout_NL) != self.metadata.digest:
-            raise UserError("corpus rows changed since they were prepared; delete the data directory to prepare again")
+            raise DataError("corpus rows changed since they were prepared; delete the data directory to prepare again")
 
 
 def prepare(
-    directory: str | Path, source: str, tokenizer: Tokenizer, sequence_length: int, holdout_fraction: float
+    directory: str | Path,
+    source: str,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    holdout_fraction: float,
+    *,
+    text_key: str = "text",
+    holdout_source: str | None = None,
+    progress: Callable[[str], None] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Corpus:
     """Tokenise `source` into rows under `directory`, or reopen them if the same request made them before.
 
-    metadata.json is written last: without it nothing here counts, and an interrupted call starts again.
-    One process prepares; the others wait for it (see training/workdir.py). Raises UserError if the directory holds
-    another corpus, if the source is bad (see sources.py), or if either side has too little text for one row.
+    metadata.json is written last: without it nothing here counts, and an interrupted call starts again. Of several
+    processes that share a directory one prepares, and the others wait for it. `source`, `text_key`, `holdout_fraction`
+    and `holdout_source` are those of sources.split. `progress` is told how far it is, about once a second; `check` is
+    called as often, and may raise to end the call.
+    Raises UserError if the directory holds another corpus or cannot be written, if the source is bad (see sources.py),
+    or if either side has too little text for one row; DataError for damaged rows; DiskError where there is no room.
     """
-    directory = Path(directory)
+    directory = user_path(directory, "--config.data.directory")
     if sequence_length < 1:
         raise UserError(f"data.sequence_length={sequence_length} must be at least 1")
     if not 0 < holdout_fraction < 1:
@@ -78,59 +97,126 @@ def prepare(
         "sequence_length": sequence_length,
         "holdout_fraction": holdout_fraction,
         "tokenizer_sha256": tokenizer.sha256,
+        "text_key": text_key,
+        "holdout_source": holdout_source,
     }
     if (directory / "metadata.json").exists():
-        corpus = open_corpus(directory)
-        found = dataclasses.asdict(corpus.metadata)
-        changed = [
-            f"{name} ({found[name]!r}, asked {asked!r})" for name, asked in request.items() if asked != found[name]
-        ]
-        if changed:
-            raise UserError(f"{directory} holds a corpus with another {', '.join(changed)}; give a fresh directory")
-        return corpus
-    directory.mkdir(parents=True, exist_ok=True)
-    train = _RowWriter(directory / "train.npy", sequence_length, tokenizer.vocab_size)
-    holdout = _RowWriter(directory / "holdout.npy", sequence_length, tokenizer.vocab_size)
-    with train.file, holdout.file:
-        for texts in _groups(documents(source)):
-            for text, ids in zip(texts, tokenizer.encode_many(texts), strict=True):
-                side = holdout if is_holdout(text, holdout_fraction) else train
-                side.add([*ids, tokenizer.eos_id], len(text.encode()))
-        for name, side in (("training", train), ("hold-out", holdout)):
-            if not side.rows:
-                raise UserError(
-                    f"the {name} side has {side.tokens} tokens of {side.documents} documents, less than one row of "
-                    f"data.sequence_length={sequence_length}; shorten it, change data.holdout_fraction="
-                    f"{holdout_fraction} or give more documents"
-                )
+        return _reopened(directory, request)
+    report = Report(progress, check)
+    try:
+        with in_turn(directory / ".lock", f"prepares {directory}", report.check):
+            if (directory / "metadata.json").exists():  # made while this call waited
+                return _reopened(directory, request)
+            return _made(directory, request, tokenizer, report)
+    except OSError as error:
+        if not str(error.filename or "").startswith(str(directory)):
+            raise
+        reason = error.strerror or error
+        raise UserError(f"--config.data.directory={directory} cannot be written: {reason}; choose another") from error
+
+
+def _reopened(directory: Path, request: dict) -> Corpus:
+    corpus = open_corpus(directory)
+    found = dataclasses.asdict(corpus.metadata)
+    changed = [f"{name} ({found[name]!r}, asked {asked!r})" for name, asked in request.items() if asked != found[name]]
+    if changed:
+        raise UserError(f"{directory} holds a corpus with another {', '.join(changed)}; give a fresh directory")
+    return corpus
+
+
+def _made(directory: Path, request: dict, tokenizer: Tokenizer, report: Report) -> Corpus:
+    length = request["sequence_length"]
+    asked = (request[name] for name in ("source", "holdout_fraction", "sequence_length", "text_key", "holdout_source"))
+    texts = split(*asked, remark=lambda line: print(line, file=sys.stderr))
+    with (
+        replacing(directory / "train.npy") as train_path,
+        replacing(directory / "holdout.npy") as holdout_path,
+        train_path.open("wb") as train_file,
+        holdout_path.open("wb") as holdout_file,
+    ):
+        train, holdout = (RowWriter(file, length, tokenizer.vocab_size) for file in (train_file, holdout_file))
+        for group in _groups(texts):
+            for (held, text), ids in zip(group, tokenizer.encode_many([text for _, text in group]), strict=True):
+                (holdout if held else train).add([*ids, tokenizer.eos_id], len(text.encode()))
+            documents, tokens = (getattr(train, name) + getattr(holdout, name) for name in ("documents", "tokens"))
+            report(f"tokenising: {documents:,} documents, {tokens / 1e6:.1f} M tokens")
+        _require_rows(train, holdout, request)
+        for side in (train, holdout):
             side.finish()
-    train_NL, holdout_NL = (np.load(directory / name, mmap_mode="r") for name in ("train.npy", "holdout.npy"))
+    train_NL, holdout_NL = (open_rows(directory / name) for name in ("train.npy", "holdout.npy"))
+    digest, *found = _digest_and_checksums(train_NL, holdout_NL)
+    if found != [train.checksum, holdout.checksum]:
+        raise DiskError(f"the rows in {directory} are not those that were written; check the disk, then call again")
     metadata = Metadata(
         **request,
         vocab_size=tokenizer.vocab_size,
         **{f"train_{name}": getattr(train, name) for name in ("documents", "tokens", "bytes", "rows")},
         **{f"holdout_{name}": getattr(holdout, name) for name in ("documents", "tokens", "bytes", "rows")},
         unigram_entropy_nats=_entropy_nats(train.counts_V),
-        digest=_digest(train_NL, holdout_NL),
+        digest=digest,
     )
-    write_atomically(directory / "metadata.json", json.dumps(dataclasses.asdict(metadata), indent=2).encode())
+    write_atomically(directory / "metadata.json", json_files.dumps(dataclasses.asdict(metadata), indent=2).encode())
     return Corpus(train_NL, holdout_NL, metadata)
+
+
+def _require_rows(train: RowWriter, holdout: RowWriter, request: dict) -> None:
+    for name, side in (("training", train), ("hold-out", holdout)):
+        if not side.rows:
+            raise UserError(
+                f"the {name} side has {side.tokens} tokens of {side.documents} documents, less than one row of "
+                f"data.sequence_length={request['sequence_length']}; shorten it, give more documents, change "
+                f"data.holdout_fraction={request['holdout_fraction']} or set --config.data.holdout_source"
+            )
 
 
 def open_corpus(directory: str | Path) -> Corpus:
-    """Open what `prepare` made. Raises UserError if it is missing, damaged, or its files disagree on their shape."""
+    """Open what `prepare` made. Raises DataError if it is missing, damaged, or its files disagree on their shape."""
     directory = Path(directory)
+    again = "delete it to prepare again"
     try:
-        metadata = Metadata(**json.loads((directory / "metadata.json").read_bytes()))
-        train_NL, holdout_NL = (np.load(directory / name, mmap_mode="r") for name in ("train.npy", "holdout.npy"))
-    except (OSError, ValueError, TypeError, EOFError) as error:
-        raise UserError(f"no usable corpus in {directory} ({error}); delete it to prepare again") from error
+        metadata = _metadata(directory / "metadata.json")
+        train_NL, holdout_NL = (open_rows(directory / name) for name in ("train.npy", "holdout.npy"))
+    except (UserError, OSError) as error:
+        raise DataError(f"no usable corpus in {directory} ({error}); {again}") from error
     found = train_NL.shape, holdout_NL.shape, train_NL.dtype, holdout_NL.dtype
-    length, dtype = metadata.sequence_length, _id_dtype(metadata.vocab_size)
+    length, dtype = metadata.sequence_length, id_dtype(metadata.vocab_size)
     expected = (metadata.train_rows, length), (metadata.holdout_rows, length), dtype, dtype
     if found != expected:
-        raise UserError(f"rows in {directory} are {found}, metadata.json says {expected}; delete it to prepare again")
+        raise DataError(f"rows in {directory} are {found}, metadata.json says {expected}; {again}")
     return Corpus(train_NL, holdout_NL, metadata)
+
+
+def require_known(rows_NL: np.ndarray, vocab_size: int, row_N: np.ndarray) -> None:
+    """DataError unless all ids of these rows are below `vocab_size`; `row_N` are their numbers in the file.
+
+    JAX takes the last row of a table for what lies beyond it, and would train on damaged rows without a word.
+    """
+    if rows_NL.size and rows_NL.max() >= vocab_size:
+        bad = int(np.argmax((rows_NL >= vocab_size).any(axis=1)))
+        raise DataError(
+            f"row {int(row_N[bad])} of the corpus holds id {int(rows_NL[bad].max())}, beyond the {vocab_size} of the "
+            "vocabulary: the rows are damaged; delete the data directory to prepare again"
+        )
+
+
+def _metadata(path: Path) -> Metadata:
+    """UserError unless every field is there, of its type, and possible."""
+    values = json_files.read(path)
+    fields = {field.name: field for field in dataclasses.fields(Metadata)}
+    kinds = {"int": int, "float": (int, float), "str": str, "str | None": (str, type(None))}
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise UserError(f"{path.name} has no {name}")
+        value = values.get(name, field.default)
+        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+        if isinstance(value, bool) or not isinstance(value, kinds[kind]):
+            raise UserError(f"{path.name}: {name} is {value!r}, not {kind}")
+        if isinstance(value, int | float) and not 0 <= value < _MOST_OF_ANYTHING:
+            raise UserError(f"{path.name}: {name}={value} is not possible")
+    least = min(values[name] for name in ("sequence_length", "vocab_size", "train_rows", "holdout_rows"))
+    if least < 1:
+        raise UserError(f"{path.name} says that there are no rows")
+    return Metadata(**{name: values[name] for name in fields if name in values})
 
 
 def unique_rows(rows_NL: np.ndarray, unique_tokens: int | None) -> np.ndarray:
@@ -164,8 +250,12 @@ class Batches:
         seed: int,
         unique_tokens: int | None = None,
         positions: np.ndarray | None = None,
+        vocab_size: int | None = None,
     ):
-        """Take N rows, the global batch size, which positions of it to read (default all). UserError if impossible."""
+        """Take N rows, the global batch size, which positions of it to read (default all). UserError if impossible.
+
+        With `vocab_size` the ids of each batch are compared with it: see `require_known`.
+        """
         if batch_size < 1:
             raise UserError(f"train.batch_size={batch_size} must be positive")
         if not 0 <= seed < 2**32:
@@ -175,12 +265,16 @@ class Batches:
         self._used = unique_rows(rows_NL, unique_tokens)
         self._ids = grain.MapDataset.range(len(self._used)).shuffle(seed=seed).repeat()
         self.positions = np.arange(batch_size) if positions is None else positions
+        self.vocab_size = vocab_size
 
     def at(self, step: int) -> np.ndarray:
         """Return the rows of batch `step` (0 is the first) at the positions: batch_BL int32, B = len(positions)."""
         start = step * self.batch_size
         ids_B = self._used[[self._ids[start + position] for position in self.positions.tolist()]]
-        return self.rows_NL[ids_B].astype(np.int32)
+        batch_BL = self.rows_NL[ids_B]
+        if self.vocab_size is not None:
+            require_known(batch_BL, self.vocab_size, ids_B)
+        return batch_BL.astype(np.int32)
 
     def iterate(self, step: int) -> Iterator[np.ndarray]:
         """Yield at(step), at(step + 1), ... without end, read ahead in threads; closing the iterator ends them."""
@@ -200,56 +294,11 @@ def chain_digest(digest: str, batch_BL: np.ndarray) -> str:
     return hashlib.sha256(digest.encode() + np.ascontiguousarray(batch_BL, "<i4").tobytes()).hexdigest()
 
 
-class _RowWriter:
-    """Appends rows to a .npy file whose length is not known in advance; counts what it sees."""
-
-    def __init__(self, path: Path, sequence_length: int, vocab_size: int):
-        self.path = path
-        self.temporary = path.with_name(f"{path.name}.tmp")
-        self.file = self.temporary.open("wb")
-        self.sequence_length = sequence_length
-        self.dtype = _id_dtype(vocab_size)
-        self.documents = self.tokens = self.bytes = self.rows = 0
-        self.counts_V = np.zeros(vocab_size, np.int64)
-        self._pending: list[int] = []
-        self._write_header()
-
-    def add(self, ids: list[int], byte_count: int) -> None:
-        self.documents += 1
-        self.tokens += len(ids)
-        self.bytes += byte_count
-        self._pending += ids
-        full = len(self._pending) // self.sequence_length * self.sequence_length
-        if full:
-            block = np.array(self._pending[:full], self.dtype)
-            block.tofile(self.file)
-            self.counts_V += np.bincount(block, minlength=len(self.counts_V))
-            self.rows += full // self.sequence_length
-            del self._pending[:full]
-
-    def finish(self) -> None:
-        self.file.seek(0)
-        self._write_header()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        os.replace(self.temporary, self.path)
-
-    def _write_header(self) -> None:
-        # NumPy pads the header for 21 digits of the first dimension, so rewriting it never moves the rows.
-        shape = (self.rows, self.sequence_length)
-        header = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self.file, header)
-
-
-def _id_dtype(vocab_size: int) -> np.dtype:
-    return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
-
-
-def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Gather documents until there is enough for all cores, and not more than memory takes."""
+def _groups(texts: Iterator[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
+    """Gather documents until there is enough for all cores, and not more than a second's work."""
     group, characters = [], 0
-    for text in texts:
-        group.append(text)
+    for held, text in texts:
+        group.append((held, text))
         characters += len(text)
         if characters >= _ENCODE_CHARACTERS:
             yield group
@@ -264,8 +313,17 @@ def _entropy_nats(counts_V: np.ndarray) -> float:
 
 
 def _digest(*sides_NL: np.ndarray) -> str:
-    sha = hashlib.sha256()
+    return _digest_and_checksums(*sides_NL)[0]
+
+
+def _digest_and_checksums(*sides_NL: np.ndarray) -> tuple:
+    """sha256 (hex) over the bytes of all sides, and the crc32 of each."""
+    sha, checksums = hashlib.sha256(), []
     for rows_NL in sides_NL:
+        checksum = 0
         for start in range(0, len(rows_NL), 4_096):
-            sha.update(np.ascontiguousarray(rows_NL[start : start + 4_096]))
-    return sha.hexdigest()
+            block = np.ascontiguousarray(rows_NL[start : start + 4_096])
+            sha.update(block)
+            checksum = zlib.crc32(block, checksum)
+        checksums.append(checksum)
+    return sha.hexdigest(), *checksums

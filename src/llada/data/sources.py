@@ -6,42 +6,92 @@ user's files ("text:GLOB"). Text passes through exactly as stored. Not for token
 
 import glob
 import hashlib
-import json
+import itertools
 import os
+import re
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from llada import paths
+from llada.config import DataConfig
+from llada.data import text_files
 from llada.errors import UserError
 
-_LONG_CHARACTERS = 65_536
-_SECTION_CHARACTERS = 16_384
+Remark = Callable[[str], None]
+
+_ALLOWED = "allowed: stdlib, text:GLOB[,GLOB ...], or a file or directory that exists"
 _STDLIB_SKIPPED = ["__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests", "turtledemo"]
+# A corpus up to so many characters is cut into sections where no document of it falls on the hold-out side.
+_SMALL_CHARACTERS = 1 << 24
+_SMALL_SECTIONS, _SMALLEST_SECTION = 64, 128
+_CHARACTERS_A_TOKEN = 8  # at most, of a tokenizer that is any good
 
 
-def documents(source: str) -> Iterator[str]:
+def documents(
+    source: str, text_key: str = "text", remark: Remark | None = None, flag: str = "--config.data.source"
+) -> Iterator[str]:
     """Yield the text of every document of `source`, never empty, in an order that depends only on the file names.
 
-      "stdlib"     every .py file of the running Python's standard library, without its tests; one document each
-      "text:GLOB"  files matching GLOB ("~" and "**" work): .jsonl is one document per line, in the string field
-                   "text"; anything else is plain UTF-8: one document, or, above 64 Ki characters, sections of
-                   about 16 Ki that end with a line
+      "stdlib"                every .py file of the running Python's standard library, without its tests
+      "text:GLOB[,GLOB ...]"  files matching one of the patterns ("~", "**" and "{a,b}" work), read by their names: see
+                              text_files.py. What exists is taken as it is written, not as a pattern. A directory
+                              stands for the files in it, at any depth, but for hidden ones and those that are no text
+      PATH                    the same as "text:PATH", for a path that exists
 
-    Files are opened one at a time, so a damaged file is reported when its turn comes.
-    Raises UserError for an unknown source, a source without text, binary or non-UTF-8 files, bad JSONL lines.
+    A file that has several names, by links, is read once. Files are opened one at a time, so a damaged file is reported
+    when its turn comes. `text_key` is the field or column that holds a text. `remark` is told in one line what was
+    left out. `flag` is what errors call the source.
+    Raises UserError for an unknown source, a source without text, binary or non-UTF-8 files, bad records.
     """
     if source == "stdlib":
-        reason = "this Python has no standard library sources; use --config.data.source=text:GLOB"
+        reason = f"this Python has no standard library sources; use {flag}=text:GLOB"
         return _refuse_empty(_stdlib(), reason)
-    if source.startswith("text:") and source != "text:":
-        pattern = source.removeprefix("text:")
-        matches = map(Path, glob.glob(os.path.expanduser(pattern), recursive=True))
-        paths = sorted(path for path in matches if path.is_file())
-        if not paths:
-            raise UserError(f"no file matches {pattern!r}; check --config.data.source=text:GLOB")
-        reason = f"all {len(paths)} files matching {pattern!r} are empty; check --config.data.source=text:GLOB"
-        return _refuse_empty((text for path in paths for text in _read(path)), reason)
-    raise UserError(f"unknown source {source!r}; allowed: stdlib, text:GLOB; set --config.data.source")
+    pattern = _pattern(source, flag)
+    files = _Files(flag)
+    for part in _parts(pattern):
+        files.add(part)
+    if not files.found:
+        raise UserError(f"no file matches {pattern!r}; check {flag}=text:GLOB")
+    reason = f"all {len(files.found)} files matching {pattern!r} are empty; check {flag}=text:GLOB"
+    return _refuse_empty(_texts(files, text_key, remark or (lambda line: None)), reason)
+
+
+def split(
+    source: str,
+    holdout_fraction: float,
+    sequence_length: int,
+    text_key: str = "text",
+    holdout_source: str | None = None,
+    remark: Remark | None = None,
+) -> Iterator[tuple[bool, str]]:
+    """Yield (is held out, text) of every document, each side in the order of `documents`.
+
+    With `holdout_source` its documents are held out, and left out of the training side where they occur there too. Else
+    `is_holdout` decides. A small corpus none of whose documents would be held out is cut into sections, of which those
+    with the smallest hashes are held out, enough for rows of `sequence_length` tokens.
+    UserError where `documents` has one.
+    """
+    remark = remark or (lambda line: None)
+    texts = documents(source, text_key, remark)
+    if holdout_source is None:
+        return _by_hash(texts, holdout_fraction, sequence_length, remark)
+    return _without(texts, documents(holdout_source, text_key, remark, "--config.data.holdout_source"), remark)
+
+
+def training(data: DataConfig) -> Iterator[str]:
+    """Yield the documents of the training side. UserError where all are held out, and where `documents` has one."""
+    trains = False
+    for held, text in split(
+        data.source, data.holdout_fraction, data.sequence_length, data.text_key, data.holdout_source
+    ):
+        if not held:
+            trains = True
+            yield text
+    if not trains:
+        holds = "source" if data.holdout_source else f"fraction={data.holdout_fraction}"
+        raise UserError(f"no text to train on: --config.data.holdout_{holds} holds out every document; change it")
 
 
 def is_holdout(text: str, fraction: float) -> bool:
@@ -50,8 +100,64 @@ def is_holdout(text: str, fraction: float) -> bool:
     Decided by a hash of the text alone, so a document stays on its side whatever else the corpus holds, and copies
     of one document never straddle the split.
     """
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2.0**64
+    return _hash(text) < fraction * 2.0**64
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _by_hash(texts: Iterator[str], fraction: float, length: int, remark: Remark) -> Iterator[tuple[bool, str]]:
+    first, characters = [], 0
+    for text in texts:
+        first.append(text)
+        characters += len(text)
+        if characters > _SMALL_CHARACTERS:
+            break
+    else:
+        # No row could be made of so few bytes by any tokenizer: such a corpus has never been of use as it is.
+        held_bytes = sum(len(text.encode()) + 1 for text in first if is_holdout(text, fraction))
+        if held_bytes < length and characters >= 2 * _SMALLEST_SECTION:
+            yield from _sections(first, fraction, length, remark)
+            return
+    for text in itertools.chain(first, texts):
+        yield is_holdout(text, fraction), text
+
+
+def _sections(texts: list[str], fraction: float, length: int, remark: Remark) -> Iterator[tuple[bool, str]]:
+    """Few documents in sections, the smallest hashes held out: the fraction, or a row's worth, at most a quarter."""
+    characters = sum(map(len, texts))
+    size = max(characters // _SMALL_SECTIONS, _SMALLEST_SECTION)
+    cut = [section for text in texts for section in text_files.sections(text, size)]
+    least = min(_CHARACTERS_A_TOKEN * length, characters // 4)
+    wanted, held, copies = max(fraction * characters, least), set(), Counter(cut)
+    for section in sorted(copies, key=_hash):
+        if wanted <= 0:
+            break
+        held.add(section)
+        wanted -= len(section) * copies[section]
+    remark(
+        f"few documents ({len(texts)}): cut into {len(cut)} sections, and {sum(copies[text] for text in held)} of them "
+        "held out; --config.data.holdout_source=text:GLOB holds out documents of your own"
+    )
+    for section in cut:
+        yield section in held, section
+
+
+def _without(texts: Iterator[str], holdout: Iterator[str], remark: Remark) -> Iterator[tuple[bool, str]]:
+    """The held-out documents, then the others but for copies of them."""
+    hashes = set()
+    for text in holdout:
+        hashes.add(_hash(text))
+        yield True, text
+    copies = 0
+    for text in texts:
+        if _hash(text) in hashes:
+            copies += 1
+        else:
+            yield False, text
+    if copies:
+        remark(f"{copies} documents of --config.data.source are held out too, and left out of the training side")
 
 
 def _refuse_empty(texts: Iterator[str], reason: str) -> Iterator[str]:
@@ -66,73 +172,132 @@ def _refuse_empty(texts: Iterator[str], reason: str) -> Iterator[str]:
 
 def _stdlib() -> Iterator[str]:
     root = Path(sysconfig.get_path("stdlib"))
-    paths = []
+    found = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _STDLIB_SKIPPED]
-        paths.extend(Path(folder, name) for name in files if name.endswith(".py"))
-    for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
+        found.extend(Path(folder, name) for name in files if name.endswith(".py"))
+    for path in sorted(found, key=lambda path: path.relative_to(root).as_posix()):
         try:
             yield path.read_bytes().decode()
         except UnicodeDecodeError:
             continue
 
 
-def _read(path: Path) -> Iterator[str]:
+def _pattern(source: str, flag: str) -> str:
+    """What `text:` stands before, or a path that exists. UserError for any other source."""
     try:
-        if path.suffix.lower() == ".jsonl":
-            yield from _read_jsonl(path)
-        else:
-            yield from _sections(_decode(path.read_bytes(), path, 0))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check --config.data.source") from error
-
-
-def _sections(text: str) -> Iterator[str]:
-    """A text whole, or, where it is long, cut at line ends: else one book would be all training or all hold-out."""
-    if len(text) <= _LONG_CHARACTERS:
-        yield text
-        return
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + _SECTION_CHARACTERS) + 1 or len(text)
-        yield text[start:end]
-        start = end
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    offset = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            line = _decode(raw, path, offset)
-            offset += len(raw)
-            if line.strip():
-                yield _text_field(line, path, number)
-
-
-def _text_field(line: str, path: Path, number: int) -> str:
-    where = f"{path} line {number}"
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}); --config.data.source needs one JSON object a line") from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise UserError(f'{where} has no string field "text"; --config.data.source needs one on every line')
-    try:
-        text.encode()
+        source.encode()
     except UnicodeEncodeError as error:
-        # JSON may spell half of a surrogate pair, which no UTF-8 text can hold.
-        raise UserError(f"{where} holds half a surrogate pair; check --config.data.source") from error
-    return text
+        raise UserError(f"{flag}={source!r} is no Unicode text; rename the file or directory") from error
+    if source.startswith("text:") and source != "text:":
+        return source.removeprefix("text:")
+    if source and os.path.lexists(paths.user_path(source, flag)):
+        return source
+    if source.startswith("hf:"):
+        raise UserError(
+            f"{flag}={source}: data sets are not fetched by name; save it as Parquet or JSON lines; {_ALLOWED}"
+        )
+    raise UserError(f"unknown source {source!r}; {_ALLOWED}; set {flag}")
 
 
-def _decode(raw: bytes, path: Path, offset: int) -> str:
-    """Decode bytes found at `offset` of a file; NUL marks a binary file even where it is valid UTF-8."""
-    zero = raw.find(b"\0")
-    if zero >= 0:
-        raise UserError(f"{path} is binary: NUL at byte {offset + zero}; --config.data.source takes UTF-8 text only")
+def _parts(pattern: str) -> list[str]:
+    """A list's patterns. Commas within braces are theirs, and what exists is one path whatever its characters."""
+    if os.path.lexists(os.path.expanduser(pattern)):
+        return [pattern]
+    parts = [part.strip() for part in re.split(r",(?![^{}]*\})", pattern)]
+    return [part for part in parts if part]
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """`a{b,c}` as `ab` and `ac`, from the innermost braces out."""
+    found = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    return [
+        whole
+        for part in found[1].split(",")
+        for whole in _alternatives(pattern[: found.start()] + part + pattern[found.end() :])
+    ]
+
+
+class _Files:
+    """The files of a source: each once, whatever names and links it has."""
+
+    def __init__(self, flag: str):
+        self.flag = flag
+        self.found: dict[Path, bool] = {}  # path, and whether it was met in a directory
+
+    def add(self, part: str) -> None:
+        """Take one pattern's files. UserError for what is no file or directory of this machine."""
+        path = paths.user_path(part, self.flag)
+        if os.path.lexists(path):
+            self._add_path(path)
+            return
+        for pattern in _alternatives(os.fspath(path)):
+            if os.path.lexists(pattern):
+                self._add_path(Path(pattern))
+                continue
+            for match in map(Path, glob.glob(pattern, recursive=True)):
+                if match.is_file():
+                    self.found[match] = False
+
+    def _add_path(self, path: Path) -> None:
+        if path.is_dir():
+            for file in self._below(path):
+                self.found.setdefault(file, True)
+        elif path.is_file():
+            self.found[path] = False
+        else:
+            what = "is no regular file (a pipe or a device)" if path.exists() else "is a link to nothing"
+            raise UserError(f"{self.flag}: {path} {what}; give files or a directory")
+
+    def _below(self, root: Path) -> Iterator[Path]:
+        """Regular files at any depth, without hidden ones; of links that lead in a circle, each directory once."""
+
+        def refuse(error: OSError):
+            raise UserError(f"cannot read {error.filename}: {error.strerror}; check {self.flag}") from error
+
+        seen = set()
+        for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
+            identity = _identity(Path(folder))
+            if identity in seen:
+                subfolders.clear()
+                continue
+            seen.add(identity)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            yield from (
+                Path(folder, n) for n in sorted(names) if not n.startswith(".") and os.path.isfile(Path(folder, n))
+            )
+
+    def once(self) -> tuple[list[Path], int]:
+        """The paths in order, the first name of each file, and how many other names there are."""
+        first: dict[tuple, Path] = {}
+        for path in sorted(self.found):
+            first.setdefault(_identity(path), path)
+        return list(first.values()), len(self.found) - len(first)
+
+
+def _identity(path: Path) -> tuple:
+    """The same for two names of one file or directory."""
     try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        at = offset + error.start
-        raise UserError(f"{path} is not UTF-8: bad byte at {at}; --config.data.source takes UTF-8 text only") from error
+        found = os.stat(path)
+    except OSError:
+        return (os.path.realpath(path),)
+    return (found.st_dev, found.st_ino) if found.st_ino else (os.path.realpath(path),)
+
+
+def _texts(files: _Files, text_key: str, remark: Remark) -> Iterator[str]:
+    order, links = files.once()
+    if links:
+        remark(f"{links} files are other names (links) of files that are read already, and left out")
+    no_text = []
+    for path in order:
+        try:
+            yield from text_files.read(path, text_key)
+        except text_files.NotText:
+            if not files.found[path]:
+                raise
+            no_text.append(path)
+    if no_text:
+        names = ", ".join(path.name for path in no_text[:3]) + (", ..." if len(no_text) > 3 else "")
+        remark(f"{len(no_text)} files are no UTF-8 text, and left out: {names}")

@@ -1,0 +1,297 @@
+"""One file to the documents in it: plain text, JSON lines, JSON or Parquet, compressed or not.
+
+Files are streamed: of a large one no more is in memory than a document. What is damaged, no text, or expands without
+end gets one line that names the file and the place.
+"""
+
+import codecs
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from llada.errors import UserError
+
+try:
+    from lzma import LZMAError
+except ImportError:  # a Python built without it
+    LZMAError = zlib.error
+
+_LONG_CHARACTERS = 65_536
+_SECTION_CHARACTERS = 16_384
+_CHUNK_BYTES = 1 << 20
+_MOST_BYTES = 1 << 30  # of a JSON file, which is in memory as a whole
+_MOST_OF_A_LINE = 1 << 28
+# Text is compressed to a third, tables of much repetition to a hundredth; what is made to fill a disk to a thousandth.
+_MOST_EXPANSION = 400
+_FREE_BYTES = 64 << 20
+
+_COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
+_JSON_LINES = {".jsonl", ".ndjson", ".jsonlines"}
+_ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
+
+
+class NotText(UserError):
+    """A file that begins with bytes which are no text."""
+
+
+def read(path: Path, text_key: str) -> Iterator[str]:
+    """Yield the documents of one file, told by its name.
+
+      .jsonl .ndjson .jsonlines   one JSON object a line, its text in the string field `text_key`
+      .json                       a list of such objects, or one a line, or one
+      .parquet                    a row each, its text in the column `text_key`; rows of null are no documents
+      anything else               plain UTF-8: one document, or, above 64 Ki characters, sections of about 16 Ki that
+                                  end with a line
+
+    each also with .gz, .zst, .bz2 or .xz behind it, but for Parquet. UserError naming the place if it is damaged,
+    NotText if it begins as no text does.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compressed = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSED else None
+    kind = suffixes[-1] if suffixes else ""
+    if kind in _ARCHIVES:
+        raise NotText(f"{path} is an archive; unpack it, and give its directory to --config.data.source")
+    try:
+        if kind == ".parquet":
+            if compressed:
+                raise UserError(f"{path} is a compressed Parquet file; unpack it: {path.name.removesuffix(compressed)}")
+            yield from _read_parquet(path, text_key)
+            return
+        with _open(path, compressed) as file:
+            if kind in _JSON_LINES:
+                yield from _read_json_lines(file, path, text_key)
+            elif kind == ".json":
+                yield from _read_json(file, path, text_key)
+            else:
+                yield from _sections(_characters(file, path), path)
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"cannot read {path}: {reason}; check --config.data.source") from error
+
+
+class _Unpacked:
+    """A compressed file as its content, of which there must be no more than text can be."""
+
+    def __init__(self, file: BinaryIO, path: Path, raw_bytes: int):
+        self._file, self._path = file, path
+        self._left = _FREE_BYTES + _MOST_EXPANSION * raw_bytes
+
+    def read(self, size: int) -> bytes:
+        try:
+            content = self._file.read(size)
+        except (zlib.error, LZMAError) as error:
+            raise OSError(f"damaged: {error}") from error
+        self._left -= len(content)
+        if self._left < 0:
+            raise UserError(f"{self._path} expands to {_MOST_EXPANSION} times its size and more, which no text does")
+        return content
+
+
+@contextlib.contextmanager
+def _open(path: Path, compressed: str | None) -> Iterator[BinaryIO | _Unpacked]:
+    """Something with read(size), for a regular file only: a pipe would wait, a device never end."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is no regular file (a pipe or a device); check --config.data.source")
+    with _library(compressed)(path) as file:
+        yield file if compressed is None else _Unpacked(file, path, found.st_size)
+
+
+def _library(compressed: str | None) -> Callable[[Path], BinaryIO]:
+    """What opens a file of that suffix. Some Pythons are built without one or the other."""
+    if compressed is None:
+        return lambda path: path.open("rb")
+    if compressed == ".zst":
+        import pyarrow
+
+        return lambda path: pyarrow.input_stream(str(path), compression="zstd")
+    name = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}[compressed]
+    try:
+        return importlib.import_module(name).open
+    except ImportError as error:
+        raise UserError(f"this Python cannot read {compressed} ({error}); unpack the files, or give .gz") from error
+
+
+def _chunks(file) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK_BYTES):
+        yield chunk
+
+
+def _lines(file, path: Path) -> Iterator[bytes]:
+    """The file's lines with their \\n; no other character ends one."""
+    rest: list[bytes] = []
+    held = 0
+    for chunk in _chunks(file):
+        *whole, last = chunk.split(b"\n")
+        for line in whole:
+            yield b"".join([*rest, line, b"\n"])
+            rest, held = [], 0
+        if last:
+            rest.append(last)
+            held += len(last)
+        if held > _MOST_OF_A_LINE:
+            raise UserError(f"{path} has a line of more than {_MOST_OF_A_LINE:,} bytes; check --config.data.source")
+    if rest:
+        yield b"".join(rest)
+
+
+def _characters(file, path: Path) -> Iterator[str]:
+    """Text in pieces; NUL marks a binary file even where it is valid UTF-8."""
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    for chunk in itertools.chain(_chunks(file), [b""]):
+        bad = NotText if offset == 0 else UserError
+        zero = chunk.find(b"\0")
+        if zero >= 0:
+            raise bad(f"{path} is binary: NUL at byte {offset + zero}; --config.data.source takes UTF-8 text only")
+        waiting = len(decoder.getstate()[0])
+        try:
+            yield decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            at = offset - waiting + error.start
+            raise bad(f"{path} is not UTF-8: bad byte at {at}; --config.data.source takes UTF-8 text only") from error
+        offset += len(chunk)
+
+
+def _sections(pieces: Iterator[str], path: Path) -> Iterator[str]:
+    """A text whole, or, where it is long, cut at line ends: else one book would be all training or all hold-out."""
+    text, is_long = "", False
+    for piece in pieces:
+        text += piece
+        is_long = is_long or len(text) > _LONG_CHARACTERS
+        start = 0
+        while is_long and (end := text.find("\n", start + _SECTION_CHARACTERS) + 1):
+            yield text[start:end]
+            start = end
+        text = text[start:]
+        if len(text) > _MOST_OF_A_LINE:
+            raise UserError(
+                f"{path} has a line of more than {_MOST_OF_A_LINE:,} characters; check --config.data.source"
+            )
+    yield text
+
+
+def sections(text: str, size: int) -> Iterator[str]:
+    """A text cut into parts of `size` characters or somewhat more, at line ends, else at spaces, else anywhere."""
+    start = 0
+    while start < len(text):
+        end, most = start + size, min(start + 2 * size, len(text))
+        for mark in "\n ":
+            if (at := text.find(mark, end - 1, most)) >= 0:
+                most = at + 1
+                break
+        yield text[start:most]
+        start = most
+
+
+def _read_json_lines(file, path: Path, text_key: str) -> Iterator[str]:
+    offset = 0
+    for number, raw in enumerate(_lines(file, path), start=1):
+        line = _decode(raw, path, offset)
+        offset += len(raw)
+        if line.strip():
+            yield _text_field(_parse(line, f"{path} line {number}"), f"{path} line {number}", text_key)
+
+
+def _read_json(file, path: Path, text_key: str) -> Iterator[str]:
+    """A list of records, one record over several lines, or one record a line."""
+    content = b"".join(itertools.islice(_chunks(file), _MOST_BYTES // _CHUNK_BYTES))
+    if file.read(1):
+        raise UserError(f"{path} has more than {_MOST_BYTES:,} bytes, too many for a .json; give JSON lines (.jsonl)")
+    text = _decode(content, path, 0)
+    if not text.strip():
+        return
+    try:
+        value = json.loads(text.removeprefix("\ufeff"))
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Extra data"):
+            raise UserError(_not_json(str(path), error)) from error
+        value = None
+    except (ValueError, RecursionError) as error:
+        raise UserError(_not_json(str(path), error)) from error
+    if value is None and text.lstrip()[0] == "{":
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                yield _text_field(_parse(line, f"{path} line {number}"), f"{path} line {number}", text_key)
+        return
+    for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
+        yield _text_field(record, f"{path} record {number}", text_key)
+
+
+def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    left = _FREE_BYTES + _MOST_EXPANSION * path.stat().st_size
+    try:
+        with _open(path, None) as raw, pyarrow.parquet.ParquetFile(raw) as file:
+            schema = file.schema_arrow
+            if text_key not in schema.names:
+                raise UserError(
+                    f"{path} has no column {text_key!r}; its columns are {', '.join(schema.names[:20]) or 'none'}: "
+                    "set --config.data.text_key"
+                )
+            kind = schema.field(text_key).type
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if not any(is_kind(kind) for is_kind in _string_kinds()):
+                raise UserError(f"{path}: its column {text_key!r} is {kind}, not text; set --config.data.text_key")
+            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
+                texts = batch.column(0)
+                left -= texts.nbytes
+                if left < 0:
+                    raise UserError(f"{path} expands to {_MOST_EXPANSION} times its size and more, which no text does")
+                yield from (text.as_py() for text in texts if text.is_valid)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: its column {text_key!r} is not UTF-8; check --config.data.source") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is no Parquet file that can be read ({reason}); check --config.data.source") from error
+
+
+def _string_kinds():
+    from pyarrow import types
+
+    return [getattr(types, n) for n in ("is_string", "is_large_string", "is_string_view") if hasattr(types, n)]
+
+
+def _parse(line: str, where: str):
+    try:
+        return json.loads(line.removeprefix("\ufeff"))  # Windows begins files so
+    except (ValueError, RecursionError) as error:
+        raise UserError(_not_json(where, error)) from error
+
+
+def _not_json(where: str, error: Exception) -> str:
+    return f"{where} is not JSON ({error}); --config.data.source needs one JSON object a line"
+
+
+def _text_field(record, where: str, text_key: str) -> str:
+    text = record.get(text_key) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        fields = ", ".join(list(record)[:20]) if isinstance(record, dict) else ""
+        has = f"its fields are {fields}: set --config.data.text_key" if fields else "every record needs one"
+        raise UserError(f'{where} has no string field "{text_key}"; {has}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # JSON may spell half of a surrogate pair, which no UTF-8 text can hold.
+        raise UserError(f"{where} holds half a surrogate pair; check --config.data.source") from error
+    return text
+
+
+def _decode(raw: bytes, path: Path, offset: int) -> str:
+    """Decode bytes found at `offset` of a file; NUL marks a binary file even where it is valid UTF-8."""
+    zero = raw.find(b"\0")
+    if zero >= 0:
+        raise UserError(f"{path} is binary: NUL at byte {offset + zero}; --config.data.source takes UTF-8 text only")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        at = offset + error.start
+        raise UserError(f"{path} is not UTF-8: bad byte at {at}; --config.data.source takes UTF-8 text only") from error
