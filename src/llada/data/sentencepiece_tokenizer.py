@@ -13,12 +13,10 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from llada.data.sentencepiece_merges import SPACE_MARK, require_expressible
 from llada.data.tokenizer import NAMES, Tokenizer
 from llada.errors import UserError
 from llada.files import write_atomically
-
-# SentencePiece writes every space as this character, and so reads the character itself as a space.
-_SPACE_MARK = "\u2581"
 
 _SAMPLE_BYTES = 4_000_000
 _SEGMENT_CHARACTERS = 4_096
@@ -42,7 +40,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._require_control("mask", special["mask"], name)
         self._require_control("eos", special["eos"], name)
         super().__init__(model, size, special)
-        self._space_mark_ids = [self._id_of.get(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        self._space_mark_ids = [self._id_of.get(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
 
     @classmethod
     def load(cls, path: str | Path) -> "SentencePieceTokenizer":
@@ -76,7 +74,7 @@ class SentencePieceTokenizer(Tokenizer):
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True,
-                required_chars=_SPACE_MARK,
+                required_chars=SPACE_MARK,
                 pad_id=0,
                 eos_id=1,
                 unk_id=2,
@@ -99,17 +97,27 @@ class SentencePieceTokenizer(Tokenizer):
         """The model file, parsed: pieces, scores and rules, for whoever writes it in another format."""
         return parse_proto(self.content, self.file_name)
 
+    def require_exportable(self, given: str) -> None:
+        """UserError, naming `given`, if `llada export` could not write this model: before anything is trained."""
+        try:
+            require_expressible(self.proto)
+        except UserError as error:
+            raise UserError(
+                f"{given}: {error}; llada export could not write it, so convert it to a tokenizer.json yourself and "
+                "give that, or train another"
+            ) from error
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; never a control id."""
-        if _SPACE_MARK not in text or None in self._space_mark_ids:
+        if SPACE_MARK not in text or None in self._space_mark_ids:
             return self._processor.encode(text)
-        first, *rest = self._processor.encode(text.split(_SPACE_MARK))
+        first, *rest = self._processor.encode(text.split(SPACE_MARK))
         return first + [token for ids in rest for token in (*self._space_mark_ids, *ids)]
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         """Return encode(text) of each text, on all cores."""
         return [
-            self.encode(text) if _SPACE_MARK in text else ids
+            self.encode(text) if SPACE_MARK in text else ids
             for text, ids in zip(texts, self._processor.encode(texts), strict=True)
         ]
 
@@ -130,7 +138,7 @@ class SentencePieceTokenizer(Tokenizer):
             return b""
         if self._processor.is_byte(token):
             return bytes([int(self.piece(token)[3:5], 16)])
-        return self.piece(token).replace(_SPACE_MARK, " ").encode()
+        return self.piece(token).replace(SPACE_MARK, " ").encode()
 
     def _require_control(self, role: str, token: int | None, model_name: str) -> None:
         word = {"mask": "mask token", "eos": "end-of-text token"}[role]
