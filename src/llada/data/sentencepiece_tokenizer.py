@@ -13,7 +13,7 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from llada.data.sentencepiece_merges import SPACE_MARK, require_expressible
+from llada.data.sentencepiece_merges import SPACE_MARK
 from llada.data.tokenizer import NAMES, Tokenizer
 from llada.errors import UserError
 from llada.files import write_atomically
@@ -96,16 +96,6 @@ class SentencePieceTokenizer(Tokenizer):
     def proto(self) -> sentencepiece_model_pb2.ModelProto:
         """The model file, parsed: pieces, scores and rules, for whoever writes it in another format."""
         return parse_proto(self.content, self.file_name)
-
-    def require_exportable(self, given: str) -> None:
-        """UserError, naming `given`, if `llada export` could not write this model: before anything is trained."""
-        try:
-            require_expressible(self.proto)
-        except UserError as error:
-            raise UserError(
-                f"{given}: {error}; llada export could not write it, so convert it to a tokenizer.json yourself and "
-                "give that, or train another"
-            ) from error
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; never a control id."""

@@ -44,9 +44,6 @@ class Tokenizer(abc.ABC):
         """Ids that objectives and samplers need."""
         return SpecialTokens(mask=self.mask_id, eos=self.eos_id, eot=self.eot_id, bos=self.bos_id)
 
-    def require_exportable(self, given: str) -> None:
-        """UserError, naming `given`, if `llada export` could not write this tokenizer: before anything is trained."""
-
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; never a control id."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llada.data import huggingface_tokenizer
 from llada.data.huggingface_tokenizer import HuggingFaceTokenizer
+from llada.data.sentencepiece_merges import require_expressible
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError
@@ -26,6 +27,19 @@ def load(path: str | Path) -> Tokenizer:
     if path.name == "tokenizer.json":
         return _from_directory(path.parent)
     return parse(content, str(path))
+
+
+def require_exportable(tokenizer: Tokenizer, given: str) -> None:
+    """UserError, naming `given`, if `llada export` could not write the tokenizer: asked before anything is trained."""
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return  # its files are handed on as they are
+    try:
+        require_expressible(tokenizer.proto)
+    except UserError as error:
+        raise UserError(
+            f"{given}: {error}; llada export could not write it, so give its tokenizer.json, if it has one, or train "
+            "another"
+        ) from error
 
 
 def parse(content: bytes, name: str) -> Tokenizer:
