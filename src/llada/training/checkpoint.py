@@ -6,9 +6,10 @@ trained weights shrink by a tenth, and take three times as long. Saving is async
 has committed it.
 """
 
-import base64
+import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +21,15 @@ import orbax.checkpoint as ocp
 from llada import config as config_lib
 from llada import mesh as mesh_lib
 from llada.config import Config
-from llada.errors import UserError
+from llada.errors import UserError, disk_error
 from llada.model import transformer
-from llada.training import optimizer
+from llada.training import optimizer, run_item
 from llada.training.leaves import FILE_BYTES, Leaf, open_leaves
+from llada.training.run_item import RunItem
 from llada.training.step import TrainState, init_state, state_placements
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+# Orbax narrates every save, and where one fails its threads print the traceback of the exception that they then raise.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 _CHUNK_BYTES, _LEAST_CHUNK_BYTES = 16 << 20, 1 << 20
@@ -56,8 +59,8 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """Committed steps, ascending."""
-        return sorted(self.manager.all_steps())
+        """Committed steps, ascending, as the disk has them now."""
+        return run_item.saved_steps(self.directory)
 
     def latest(self) -> int | None:
         """The newest committed step, or None."""
@@ -65,53 +68,73 @@ class Checkpoints:
         return steps[-1] if steps else None
 
     def save(self, state: TrainState, config: Config, cursor: dict, tokenizer: bytes) -> None:
-        """Start saving `state`; returns once the arrays have left the device. A step already there is left alone."""
+        """Start saving `state`; returns once the arrays have left the device. A step already there is left alone.
+
+        DiskError where this save or the one before found no room.
+        """
         step = int(state.step)
         if step not in self.manager.all_steps():
             moments = ocp.args.PyTreeSave(state.optimizer_state, None, FILE_BYTES)
-            self._save(step, state.params, config, cursor, tokenizer, optimizer_state=moments)
+            with self._room():
+                self._save(
+                    step, state.params, run_item.to_json(config, cursor, tokenizer, True), optimizer_state=moments
+                )
 
-    def _save(self, step, params, config, cursor, tokenizer, **more) -> None:
-        run = {
-            "cursor": cursor,
-            "config": config_lib.to_dict(config),
-            "tokenizer": base64.b64encode(tokenizer).decode(),
-        }
+    def _save(self, step, params, run, **more) -> None:
         chunks = jax.tree_util.tree_map_with_path(_chunks, params)
         items = {"params": ocp.args.PyTreeSave(params, chunks, FILE_BYTES), "run": ocp.args.JsonSave(run)}
         self.manager.save(step, args=ocp.args.Composite(**items, **more))
 
+    def item(self, step: int) -> RunItem:
+        """What `step` says about itself. UserError where it cannot be used."""
+        return run_item.read(self.directory, step)
+
     def restore(self, config: Config, mesh: jax.sharding.Mesh, step: int) -> Restored:
-        """The training state of `step`, placed on `mesh` whatever mesh wrote it; an import gets fresh moments."""
+        """The training state of `step`, placed on `mesh` whatever mesh wrote it; an import gets fresh moments.
+
+        UserError where the step cannot be used, or is of another run than `config`.
+        """
+        item = self.item(step)
+        run_item.require_same(item, config, self.directory)
         places = state_placements(config, mesh)
         target = _placed(jax.eval_shape(lambda: init_state(config)), places)
-        begun = self.has_begun(step)
-        items = {"params": _to_restore(target.params), "run": ocp.args.JsonRestore()}
-        if begun:
+        items = {"params": _to_restore(target.params)}
+        if item.begun:
             items["optimizer_state"] = _to_restore(target.optimizer_state)
-        found = self.manager.restore(step, args=ocp.args.Composite(**items))
-        if begun:
+        with self._usable(step):
+            found = self.manager.restore(step, args=ocp.args.Composite(**items))
+        if item.begun:
             moments = found.optimizer_state
         else:
             moments = jax.jit(optimizer.make(config).init, out_shardings=places.optimizer_state)(found.params)
         place = mesh_lib.placement(mesh, "replicated")
         state = TrainState(jax.device_put(jnp.int32(step), place), found.params, moments)
-        return Restored(state, found.run["cursor"])
-
-    def has_begun(self, step: int) -> bool:
-        """Whether `step` is training's, not imported parameters."""
-        return (self.directory / str(step) / "optimizer_state").exists()
+        return Restored(state, item.cursor)
 
     def restore_parameters(self, config: Config, mesh: jax.sharding.Mesh, step: int | None) -> transformer.Parameters:
-        """Only the parameters, of `step` or of the latest; UserError where there is none."""
-        step = self.resolve(step)
+        """Only the parameters, of `step` or of the latest; UserError where there is none, or none of this run."""
+        step = self._own(step).step
         abstract = transformer.abstract_parameters(config.model)
         target = _placed(abstract, mesh_lib.parameter_placements(mesh, abstract))
-        return self.manager.restore(step, args=ocp.args.Composite(params=_to_restore(target))).params
+        with self._usable(step):
+            return self.manager.restore(step, args=ocp.args.Composite(params=_to_restore(target))).params
 
     def open_parameters(self, step: int | None = None) -> dict[str, Leaf]:
-        """Every parameter by its dotted name (`layers.query`), opened but not read; UserError without a step."""
-        return open_leaves(self.directory / str(self.resolve(step)) / "params")
+        """Every parameter by its dotted name (`layers.query`), opened but not read.
+
+        UserError without a step, for one of another run, and where the parameters are not those of its config.
+        """
+        item = self._own(step)
+        with self._usable(item.step):
+            leaves = open_leaves(self.directory / str(item.step) / "params")
+        abstract = transformer.abstract_parameters(item.config.model)
+        wanted = {".".join(key.key for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(abstract)}
+        found = {name: leaf.shape for name, leaf in leaves.items()}
+        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        if wrong:
+            shapes = f"{wrong[0]} is {found.get(wrong[0], 'missing')}, its config wants {wanted.get(wrong[0], 'none')}"
+            raise run_item.unusable(self.directory, item.step, shapes)
+        return leaves
 
     def resolve(self, step: int | None) -> int:
         """`step`, or the latest for None; UserError naming the steps there are."""
@@ -124,24 +147,58 @@ class Checkpoints:
 
     def tokenizer(self, step: int | None = None) -> bytes:
         """`Tokenizer.content` as saved with a step."""
-        run = self.manager.restore(self.resolve(step), args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
-        return base64.b64decode(run["tokenizer"])
+        return self.item(self.resolve(step)).tokenizer
 
     def wait(self) -> None:
-        """Until every save is committed; raises if one failed."""
-        self.manager.wait_until_finished()
+        """Until every save is committed; DiskError if one found no room, and whatever else made one fail."""
+        with self._room():
+            self.manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, then let go."""
-        self.wait()
+        """Wait, then let go; also where a save has failed, whose threads would keep the process for ever."""
+        try:
+            self.wait()
+        except BaseException:
+            # Its own `close` ends where the wait does.
+            for part in ("_checkpointer", "_non_blocking_metadata_store", "_blocking_metadata_store"):
+                with contextlib.suppress(Exception):
+                    getattr(self.manager, part).close()
+            with contextlib.suppress(Exception):
+                self.manager._checkpoint_deleter.close()
+            raise
         self.manager.close()
 
+    def _own(self, step: int | None) -> RunItem:
+        """The item of `resolve(step)`, of the run whose config.json lies beside the checkpoints."""
+        item = self.item(self.resolve(step))
+        path = self.directory.parent / "config.json"
+        if path.exists():
+            run_item.require_same(item, config_lib.load(path), self.directory)
+        return item
 
-def only_imported(workdir: Path) -> bool:
-    """Whether all that the workdir holds is a model that `llada import` brought. No other process is asked."""
-    directory = workdir / "checkpoints"
-    steps = [path.name for path in directory.glob("*") if path.name.isdecimal()]
-    return steps == ["0"] and not (directory / "0" / "optimizer_state").exists()
+    @contextlib.contextmanager
+    def _usable(self, step: int) -> Iterator[None]:
+        """Whatever Orbax and tensorstore make of damaged files, as one line; they raise all kinds of exceptions."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            words = " ".join(str(error).split())
+            what = f"{type(error).__name__}: {words[:200]}{'...' if words[200:] else ''}"
+            raise run_item.unusable(self.directory, step, what) from error
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """A DiskError that names the good step, for what Orbax raises where the disk is full."""
+        try:
+            yield
+        except Exception as error:
+            good = self.latest()
+            kept = "no checkpoint is saved yet" if good is None else f"the checkpoint of step {good} is good"
+            if full := disk_error(error, f"saving a checkpoint in {self.directory} ({kept})"):
+                raise full from error
+            raise
 
 
 def create(workdir: Path, config: Config, tokenizer: bytes) -> dict[str, Leaf]:
@@ -158,7 +215,7 @@ def create(workdir: Path, config: Config, tokenizer: bytes) -> dict[str, Leaf]:
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, as_they_are))
     handler = ocp.PyTreeCheckpointHandler(use_compression=True, type_handler_registry=registry)
     checkpoints = Checkpoints(workdir, keep=1, params_handler=handler)
-    checkpoints._save(0, zeros, config, {}, tokenizer)
+    checkpoints._save(0, zeros, run_item.to_json(config, {}, tokenizer, begun=False))
     checkpoints.close()
     return open_leaves(checkpoints.directory / "0" / "params", rewrite=True)
 

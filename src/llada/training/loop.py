@@ -169,6 +169,7 @@ class _Run:
     def save(self) -> None:
         """Checkpoint the present step; arrays have left the device on return, so donation is safe."""
         cursor = {"step": self.step, "rows_digest": self.rows_digest, "meter": self.meter.state()}
+        cursor["corpus_digest"] = self.corpus.metadata.digest
         self.checkpoints.save(self.state, self.config, cursor, self.tokenizer.content)
 
     def finish(self) -> dict:

@@ -4,24 +4,30 @@ config.json  tokenizer.model (or tokenizer.bundle.json)  data/  checkpoints/  me
 events.out.tfevents.*
 """
 
-import json
+import contextlib
+import dataclasses
+import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
 from llada import config as config_lib
+from llada import json_files, processes
 from llada import mesh as mesh_lib
-from llada import processes
 from llada.config import Config, MeshConfig
 from llada.data import rows, sources, tokenizer_files
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.tokenizer import Tokenizer
-from llada.errors import UserError
+from llada.errors import DataError, UserError
 from llada.files import write_atomically
 from llada.model import transformer
-from llada.training.checkpoint import Checkpoints, only_imported
+from llada.paths import user_path
+from llada.training import run_item
+from llada.training.checkpoint import Checkpoints
+from llada.training.run_item import RunItem
 
 
 class Run(NamedTuple):
@@ -57,14 +63,21 @@ def prepare(workdir: Path, config: Config) -> tuple[Tokenizer, rows.Corpus]:
     Of several processes the first does this, the others wait for it and then open what it made.
     """
 
-    def opened() -> tuple[Tokenizer, rows.Corpus]:
+    def opened(item: RunItem | None = None) -> tuple[Tokenizer, rows.Corpus]:
         tokenizer = tokenizer_for(workdir, config)
-        return tokenizer, corpus_for(workdir, config, tokenizer)
+        return tokenizer, corpus_for(workdir, config, tokenizer, item and _corpus_digest(workdir, item))
 
     with processes.agreement():
         if processes.is_first():
-            claim(workdir, config)
-            made = opened()
+            item = newest(workdir)
+            claim(workdir, config, item)
+            if item is None:
+                _write_config(workdir, config)
+            else:
+                _give_tokenizer(workdir, item)
+            made = opened(item)
+            if item is not None:  # once its corpus is known to be the same
+                _write_config(workdir, config)
     processes.require_shared(workdir, "--workdir")
     with processes.agreement():
         if not processes.is_first():
@@ -78,40 +91,103 @@ def prepare(workdir: Path, config: Config) -> tuple[Tokenizer, rows.Corpus]:
     return made
 
 
-def claim(workdir: Path, config: Config) -> None:
-    """Make `workdir` this experiment's, or continue it. UserError if it is another's, or cannot be written."""
+def newest(workdir: Path) -> RunItem | None:
+    """What the newest checkpoint says about itself; None where there is none. UserError where it cannot be used."""
+    directory = workdir / "checkpoints"
+    steps = run_item.saved_steps(directory)
+    return run_item.read(directory, steps[-1]) if steps else None
+
+
+def claim(workdir: Path, config: Config, item: RunItem | None) -> None:
+    """UserError unless `workdir` is this experiment's, or free; `item` is its newest checkpoint's.
+
+    What an experiment is, is settled once there is a checkpoint: before, other values replace those of earlier calls,
+    and what was made by them is cleared away.
+    """
     path = workdir / "config.json"
-    if path.exists():
-        changed = config_lib.differences(config_lib.load(path), config, begun=not only_imported(workdir))
-        if changed:
-            raise UserError(
-                f"--workdir={workdir} belongs to another experiment ({'; '.join(changed[:4])}"
-                f"{'; ...' if len(changed) > 4 else ''}); give a new --workdir or the old values"
-            )
+    old = config_lib.load(path) if path.exists() else None
+    if item is not None:
+        if old is not None and not config_lib.differences(old, config, begun=item.begun):
+            run_item.require_same(item, config, workdir / "checkpoints")
+        _refuse_another(workdir, config_lib.differences(item.config, config, begun=item.begun))
+    elif old is not None and (workdir / "summary.json").exists():
+        _refuse_another(workdir, config_lib.differences(old, config))
+    elif old is not None:
+        _clear(workdir, old, config)
+
+
+def _write_config(workdir: Path, config: Config) -> None:
+    path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(config_lib.to_dict(config), indent=2) + "\n").encode())
+        write_atomically(path, (json_files.dumps(config_lib.to_dict(config), indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; choose another") from error
+
+
+def _refuse_another(workdir: Path, changed: list[str]) -> None:
+    if changed:
+        raise UserError(
+            f"--workdir={workdir} belongs to another experiment ({'; '.join(changed[:4])}"
+            f"{'; ...' if len(changed) > 4 else ''}); give a new --workdir or the old values. To go on from its "
+            f"weights with other values: llada import --source={workdir} --workdir=NEW --config.KEY=VALUE (and another "
+            "--config.seed, so that other rows are read)"
+        )
+
+
+def _clear(workdir: Path, old: Config, config: Config) -> None:
+    """Before the first checkpoint: take away what other values of `data` or the vocabulary's size have made here."""
+
+    def made_by(c: Config):
+        return c.model.vocab_size, dataclasses.replace(c.data, directory=None, unique_tokens=None)
+
+    if made_by(old) == made_by(config):
+        return
+    for name in ("metadata.json", "train.npy", "holdout.npy"):
+        (workdir / "data" / name).unlink(missing_ok=True)
+    path = tokenizer_files.in_workdir(workdir)
+    if path is not None:  # set aside: it may have been put there by hand
+        path.replace(path.with_name(f"{path.name}.replaced"))
+
+
+def _give_tokenizer(workdir: Path, item: RunItem) -> None:
+    """The checkpoint's tokenizer for a workdir that has lost its own. UserError where it has another."""
+    if tokenizer_files.in_workdir(workdir) is None:
+        saved = tokenizer_files.parse(item.tokenizer, f"the tokenizer in the checkpoint of step {item.step}")
+        write_atomically(workdir / saved.file_name, saved.content)
+    _own_tokenizer(workdir, item)
+
+
+def _own_tokenizer(workdir: Path, item: RunItem) -> Tokenizer | None:
+    """The workdir's file, if there is one. UserError where it is not the tokenizer of the checkpoint."""
+    path = tokenizer_files.in_workdir(workdir)
+    if path is None:
+        return None
+    tokenizer = tokenizer_files.load(path)
+    if tokenizer.sha256 != hashlib.sha256(item.tokenizer).hexdigest():
+        raise UserError(
+            f"{path} is not the tokenizer of the checkpoint of step {item.step}, which holds a copy of its own; "
+            f"move {path} away to use that"
+        )
+    return tokenizer
 
 
 def tokenizer_for(workdir: Path, config: Config) -> Tokenizer:
     """The run's tokenizer: the workdir's copy, else `data.tokenizer`, else one trained on the training documents."""
     path = tokenizer_files.in_workdir(workdir)
+    given = config.data.tokenizer and user_path(config.data.tokenizer, "--config.data.tokenizer")
     if path is not None:
         tokenizer = tokenizer_files.load(path)
-        given = config.data.tokenizer
         # A file that has moved is no matter: the workdir's copy counts.
-        if given and os.path.exists(given) and tokenizer_files.load(given).sha256 != tokenizer.sha256:
+        if given and given.exists() and tokenizer_files.load(given).sha256 != tokenizer.sha256:
             raise UserError(f"--config.data.tokenizer={given} is not the tokenizer that {workdir} was begun with")
-    elif config.data.tokenizer is not None:
-        tokenizer = tokenizer_files.load(config.data.tokenizer)
+    elif given is not None:
+        tokenizer = tokenizer_files.load(given)
+        tokenizer_files.require_exportable(tokenizer, f"--config.data.tokenizer={given}")
         write_atomically(workdir / tokenizer.file_name, tokenizer.content)
     else:
-        fraction = config.data.holdout_fraction
-        texts = (text for text in sources.documents(config.data.source) if not sources.is_holdout(text, fraction))
         path = workdir / SentencePieceTokenizer.file_name
-        tokenizer = SentencePieceTokenizer.train(texts, config.model.vocab_size, path)
+        tokenizer = SentencePieceTokenizer.train(sources.training(config.data), config.model.vocab_size, path)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} pieces, more than model.vocab_size={config.model.vocab_size}; "
@@ -120,28 +196,101 @@ def tokenizer_for(workdir: Path, config: Config) -> Tokenizer:
     return tokenizer
 
 
-def corpus_for(workdir: Path, config: Config, tokenizer: Tokenizer) -> rows.Corpus:
-    """The run's rows, tokenised once and kept under `data.directory`, or else `workdir/data`."""
+def corpus_for(workdir: Path, config: Config, tokenizer: Tokenizer, digest: str | None = None) -> rows.Corpus:
+    """The run's rows, tokenised once and kept under `data.directory`, or else `workdir/data`.
+
+    With the `digest` of what the run has been trained on, other rows are a DataError, and those made anew are compared
+    before they take their place.
+    """
     d, directory = config.data, _rows_directory(workdir, config)
-    return rows.prepare(directory, d.source, tokenizer, d.sequence_length, d.holdout_fraction)
+    made = directory
+    if digest and not (directory / "metadata.json").exists():
+        made = directory / "made-anew"
+    try:
+        corpus = rows.prepare(
+            made,
+            *(d.source, tokenizer, d.sequence_length, d.holdout_fraction),
+            text_key=d.text_key,
+            holdout_source=d.holdout_source,
+        )
+        if digest and corpus.metadata.digest != digest:
+            raise _another_corpus(workdir, directory, corpus.metadata.digest, digest)
+        if made != directory:
+            for name in ("train.npy", "holdout.npy", "metadata.json"):  # which counts, last
+                (made / name).replace(directory / name)
+            corpus = rows.open_corpus(directory)
+    finally:
+        if made != directory:
+            shutil.rmtree(made, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                directory.rmdir()  # where there was none before
+    return corpus
+
+
+def corpus_of_run(workdir: Path, config: Config, tokenizer: Tokenizer, step: int) -> rows.Corpus:
+    """The rows that the run of `step` was trained on, opened where they are and never made.
+
+    They lie where the config says, in the workdir, or in the sweep that the workdir belongs to. UserError where there
+    are none, DataError where they are others.
+    """
+    item = run_item.read(workdir / "checkpoints", step)
+    digest = _corpus_digest(workdir, item)
+    own = _rows_directory(workdir, config)
+    places = list(dict.fromkeys([own, workdir / "data", workdir.absolute().parent.parent / "data"]))
+    found = [place for place in places if (place / "metadata.json").exists()]
+    for place in found:
+        corpus = rows.open_corpus(place)
+        d, m = config.data, corpus.metadata
+        asked = (d.source, d.sequence_length, d.holdout_fraction, tokenizer.sha256)
+        as_asked = asked == (m.source, m.sequence_length, m.holdout_fraction, m.tokenizer_sha256)
+        if m.digest == digest or (digest is None and as_asked):
+            return corpus
+    if own in found and digest is not None:
+        raise _another_corpus(workdir, own, rows.open_corpus(own).metadata.digest, digest)
+    raise UserError(
+        f"no rows of {workdir} in {' or '.join(map(str, places[:2]))}; llada train --workdir={workdir} makes them from "
+        f"data.source={config.data.source}, or finds them with --config.data.directory=DIR"
+    )
+
+
+def _corpus_digest(workdir: Path, item: RunItem) -> str | None:
+    """Of the rows that a run has been trained on; None where nothing says it: before training, and in old runs."""
+    path = workdir / "summary.json"
+    digest = item.cursor.get("corpus_digest")
+    if digest is None and item.begun and path.exists():
+        digest = json_files.read(path).get("corpus_digest")
+    return digest
+
+
+def _another_corpus(workdir: Path, directory: Path, found: str, wanted: str) -> DataError:
+    return DataError(
+        f"{directory}: these rows (digest {found}) are not those that {workdir} was trained on (digest {wanted}); put "
+        "back the documents that it was made from, or give its rows by --config.data.directory=DIR; for another corpus "
+        "give a new --workdir"
+    )
 
 
 def _rows_directory(workdir: Path, config: Config) -> Path:
-    return Path(config.data.directory or workdir / "data")
+    given = config.data.directory
+    return workdir / "data" if given is None else user_path(given, "--config.data.directory")
 
 
 def read_config(workdir: Path) -> Config:
     """The experiment of an existing workdir; UserError if there is none."""
-    path = Path(workdir) / "config.json"
+    path = user_path(workdir, "--workdir") / "config.json"
     if not path.exists():
         raise UserError(f"--workdir={workdir} holds no config.json; give the workdir of a run of llada train")
     return config_lib.load(path)
 
 
 def saved_tokenizer(workdir: Path, checkpoints: Checkpoints, step: int) -> Tokenizer:
-    """The tokenizer of an existing run: the workdir's file, else the copy in the checkpoint of `step`."""
-    path = tokenizer_files.in_workdir(workdir)
-    return tokenizer_files.load(path) if path else tokenizer_files.parse(checkpoints.tokenizer(step), f"step {step}")
+    """The tokenizer of an existing run: the workdir's file, else the copy in the checkpoint of `step`.
+
+    UserError where the two differ.
+    """
+    item = checkpoints.item(step)
+    name = f"the tokenizer in the checkpoint of step {step}"
+    return _own_tokenizer(workdir, item) or tokenizer_files.parse(item.tokenizer, name)
 
 
 def load(workdir: str | os.PathLike, step: int | None = None, mesh: MeshConfig | None = None) -> Run:
@@ -149,7 +298,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, mesh: MeshConfig |
 
     UserError where there is no run, no checkpoint, or no such step. `mesh` defaults to all devices on the data axis.
     """
-    workdir = Path(workdir)
+    workdir = user_path(workdir, "--workdir")
     config = read_config(workdir)
     device_mesh = mesh_lib.make(mesh or MeshConfig())
     checkpoints = Checkpoints(workdir)
