@@ -115,7 +115,7 @@ def test_bad_tokenizers_get_one_line(made, tmp_path):
     cases = {
         "no tokenizer.json": lambda path: None,
         "not a Hugging Face tokenizer": lambda path: (path / "tokenizer.json").write_text("{}"),
-        "cannot read": lambda path: (path / "tokenizer.json").write_bytes(b"\xff\xfe"),
+        "tokenizer.json is not UTF-8": lambda path: (path / "tokenizer.json").write_bytes(b"\xff\xfe"),
         "tokenizer_config.json of .* is not JSON": lambda path: (path / "tokenizer_config.json").write_text("{"),
     }
     for number, (message, spoil) in enumerate(cases.items()):
@@ -129,7 +129,7 @@ def test_bad_tokenizers_get_one_line(made, tmp_path):
         assert "\n" not in str(caught.value)
     plain = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))
     plain.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="no mask token; it needs one of <mask>"):
+    with pytest.raises(UserError, match="no end-of-text token; it needs one of </s>"):
         tokenizer_files.load(tmp_path)
     for content in (b"{}", b'{"files": {}}', b"{nonsense"):
         with pytest.raises(UserError, match="not a bundle"):

@@ -6,14 +6,19 @@ end text, end a turn and pad. Needs the `tokenizers` library: the [hf] extra.
 
 import functools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from llada import json_files
 from llada.data.tokenizer import NAMES, Tokenizer
 from llada.errors import UserError
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _SPACE_MARK = "\u2581"
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+_MOST_GROWTH = 64
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -27,13 +32,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, content: bytes, name: str):
         """Parse a bundle; `name` is what errors call it. Raises UserError if it cannot serve."""
-        try:
-            bundle = json.loads(content)
-            self.files: dict[str, str] = bundle["files"]
-            special = {role: bundle["special"][role] for role in NAMES} | {"bos": bundle["special"].get("bos")}
-            source = json.loads(self.files["tokenizer.json"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"tokenizer {name} is not a bundle of a Hugging Face tokenizer ({error!r})") from error
+        values = json_files.parse(content, f"tokenizer {name}")
+        self.files, special = _bundled(values, name)
+        source = json_files.parse(self.files["tokenizer.json"], f"tokenizer.json of {name}")
         self._tokenizer = _parse(self.files["tokenizer.json"], name)
         # What the files call special is text like any other when a document spells it.
         self._tokenizer.encode_special_tokens = True
@@ -41,18 +42,24 @@ class HuggingFaceTokenizer(Tokenizer):
         self._text_of_added = {token: entry.content for token, entry in added.items() if not entry.special}
         self._control = {token for token, entry in added.items() if entry.special}
         self._control |= {token for token in special.values() if token is not None}
-        self._control |= {self._tokenizer.token_to_id(source["model"].get("unk_token") or "")}
+        model = source["model"]
+        self._control |= {self._tokenizer.token_to_id(model.get("unk_token") or "")}
         self._byte_level = '"ByteLevel"' in json.dumps([source.get("pre_tokenizer"), source.get("decoder")])
-        self._byte_fallback = bool(source["model"].get("byte_fallback"))
-        ids = [*self._tokenizer.get_vocab(with_added_tokens=True).values(), *special.values()]
-        super().__init__(content, max(token + 1 for token in ids if token is not None), special)
+        self._byte_fallback = bool(model.get("byte_fallback"))
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self._anchor = next((token for token in ids if self._is_plain(token)), None)
+        super().__init__(content, ids, special)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`; never a control id."""
+    def with_mask(self) -> "HuggingFaceTokenizer":
+        """The same tokenizer with a mask token of id vocab_size, which no token of the files has."""
+        ids = {"mask": self.vocab_size, "eos": self.eos_id, "pad": self.pad_id, "eot": self.eot_id}
+        ids |= {} if self.bos_id is None else {"bos": self.bos_id}
+        return HuggingFaceTokenizer(bundle(self.files, self.file_name, ids), self.file_name)
+
+    def _encode(self, text: str) -> list[int]:
         return self._checked(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """Return encode(text) of each text, on all cores."""
+    def _encode_many(self, texts: list[str]) -> list[list[int]]:
         return [self._checked(e.ids) for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -70,17 +77,31 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer.id_to_token(int(token)) or f"<{int(token)}>"
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of text one id stands for, empty for control ids; joined, they are those of the text."""
-        if token in self._control or self._tokenizer.id_to_token(token) is None:
+        """Return the bytes of text one id stands for, empty for control ids; joined, they are those of the text.
+
+        Where the files change text, or put a space before it, they are those of the text that comes back.
+        """
+        piece = self._tokenizer.id_to_token(token)
+        if token in self._control or piece is None:
             return b""
-        if token in self._text_of_added:
-            return self._text_of_added[token].encode()
-        piece = self.piece(token)
         if self._byte_level:
-            return bytes(_byte_of_character()[character] for character in piece)
-        if self._byte_fallback and len(piece) == 6 and piece.startswith("<0x"):
+            if token in self._text_of_added:
+                return self._text_of_added[token].encode()
+            bytes_ = [_byte_of_character().get(character) for character in piece]
+            return piece.encode() if None in bytes_ else bytes(bytes_)
+        if self._byte_fallback and _BYTE.fullmatch(piece):
             return bytes([int(piece[3:5], 16)])
+        # Decoders treat the first token of a text apart: a space is dropped before it, or put before all others.
+        if self._anchor is not None:
+            before = self._tokenizer.decode([self._anchor], skip_special_tokens=False)
+            both = self._tokenizer.decode([self._anchor, token], skip_special_tokens=False)
+            if before and both.startswith(before):
+                return both.removeprefix(before).encode()
         return piece.replace(_SPACE_MARK, " ").encode()
+
+    def _is_plain(self, token: int) -> bool:
+        piece = self._tokenizer.id_to_token(token)
+        return token not in self._control and token not in self._text_of_added and piece.isascii() and piece.isalpha()
 
     def _checked(self, ids: list[int]) -> list[int]:
         """Drop control ids, which a text that spells a token not marked as special would give."""
@@ -89,15 +110,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def read_files(directory: Path) -> dict[str, str]:
     """The tokenizer's files in a directory, by name; UserError for one that cannot be read."""
-    files = {}
-    for name in _FILES:
-        path = directory / name
-        if path.is_file():
-            try:
-                files[name] = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"cannot read {path}: {error}") from error
-    return files
+    return {name: json_files.read_text(directory / name) for name in _FILES if (directory / name).exists()}
 
 
 def bundle(files: dict[str, str], name: str, special: dict[str, int | None] | None = None) -> bytes:
@@ -105,7 +118,7 @@ def bundle(files: dict[str, str], name: str, special: dict[str, int | None] | No
 
     `special` gives ids of some roles (mask, eos, eot, pad, bos); the others are those that the files declare, else
     those whose token has a usual name, but for bos: only an imported model's texts begin with it. UserError where files
-    are missing or bad, or mask or eos is unknown.
+    are missing or bad, or eos is unknown.
     """
     ids = vocabulary(files, name)
     declared = _declared(files, name)
@@ -113,9 +126,8 @@ def bundle(files: dict[str, str], name: str, special: dict[str, int | None] | No
     for role, usual in NAMES.items():
         if role not in found:
             found[role] = next((ids[token] for token in (declared.get(role), *usual) if token in ids), None)
-    for role, word in (("mask", "mask token"), ("eos", "end-of-text token")):
-        if found[role] is None:
-            raise UserError(f"tokenizer {name} has no {word}; it needs one of {', '.join(NAMES[role])}")
+    if found["eos"] is None:
+        raise UserError(f"tokenizer {name} has no end-of-text token; it needs one of {', '.join(NAMES['eos'])}")
     return json.dumps({"special": found, "files": files}, ensure_ascii=False).encode()
 
 
@@ -136,16 +148,33 @@ def _declared(files: dict[str, str], name: str) -> dict[str, str]:
     """Tokens that tokenizer_config.json or special_tokens_map.json name for a role."""
     declared = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        try:
-            values = json.loads(files.get(file, "{}"))
-        except ValueError as error:
-            raise UserError(f"{file} of {name} is not JSON ({error})") from error
+        values = json_files.parse(files.get(file, "{}"), f"{file} of {name}")
         for role in ("mask", "eos", "pad"):
-            value = values.get(f"{role}_token") if isinstance(values, dict) else None
+            value = values.get(f"{role}_token")
             value = value.get("content") if isinstance(value, dict) else value
             if isinstance(value, str):
                 declared[role] = value
     return declared
+
+
+def _bundled(values: dict, name: str) -> tuple[dict[str, str], dict[str, int | None]]:
+    """The files in a bundle and the ids of every role. UserError where one is missing, or no text or id."""
+    files, special = values.get("files"), values.get("special")
+    problem = None
+    if not isinstance(files, dict) or not all(isinstance(text, str) for text in files.values()):
+        problem = "no files"
+    elif "tokenizer.json" not in files:
+        problem = "no tokenizer.json"
+    elif not isinstance(special, dict):
+        problem = "no special ids"
+    else:
+        special = {role: special.get(role) for role in (*NAMES, "bos")}
+        for role, token in special.items():
+            if (token is None and role == "eos") or type(token) not in (int, type(None)):
+                problem = f"{role} is {token!r}, not an id"
+    if problem:
+        raise UserError(f"tokenizer {name} is not a bundle of a Hugging Face tokenizer ({problem})")
+    return files, special
 
 
 def _parse(text: str, name: str):
@@ -155,6 +184,12 @@ def _parse(text: str, name: str):
         raise UserError(
             f"{name} is a Hugging Face tokenizer, which needs the tokenizers library: pip install 'llada-jax[hf]'"
         ) from error
+    source = json_files.parse(text, f"tokenizer.json of {name}")
+    for part in ("normalizer", "decoder"):
+        if (longer := _growth(source.get(part))) > _MOST_GROWTH:
+            raise UserError(
+                f"tokenizer {name}: its {part} makes text {longer:,} times as long, which no tokenizer does"
+            )
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more precise
@@ -162,6 +197,18 @@ def _parse(text: str, name: str):
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _growth(step: Any) -> int:
+    """How many times as long a text can be after a normalizer or decoder, by the replacements in it."""
+    if not isinstance(step, dict):
+        return 1
+    growth = 1
+    for part in ("normalizers", "decoders"):
+        for inner in step.get(part) or () if isinstance(step.get(part), list) else ():
+            growth *= _growth(inner)
+    content = step.get("content", step.get("prepend"))
+    return growth * max(len(content), 1) if isinstance(content, str) else growth
 
 
 @functools.cache

@@ -7,16 +7,17 @@ The mask token is a control symbol, so no text can spell it. Letters: V = vocabu
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
-from llada.data.sentencepiece_merges import SPACE_MARK
-from llada.data.tokenizer import NAMES, Tokenizer
+from llada.data.sentencepiece_merges import CONTROL, SPACE_MARK
+from llada.data.tokenizer import NAMES, Tokenizer, read_content
+from llada.data.waiting import Report
 from llada.errors import UserError
-from llada.files import write_atomically
+from llada.files import in_turn, write_atomically
 
 _SAMPLE_BYTES = 4_000_000
 _SEGMENT_CHARACTERS = 4_096
@@ -32,82 +33,77 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes, name: str):
         """Parse the bytes of a model file; `name` is what errors call it. Raises UserError if it cannot serve."""
         self._processor = _parse(model, name)
-        size = self._processor.get_piece_size()
-        self._id_of = {self.piece(token): token for token in range(size)}
+        try:
+            self._id_of = {self.piece(token): token for token in range(self._processor.get_piece_size())}
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name} is not a SentencePiece model: a piece is not UTF-8") from error
         special = {
             role: next((self._id_of[n] for n in names if n in self._id_of), None) for role, names in NAMES.items()
         }
-        self._require_control("mask", special["mask"], name)
-        self._require_control("eos", special["eos"], name)
-        super().__init__(model, size, special)
+        if special["eos"] is None:
+            raise UserError(f"tokenizer {name} has no end-of-text token; it needs one of {', '.join(NAMES['eos'])}")
+        for role, word in (("mask", "mask token"), ("eos", "end-of-text token")):
+            if special[role] is not None and not self._processor.is_control(special[role]):
+                piece = self.piece(special[role])
+                raise UserError(f"tokenizer {name} lets text spell its {word} {piece}; make it a control symbol")
+        super().__init__(model, range(self._processor.get_piece_size()), special)
         self._space_mark_ids = [self._id_of.get(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+
+    def with_mask(self) -> "SentencePieceTokenizer":
+        """The same model with one more piece, a control symbol that is its mask token."""
+        proto = self.proto
+        proto.pieces.add(piece=NAMES["mask"][0], score=0.0, type=CONTROL)
+        return SentencePieceTokenizer(proto.SerializeToString(), self.file_name)
 
     @classmethod
     def load(cls, path: str | Path) -> "SentencePieceTokenizer":
         """Read a `.model` file. Raises UserError if it is missing, is no SentencePiece model, or lacks mask or eos."""
-        try:
-            model = Path(path).expanduser().read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read tokenizer {path}: {error.strerror}; check the path") from error
-        return cls(model, str(path))
+        return cls(read_content(path), str(path))
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, path: str | Path) -> "SentencePieceTokenizer":
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        path: str | Path,
+        progress: Callable[[str], None] | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> "SentencePieceTokenizer":
         """Train a byte-pair model of exactly `vocab_size` pieces, write it to `path` at once or not at all, return it.
 
         Learns from at most 4 MB, spread evenly over `texts`, which are read once; the same texts give the same bytes.
-        Raises UserError if the texts are too small or too varied for the vocabulary.
+        Of several processes that train for one `path`, one does, and the others wait and take its model. `progress` is
+        told how far it is, about once a second; `check` is called as often, and may raise to end the call.
+        Raises UserError if the texts are too small or too varied for the vocabulary, DiskError where there is no room.
         """
-        lines = [line for segment in _sample(texts, _SAMPLE_BYTES) for line in _sentences(segment)]
-        if not lines:
-            raise UserError("no text to train a tokenizer on; check --config.data.source")
-        writer = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines),
-                model_writer=writer,
-                # Against unigram, on Python code: somewhat fewer tokens, and much faster to train.
-                model_type="bpe",
-                vocab_size=vocab_size,
-                byte_fallback=True,
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                required_chars=SPACE_MARK,
-                pad_id=0,
-                eos_id=1,
-                unk_id=2,
-                bos_id=-1,
-                pad_piece="<pad>",
-                eos_piece="<eos>",
-                control_symbols=["<mask>"],
-                user_defined_symbols=["\n"],
-                num_threads=1,  # the thread count is written into the model, and would change its bytes
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            raise UserError(_training_error(vocab_size, str(error))) from error
-        tokenizer = cls(writer.getvalue(), str(path))
-        write_atomically(Path(path), writer.getvalue())
-        return tokenizer
+        path, report = Path(path), Report(progress, check)
+        before = path.stat().st_ino if path.exists() else None
+        with in_turn(path.with_name(f".{path.name}.lock"), f"trains {path}", report.check):
+            if path.exists() and path.stat().st_ino != before:  # made while this call waited
+                made = cls.load(path)
+                if made.vocab_size != vocab_size:
+                    raise UserError(
+                        f"{path} was just made with {made.vocab_size} pieces, not model.vocab_size={vocab_size}"
+                    )
+                return made
+            tokenizer = cls(_trained(texts, vocab_size, report), str(path))
+            write_atomically(path, tokenizer.content)
+            return tokenizer
 
     @property
-    def proto(self) -> sentencepiece_model_pb2.ModelProto:
-        """The model file, parsed: pieces, scores and rules, for whoever writes it in another format."""
+    def proto(self) -> Any:
+        """The model file as a ModelProto: pieces, scores and rules, for whoever writes it in another format."""
         return parse_proto(self.content, self.file_name)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`; never a control id."""
+    def _encode(self, text: str) -> list[int]:
         if SPACE_MARK not in text or None in self._space_mark_ids:
             return self._processor.encode(text)
         first, *rest = self._processor.encode(text.split(SPACE_MARK))
         return first + [token for ids in rest for token in (*self._space_mark_ids, *ids)]
 
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """Return encode(text) of each text, on all cores."""
+    def _encode_many(self, texts: list[str]) -> list[list[int]]:
         return [
-            self.encode(text) if SPACE_MARK in text else ids
+            self._encode(text) if SPACE_MARK in text else ids
             for text, ids in zip(texts, self._processor.encode(texts), strict=True)
         ]
 
@@ -130,18 +126,12 @@ class SentencePieceTokenizer(Tokenizer):
             return bytes([int(self.piece(token)[3:5], 16)])
         return self.piece(token).replace(SPACE_MARK, " ").encode()
 
-    def _require_control(self, role: str, token: int | None, model_name: str) -> None:
-        word = {"mask": "mask token", "eos": "end-of-text token"}[role]
-        if token is None:
-            raise UserError(f"tokenizer {model_name} has no {word}; it needs one of {', '.join(NAMES[role])}")
-        if not self._processor.is_control(token):
-            raise UserError(
-                f"tokenizer {model_name} lets text spell its {word} {self.piece(token)}; make it a control symbol"
-            )
 
+def parse_proto(model: bytes, name: str) -> Any:
+    """A model file's pieces, scores and rules, as a ModelProto; UserError, calling it `name`, if it is none."""
+    # Not at the top: what it needs of protobuf, other packages may have in another version, and only few calls need it.
+    from sentencepiece import sentencepiece_model_pb2
 
-def parse_proto(model: bytes, name: str) -> sentencepiece_model_pb2.ModelProto:
-    """A model file's pieces, scores and rules; UserError, calling it `name`, if it is none."""
     try:
         return sentencepiece_model_pb2.ModelProto.FromString(model)
     except Exception as error:  # protobuf's DecodeError, whose home moved between its versions
@@ -155,6 +145,49 @@ def _parse(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
     except RuntimeError as error:
         raise UserError(f"{name} is not a SentencePiece model; give a .model file") from error
     return processor
+
+
+def _trained(texts: Iterable[str], vocab_size: int, report: Report) -> bytes:
+    """The model file of a byte-pair model of exactly `vocab_size` pieces."""
+    lines = [
+        line for segment in _sample(_counted(texts, vocab_size, report), _SAMPLE_BYTES) for line in _sentences(segment)
+    ]
+    if not lines:
+        raise UserError("no text to train a tokenizer on; check --config.data.source")
+    writer = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=writer,
+            # Against unigram, on Python code: somewhat fewer tokens, and much faster to train.
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            required_chars=SPACE_MARK,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            pad_piece="<pad>",
+            eos_piece="<eos>",
+            control_symbols=["<mask>"],
+            user_defined_symbols=["\n"],
+            num_threads=1,  # the thread count is written into the model, and would change its bytes
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(_training_error(vocab_size, str(error))) from error
+    return writer.getvalue()
+
+
+def _counted(texts: Iterable[str], vocab_size: int, report: Report) -> Iterator[str]:
+    for number, text in enumerate(texts, 1):
+        report(f"training a tokenizer of {vocab_size:,} pieces: {number:,} documents read")
+        yield text
 
 
 def _sample(texts: Iterable[str], budget_bytes: int) -> list[str]:

@@ -3,10 +3,14 @@
 import abc
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
+from llada import json_files
+from llada.errors import UserError
 from llada.objectives.contract import SpecialTokens
+from llada.paths import user_path
 
 # How makers of tokenizers spell the tokens that matter here, most specific first.
 NAMES = {
@@ -15,6 +19,7 @@ NAMES = {
     "eot": ("<|eot_id|>", "<eot>", "<|im_end|>"),
     "pad": ("<pad>", "[PAD]"),
 }
+_MOST_IDS = 1 << 24
 
 
 class Tokenizer(abc.ABC):
@@ -29,28 +34,47 @@ class Tokenizer(abc.ABC):
 
     file_name: str
 
-    def __init__(self, content: bytes, vocab_size: int, special: dict[str, int | None]):
-        """`special`: ids of mask, eos, pad, eot and, for imported models, bos; pad None is eos."""
+    def __init__(self, content: bytes, ids: Iterable[int], special: dict[str, int | None]):
+        """Take the ids of all tokens, and in `special` those of mask, eos, pad, eot and, for imported models, bos.
+
+        pad None is eos. UserError for an id that no vocabulary has.
+        """
         self.content = content
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self.vocab_size = vocab_size
+        ids = [*ids, *(token for token in special.values() if token is not None)]
+        if min(ids) < 0 or max(ids) >= _MOST_IDS:
+            bad = next(token for token in ids if not 0 <= token < _MOST_IDS)
+            raise UserError(f"the tokenizer has an id {bad}, outside 0..{_MOST_IDS - 1}: no vocabulary is so large")
+        self.vocab_size = max(ids) + 1
         self.mask_id, self.eos_id, self.eot_id = special["mask"], special["eos"], special["eot"]
         self.bos_id = special.get("bos")
         self.pad_id = self.eos_id if special["pad"] is None else special["pad"]
-        self.token_bytes_V = np.array([len(self.token_bytes(token)) for token in range(vocab_size)], np.int32)
+        self.token_bytes_V = np.zeros(self.vocab_size, np.int32)
+        for token in ids:
+            self.token_bytes_V[token] = len(self.token_bytes(token))
 
     @property
     def special(self) -> SpecialTokens:
         """Ids that objectives and samplers need."""
         return SpecialTokens(mask=self.mask_id, eos=self.eos_id, eot=self.eot_id, bos=self.bos_id)
 
-    @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`; never a control id."""
+        """Return the ids of `text`; never a control id. UserError for half a surrogate pair, which is no text."""
+        return self._encode(_unicode(text))
 
-    @abc.abstractmethod
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         """Return encode(text) of each text, on all cores."""
+        return self._encode_many([_unicode(text) for text in texts])
+
+    @abc.abstractmethod
+    def with_mask(self) -> "Tokenizer":
+        """The same tokenizer with a mask token of id vocab_size, which must be free; for one that has none."""
+
+    @abc.abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abc.abstractmethod
+    def _encode_many(self, texts: list[str]) -> list[list[int]]: ...
 
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -66,3 +90,22 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of text one id stands for, empty for control ids; joined, they are those of the text."""
+
+
+def _unicode(text: str) -> str:
+    """The same text. The libraries end in an error of their own, or in other text, for what UTF-8 cannot spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text is no Unicode: half a surrogate pair, or a byte that is not UTF-8, at character {error.start}"
+        ) from error
+    return text
+
+
+def read_content(path: str | Path, flag: str = "--config.data.tokenizer") -> bytes:
+    """All of a tokenizer's file. UserError for what is no regular file of a size that a tokenizer can have."""
+    path = user_path(path, flag)
+    if not path.exists():
+        raise UserError(f"cannot read tokenizer {path}: No such file or directory; check {flag}")
+    return json_files.read_bytes(path, name=f"tokenizer {path}")

@@ -1,32 +1,51 @@
 """Opening a tokenizer, whatever kind its file is."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+from llada import json_files
 from llada.data import huggingface_tokenizer
 from llada.data.huggingface_tokenizer import HuggingFaceTokenizer
 from llada.data.sentencepiece_merges import require_expressible
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from llada.data.tokenizer import Tokenizer
+from llada.data.tokenizer import NAMES, Tokenizer, read_content
 from llada.errors import UserError
+from llada.paths import user_path
 
 KINDS = (SentencePieceTokenizer, HuggingFaceTokenizer)
 
 
-def load(path: str | Path) -> Tokenizer:
-    """A SentencePiece `.model`, a `tokenizer.json`, a directory that holds one, or a workdir's bundle.
+def load(path: str | Path, flag: str = "--config.data.tokenizer") -> Tokenizer:
+    """A SentencePiece `.model`, a `tokenizer.json`, a directory that holds one of them, or a workdir's bundle.
 
-    Raises UserError if it is missing, is none of these, or lacks a mask or an end-of-text token.
+    Raises UserError, naming `flag`, if it is missing, is none of these, or lacks an end-of-text token.
     """
-    path = Path(path).expanduser()
+    path = user_path(path, flag)
     if path.is_dir():
         return _from_directory(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read tokenizer {path}: {error.strerror}; check the path") from error
+    content = read_content(path, flag)
     if path.name == "tokenizer.json":
         return _from_directory(path.parent)
     return parse(content, str(path))
+
+
+def fitted(tokenizer: Tokenizer, vocab_size: int, masks: bool, remark: Callable[[str], None]) -> Tokenizer:
+    """A tokenizer for a model of `vocab_size` ids: where it has no mask token, the first free id becomes one.
+
+    LLaDA `masks`, and must have one; an ARM goes without where no id is free. UserError where ids are missing.
+    """
+    needed = tokenizer.vocab_size + (masks and tokenizer.mask_id is None)
+    if needed > vocab_size:
+        has = f"{tokenizer.vocab_size} pieces" + (" and no mask token" if needed > tokenizer.vocab_size else "")
+        raise UserError(
+            f"the tokenizer has {has}, more than model.vocab_size={vocab_size} has room for; "
+            f"set --config.model.vocab_size={needed} or more"
+        )
+    if tokenizer.mask_id is not None or tokenizer.vocab_size == vocab_size:
+        return tokenizer
+    masked = tokenizer.with_mask()
+    remark(f"the tokenizer has no mask token ({', '.join(NAMES['mask'])}): id {masked.mask_id} becomes one")
+    return masked
 
 
 def require_exportable(tokenizer: Tokenizer, given: str) -> None:
@@ -44,8 +63,12 @@ def require_exportable(tokenizer: Tokenizer, given: str) -> None:
 
 def parse(content: bytes, name: str) -> Tokenizer:
     """The tokenizer that `Tokenizer.content` stands for; `name` is what errors call it."""
-    kind = HuggingFaceTokenizer if content.startswith(b"{") else SentencePieceTokenizer
-    return kind(content, name)
+    if not content.lstrip().startswith(b"{"):
+        return SentencePieceTokenizer(content, name)
+    if "files" not in (values := json_files.parse(content, f"tokenizer {name}")) and "model" in values:
+        files = {"tokenizer.json": json_files.decode(content, f"tokenizer {name}")}  # by another name
+        content = huggingface_tokenizer.bundle(files, name)
+    return HuggingFaceTokenizer(content, name)
 
 
 def in_workdir(workdir: Path) -> Path | None:
@@ -53,6 +76,8 @@ def in_workdir(workdir: Path) -> Path | None:
     return next((workdir / kind.file_name for kind in KINDS if (workdir / kind.file_name).exists()), None)
 
 
-def _from_directory(path: Path) -> HuggingFaceTokenizer:
+def _from_directory(path: Path) -> Tokenizer:
     files = huggingface_tokenizer.read_files(path)
+    if "tokenizer.json" not in files and (path / SentencePieceTokenizer.file_name).exists():
+        return SentencePieceTokenizer.load(path / SentencePieceTokenizer.file_name)
     return HuggingFaceTokenizer(huggingface_tokenizer.bundle(files, str(path)), str(path))

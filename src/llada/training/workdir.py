@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,23 +177,23 @@ def tokenizer_for(workdir: Path, config: Config) -> Tokenizer:
     """The run's tokenizer: the workdir's copy, else `data.tokenizer`, else one trained on the training documents."""
     path = tokenizer_files.in_workdir(workdir)
     given = config.data.tokenizer and user_path(config.data.tokenizer, "--config.data.tokenizer")
+
+    def fitted(tokenizer: Tokenizer, remark=lambda line: None) -> Tokenizer:
+        masks = config.objective.name == "diffusion"
+        return tokenizer_files.fitted(tokenizer, config.model.vocab_size, masks, remark)
+
     if path is not None:
-        tokenizer = tokenizer_files.load(path)
+        tokenizer = fitted(tokenizer_files.load(path))
         # A file that has moved is no matter: the workdir's copy counts.
-        if given and given.exists() and tokenizer_files.load(given).sha256 != tokenizer.sha256:
+        if given and given.exists() and fitted(tokenizer_files.load(given)).sha256 != tokenizer.sha256:
             raise UserError(f"--config.data.tokenizer={given} is not the tokenizer that {workdir} was begun with")
     elif given is not None:
-        tokenizer = tokenizer_files.load(given)
+        tokenizer = fitted(tokenizer_files.load(given), lambda line: print(line, file=sys.stderr))
         tokenizer_files.require_exportable(tokenizer, f"--config.data.tokenizer={given}")
         write_atomically(workdir / tokenizer.file_name, tokenizer.content)
     else:
         path = workdir / SentencePieceTokenizer.file_name
         tokenizer = SentencePieceTokenizer.train(sources.training(config.data), config.model.vocab_size, path)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, more than model.vocab_size={config.model.vocab_size}; "
-            f"set --config.model.vocab_size={tokenizer.vocab_size} or more"
-        )
     return tokenizer
 
 
