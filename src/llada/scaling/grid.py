@@ -8,60 +8,48 @@ checkpoints of one run a model). repeat: one run a size and amount of unique dat
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from llada import accounting
+from llada import accounting, knobs
 from llada import config as config_lib
 from llada.config import Config
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.errors import UserError
+from llada.paths import user_path
+from llada.scaling.sweep_config import FAMILIES, LEAST_SIZES, OF_A_SIZE, UNUSED, SweepConfig, sizes_of
+from llada.scaling.sweep_config import parse as parse
 
-MODES = ("isoflop", "checkpoints", "repeat")
 MATCHING = {
     "6nd": lambda config: accounting.flops_6nd_per_token(config.model),
     "exact": accounting.flops_exact_per_token,
 }
-FAMILIES = {"diffusion": "llada", "autoregressive": "arm"}
 LEAST_STEPS = 20  # fewer are hardly training, and rounding to whole steps would miss the budget by more than 2.5 %
+MOST_STEPS = 2**31 - 1
 
-
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """The group `sweep` of an experiment file: what varies between runs, and the rules for what follows from it."""
-
-    mode: str = "isoflop"  # isoflop | checkpoints | repeat
-    matching: str = "6nd"  # which FLOPs a budget counts: 6nd | exact
-    budgets: tuple = ()  # FLOPs of one run, rising
-    sizes: tuple = ()  # dicts of model keys, such as dict(layers=6, width=256, ...); `objective` limits one to a family
-    objectives: tuple = ("diffusion", "autoregressive")
-    seeds: tuple = (0,)
-    # A budget gets the sizes that it trains on so many tokens per parameter: dict(diffusion=(10, 1000), ...), all where
-    # a family has no entry; and of these so many, evenly. Diffusion wants more tokens per parameter than an ARM.
-    tokens_per_parameter: dict = dataclasses.field(default_factory=dict)
-    sizes_per_budget: int | None = None
-    unique_tokens: tuple = ()  # repeat: how much of the corpus, rising
-    epochs: tuple = ()  # repeat: when to read, rising; the last ends the run
-    max_epochs: float = 1.0  # isoflop, checkpoints: how often a run may read the corpus
-    # Peak learning rate: optimizer.peak_learning_rate (reference_width / width) ^ learning_rate_exponent.
-    reference_width: int = 256
-    learning_rate_exponent: float = 0.0
-    # Batch: train.batch_size (tokens / reference_tokens) ^ batch_exponent, to the nearest power of 2 times batch_size.
-    reference_tokens: float = 1e9
-    batch_exponent: float = 0.0
-    largest_batch: int = 4096
-    # Schedule: linear warm-up over a share of the run, or at least so many steps, and then `decay` (isoflop only).
-    warmup_fraction: float = 0.02
-    warmup_steps: int = 0
-    decay: str = "80%:1 100%:0.1"
-    evaluation_rows: int = 512  # held-out rows of every reading
-    annealing_gain: float = 0.0  # share of the loss to take off readings without annealing (GIDD: about 0.0245)
+# Keys that rules make for each run, and what to give in place of them. A value of one's own would do nothing.
+LENGTH = "the budgets (or epochs) and the rules of config.sweep say how long a run is and when it is read"
+RULED = {
+    "seed": "use --config.sweep.seeds",
+    "objective.name": "use --config.sweep.objectives",
+    "model.causal": "use --config.sweep.objectives",
+    "data.directory": "all runs share the rows in --workdir/data",
+    "data.unique_tokens": "use --config.sweep.unique_tokens",
+    "train.steps": LENGTH,
+    "train.tokens": LENGTH,
+    "optimizer.schedule": "use config.sweep.warmup_fraction, warmup_steps and decay",
+    "evaluate.every": LENGTH,
+    "evaluate.at": LENGTH,
+    "evaluate.batches": "use --config.sweep.evaluation_rows",
+}
+# Keys that rules start from, or only write out in full.
+STARTED_FROM = ("train.batch_size", "data.tokenizer")
 
 
 class Reading(NamedTuple):
@@ -72,7 +60,10 @@ class Reading(NamedTuple):
 
 
 class PlannedRun(NamedTuple):
-    """One run of the grid. `group` is what its readings share in a table: a budget, or an amount of unique data."""
+    """One run of the grid. `group` is what its readings share in a table: a budget, or an amount of unique data.
+
+    `retried`: of a run that is trained again at another rate than the grid's, why.
+    """
 
     name: str
     objective: str
@@ -81,6 +72,7 @@ class PlannedRun(NamedTuple):
     group: str
     config: Config
     readings: tuple[Reading, ...]
+    retried: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -93,79 +85,137 @@ class PlannedRun(NamedTuple):
         return self.tokens * accounting.flops_exact_per_token(self.config)
 
 
-def parse(values: dict[str, Any]) -> SweepConfig:
-    """The border for the group `sweep`: unknown keys, wrong types and what cannot work raise UserError."""
-    sweep = config_lib.build(SweepConfig, values, "config.sweep")
-    for key, allowed in (("mode", MODES), ("matching", tuple(MATCHING))):
-        _require(getattr(sweep, key) in allowed, key, getattr(sweep, key), f"it must be one of {', '.join(allowed)}")
-    bad = [name for name in sweep.objectives if name not in FAMILIES]
-    _require(sweep.objectives and not bad, "objectives", sweep.objectives, f"name some of {', '.join(FAMILIES)}")
-    _require(sweep.seeds and all(type(s) is int for s in sweep.seeds), "seeds", sweep.seeds, "give whole numbers")
-    _require(sweep.sizes and all(isinstance(s, dict) for s in sweep.sizes), "sizes", sweep.sizes,
-             "give dicts of model keys, dict(layers=6, width=256, heads=4, ffn=704)")  # fmt: skip
-    axes = ("unique_tokens", "epochs") if sweep.mode == "repeat" else ("budgets",)
-    for key in axes:
-        values = getattr(sweep, key)
-        numbers = all(isinstance(v, int | float) and 0 < v < math.inf for v in values)
-        _require(values and numbers, key, values, f"mode {sweep.mode} needs one or more numbers above 0")
-        rising = all(a < b for a, b in itertools.pairwise(values))
-        _require(rising, key, values, "they must rise, each given once")
-    for key in ("max_epochs", "reference_width", "reference_tokens", "evaluation_rows", "largest_batch"):
-        _require(getattr(sweep, key) > 0, key, getattr(sweep, key), "it must be positive")
-    for key in ("warmup_fraction", "annealing_gain"):
-        _require(0 <= getattr(sweep, key) < 1, key, getattr(sweep, key), "it must be in [0, 1)")
-    for name, window in sweep.tokens_per_parameter.items():
-        ok = name in FAMILIES and len(window) == 2 and 0 <= window[0] < window[1]
-        _require(ok, "tokens_per_parameter", sweep.tokens_per_parameter,
-                 f"it must be a dict of (least, most) by {', '.join(FAMILIES)}")  # fmt: skip
-    if sweep.mode == "isoflop":
-        for objective in sweep.objectives:
-            count = len([s for s in sweep.sizes if s.get("objective", objective) == objective])
-            _require(count >= 3, "sizes", f"({count} of {objective})",
-                     "a parabola through the sizes of a budget needs 3 or more")  # fmt: skip
-    return sweep
-
-
 def plan(base: dict[str, Any], sweep: SweepConfig, directory: Path) -> list[PlannedRun]:
     """Every run, cheapest budget first; `base` is the tree of all config keys that do not vary.
 
-    Runs share tokenizer and rows under `directory`. UserError for budgets below a few steps, sizes that leave a budget
-    fewer than three, names that two sizes share.
+    Runs share tokenizer and rows under `directory`, written in full, so that they open from anywhere. UserError for
+    budgets below a few steps, sizes that leave a budget fewer than three, names that two sizes share, no run at all.
     """
-    base = copy.deepcopy(base)
+    base = config_lib.to_dict(knobs.build(Config, base, "config"))
+    directory, given = directory.absolute(), base["data"]["tokenizer"]
     base["data"]["directory"] = str(directory / "data")
-    if base["data"]["tokenizer"] is None:
-        base["data"]["tokenizer"] = str(directory / SentencePieceTokenizer.file_name)  # trained once, before the runs
+    own = directory / SentencePieceTokenizer.file_name  # trained once, before the runs
+    base["data"]["tokenizer"] = str(user_path(given, "--config.data.tokenizer").absolute() if given else own)
     axis = sweep.unique_tokens if sweep.mode == "repeat" else sweep.budgets if sweep.mode == "isoflop" else (None,)
     runs = []
     for value, objective, seed in itertools.product(axis, sweep.objectives, sweep.seeds):
-        sizes = [_sized(base, sweep, size, objective, seed) for size in sweep.sizes
-                 if size.get("objective", objective) == objective]  # fmt: skip
+        sizes = [_sized(base, sweep, size, objective, seed) for size in sizes_of(sweep, objective)]
         sizes.sort(key=lambda named: accounting.parameters(named[1].model).non_embedding)
+        _require_names(sizes)
         if sweep.mode == "repeat":
             runs += [_repeating(sweep, *named, value) for named in sizes]
         else:
             runs += _budgeted(sweep, sizes, [value] if value else list(sweep.budgets))
+    if not runs:
+        raise UserError("--config.sweep.tokens_per_parameter leaves no size at any budget, so there is nothing to run")
     names = [run.name for run in runs]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"--config.sweep.sizes has two of one name ({min(twice)}); give one of them a key name='...'")
+        axis_key = "unique_tokens" if sweep.mode == "repeat" else "budgets"
+        raise UserError(
+            f"--config.sweep.{axis_key}={axis} has two numbers alike to six digits ({min(twice)}); leave one out"
+        )
     return runs
+
+
+def _require_names(sizes: list[tuple[str, Config]]) -> None:
+    names = [name for name, _ in sizes]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"--config.sweep.sizes has two of one name ({min(twice)}); give one of them a key name='...'")
 
 
 def _sized(base, sweep: SweepConfig, size: dict[str, Any], objective: str, seed: int) -> tuple[str, Config]:
     """The name of a size and its Config but for how long it trains."""
     tree = copy.deepcopy(base)
-    shape = {key: value for key, value in size.items() if key not in ("objective", "name")}
-    tree["model"].update(shape)
+    tree["model"].update({key: value for key, value in size.items() if key not in OF_A_SIZE})
     tree["seed"], tree["objective"]["name"] = seed, objective
+    tree["model"]["causal"] = objective == "autoregressive"
     if objective == "autoregressive":
-        tree["model"]["causal"], tree["objective"]["random_length_fraction"] = True, 0.0
+        tree["objective"]["random_length_fraction"] = 0.0
     tree["train"].update(steps=1, tokens=None)
-    tree["optimizer"]["peak_learning_rate"] *= (
-        sweep.reference_width / tree["model"]["width"]
-    ) ** sweep.learning_rate_exponent
-    config = config_lib.from_config_dict(tree)
-    return size.get("name", f"L{config.model.layers}-d{config.model.width}"), config
+    try:
+        config = config_lib.from_config_dict(tree)
+    except UserError as error:
+        where = f" (in a size of config.sweep.sizes, {size})" if "config.model." in str(error) else ""
+        raise UserError(f"{error}{where}") from error
+    rate = size.get("peak_learning_rate")
+    if rate is None:
+        ratio = sweep.reference_width / config.model.width
+        rate = config.optimizer.peak_learning_rate * ratio**sweep.learning_rate_exponent
+    optimizer = dataclasses.replace(config.optimizer, peak_learning_rate=float(rate))
+    return _size_name(base, size), dataclasses.replace(config, optimizer=optimizer)
+
+
+def _size_name(base: dict[str, Any], size: dict[str, Any]) -> str:
+    shape = base["model"] | size
+    return size.get("name", f"L{shape['layers']}-d{shape['width']}")
+
+
+def left_out(base: dict[str, Any], sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[str]:
+    """A sentence for every family and budget that is not trained, or not read, in all sizes."""
+    said = [
+        f"{_size_name(base, size)}: of {size['objective']} alone, which --config.sweep.objectives does not name"
+        for size in sweep.sizes
+        if size.get("objective", sweep.objectives[0]) not in sweep.objectives
+    ]
+    there = {(run.objective, run.size, reading.budget) for run in runs for reading in run.readings}
+    for objective, budget in itertools.product(sweep.objectives, sweep.budgets if sweep.mode != "repeat" else ()):
+        names = [_size_name(base, size) for size in sizes_of(sweep, objective)]
+        if missing := [name for name in names if (objective, name, budget) not in there]:
+            least, most = sweep.tokens_per_parameter.get(objective, (0, math.inf))
+            why = f"tokens per parameter outside {least:g} to {most:g}"
+            if sweep.sizes_per_budget is not None:
+                why += f", or more than sweep.sizes_per_budget={sweep.sizes_per_budget}"
+            said.append(f"{objective} at {budget:g} FLOPs: {', '.join(missing)} ({why})")
+    return said
+
+
+def check_used(
+    base: dict[str, Any], sweep: SweepConfig, runs: Sequence[PlannedRun], typed: Collection[str], in_file: bool
+) -> None:
+    """UserError for a key whose value the rules overwrite or the mode does not read, so that it would do nothing.
+
+    typed    keys of the command line, `sweep.` before those of the group
+    in_file  whether keys of the experiment file count as well: those whose value is not the default
+    """
+    base = config_lib.to_dict(knobs.build(Config, base, "config"))
+    for key in knobs.keys(SweepConfig, "sweep."):
+        name = key.name.removeprefix("sweep.")
+        value = getattr(sweep, name)
+        given = any(word == key.name or word.startswith(f"{key.name}.") for word in typed)
+        if name in UNUSED[sweep.mode] and (given or (in_file and value != key.default)):
+            raise UserError(f"--config.{key.name} does nothing in mode {sweep.mode}; leave it out, or see sweep.mode")
+    own_rates = all("peak_learning_rate" in size for size in sweep.sizes)
+    trees = [config_lib.to_dict(run.config) for run in runs]
+    for key in knobs.keys(Config):
+        value = _at(base, key.name)
+        if not (key.name in typed or (in_file and value != key.default)) or key.name in STARTED_FROM:
+            continue
+        if key.name == "optimizer.peak_learning_rate" and not own_rates:
+            continue
+        planned = [_at(tree, key.name) for tree in trees]
+        # A size, or a family, may have its own; the rest have what was given.
+        changed = any if key.name in RULED else all
+        if changed(own != value for own in planned):
+            instead = RULED.get(key.name) or (
+                "the sizes have their own" if key.name.startswith(("model.", "optimizer.")) else "no run would have it"
+            )
+            raise UserError(
+                f"--config.{key.name}={str(value):.60} would do nothing in a sweep, whose rules set it; {instead}"
+            )
+    if "diffusion" in sweep.objectives and _at(base, "evaluate.draws") < 2 and (in_file or "evaluate.draws" in typed):
+        raise UserError(
+            "--config.evaluate.draws=1 tells no Monte Carlo error, by which the fits of a sweep weigh its runs; give 2 "
+            "or more"
+        )
+    if sweep.batch_exponent and sweep.largest_batch < runs[0].config.train.batch_size:
+        raise UserError(
+            f"--config.sweep.largest_batch={sweep.largest_batch} is below --config.train.batch_size="
+            f"{_at(base, 'train.batch_size')}, where the rule for batches begins; raise it"
+        )
+
+
+def _at(tree: dict[str, Any], key: str) -> Any:
+    return functools.reduce(dict.__getitem__, key.split("."), tree)
 
 
 def _budgeted(sweep: SweepConfig, sizes: list[tuple[str, Config]], budgets: list[float]) -> Iterator[PlannedRun]:
@@ -179,15 +229,15 @@ def _budgeted(sweep: SweepConfig, sizes: list[tuple[str, Config]], budgets: list
             n = accounting.parameters(config.model).non_embedding
             tokens = budget / MATCHING[sweep.matching](config)
             if least <= tokens / n <= most:
-                suited.append(name)
+                suited.append((n, name))
         keep = len(suited) if sweep.sizes_per_budget is None else min(sweep.sizes_per_budget, len(suited))
         suited = [suited[i] for i in sorted(set(np.linspace(0, len(suited) - 1, keep).round().astype(int)))]
-        if sweep.mode == "isoflop" and len(suited) < 3:
+        if sweep.mode == "isoflop" and (different := len({n for n, _ in suited})) < LEAST_SIZES:
             raise UserError(
-                f"--config.sweep.budgets={budget:g} leaves {len(suited)} sizes of {family} with {least:g} to {most:g} "
+                f"--config.sweep.budgets={budget:g} leaves {different} sizes of {family} with {least:g} to {most:g} "
                 "tokens per parameter; a parabola needs 3: add sizes, or widen sweep.tokens_per_parameter in the file"
             )
-        for name in suited:
+        for _, name in suited:
             wanted.setdefault(name, []).append(budget)
     for name, config in sizes:
         if name in wanted:
@@ -204,6 +254,7 @@ def _run(sweep: SweepConfig, size: str, config: Config, budgets: Sequence[float]
             f"{config.tokens_per_step} tokens for {size}, less than {LEAST_STEPS}; raise the budget, lower "
             "--config.train.batch_size or leave the size out"
         )
+    _require_apart("budgets", budgets, steps, size)
     annealed = sweep.mode == "isoflop"
     config = _with_length(sweep, config, steps, annealed)
     group = f"C={budgets[0]:g}" if annealed else "all budgets"
@@ -222,11 +273,24 @@ def _repeating(sweep: SweepConfig, size: str, config: Config, unique_tokens: int
             f"--config.sweep.epochs={sweep.epochs[0]:g} of --config.sweep.unique_tokens={unique_tokens} is less than "
             f"one step of {config.tokens_per_step} tokens; raise one of the two"
         )
+    _require_apart("epochs", sweep.epochs, steps, size)
     data = dataclasses.replace(config.data, unique_tokens=int(unique_tokens))
     config = _with_length(sweep, dataclasses.replace(config, data=data), steps, annealed=False)
     per_step = MATCHING[sweep.matching](config) * config.tokens_per_step
     readings = tuple(Reading(step * per_step, step) for step in steps)
     return _named(sweep, size, config, f"U={unique_tokens:g}", f"U{unique_tokens:g}".replace("+", ""), readings)
+
+
+def _require_apart(key: str, values: Sequence[float], steps: list[int], size: str) -> None:
+    """UserError for readings at one step, and for runs longer than any can be."""
+    for (a, b), (first, second) in zip(itertools.pairwise(values), itertools.pairwise(steps), strict=True):
+        if first == second:
+            raise UserError(f"--config.sweep.{key} has {a:g} and {b:g}, which are the same step {first} of {size}")
+    if steps[-1] > MOST_STEPS:
+        raise UserError(
+            f"--config.sweep.{key}={values[-1]:g} is {steps[-1]:.3g} steps of {size}, more than the {MOST_STEPS:,} "
+            "that a run can have; lower it, or raise --config.train.batch_size"
+        )
 
 
 def _with_batch(sweep: SweepConfig, config: Config, tokens: float) -> Config:
@@ -259,7 +323,7 @@ def _with_length(sweep: SweepConfig, config: Config, steps: list[int], annealed:
 
 
 def _named(sweep, size, config: Config, group: str, part: str, readings) -> PlannedRun:
-    seed = f"_s{config.seed}" if len(sweep.seeds) > 1 else ""
+    seed = f"_s{config.seed}" if len(sweep.seeds) > 1 else ""  # what is there already keeps its name: sweep.make
     name = f"{FAMILIES[config.objective.name]}_{size}_{part}{seed}"
     # Once more through the border: batch, length and schedule came after it.
     config = config_lib.from_config_dict(config_lib.to_dict(config))
@@ -274,8 +338,9 @@ def share(runs: Sequence[PlannedRun], only: str | None) -> list[PlannedRun]:
     if only is None:
         return list(runs)
     job, slash, jobs = only.partition("/")
-    if not (slash and job.isdigit() and jobs.isdigit() and 1 <= int(job) <= int(jobs)):
-        raise UserError(f"--only={only} must be I/N with I from 1 to N, such as --only=1/4")
+    pair = [int(word) if word.isdecimal() and len(word) < 6 else 0 for word in (job, jobs)]
+    if not (slash and 1 <= pair[0] <= pair[1]):
+        raise UserError(f"--only={only} must be I/N with I from 1 to N (at most 99999), such as --only=1/4")
     load, shares = [0.0] * int(jobs), [[] for _ in range(int(jobs))]
     for run in sorted(runs, key=lambda run: -run.flops):
         lightest = load.index(min(load))
@@ -289,18 +354,15 @@ def check_epochs(runs: Sequence[PlannedRun], sweep: SweepConfig, train_tokens: i
     for run in runs:
         unique = run.config.data.unique_tokens
         if unique is not None and unique > train_tokens:
+            key = "sweep.unique_tokens" if sweep.mode == "repeat" else "data.unique_tokens"
             raise UserError(
-                f"--config.sweep.unique_tokens={unique} is more than the corpus has, {train_tokens} training tokens; "
+                f"--config.{key}={unique} is more than the corpus has, {train_tokens} training tokens; "
                 "lower it or give more text"
             )
-        if unique is None and run.tokens > sweep.max_epochs * train_tokens:
+        read = unique or train_tokens
+        if sweep.mode != "repeat" and run.tokens > sweep.max_epochs * read:
             raise UserError(
-                f"{run.name} asks for {run.tokens} tokens, {run.tokens / train_tokens:.2f} epochs of the corpus's "
-                f"{train_tokens}; give more text, smaller budgets, or allow it with --config.sweep.max_epochs="
-                f"{math.ceil(max(r.tokens for r in runs) / train_tokens)}"
+                f"{run.name} asks for {run.tokens} tokens, {run.tokens / read:.2f} epochs of the corpus's "
+                f"{read}; give more text, smaller budgets, or allow it with --config.sweep.max_epochs="
+                f"{math.ceil(max(r.tokens for r in runs) / read)}"
             )
-
-
-def _require(ok: Any, key: str, value: Any, rule: str) -> None:
-    if not ok:
-        raise UserError(f"--config.sweep.{key}={value}: {rule}")
