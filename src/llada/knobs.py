@@ -146,7 +146,7 @@ def coerce(given: Any, annotation: Any, name: str) -> Any:
     """
     wanted = scalar(annotation)
     optional = wanted is not annotation
-    if optional and (given is None or given == "None"):
+    if optional and (given is None or given == "None" or (wanted is not str and given == "none")):
         return None
     if isinstance(given, str):
         return given if wanted is str else _parse(given, wanted, name)

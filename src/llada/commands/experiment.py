@@ -80,6 +80,8 @@ def override_sweep(
     rules = {field.name for field in dataclasses.fields(SweepConfig)}
     own, others = {}, {}
     for key, text in overrides.items():
+        if key == "sweep":
+            raise UserError(f"config.sweep={text!r} must be a group of keys, not one value")
         if key.startswith("sweep."):
             own[key.removeprefix("sweep.")] = text
         elif key.partition(".")[0] in rules:
@@ -108,7 +110,8 @@ def _put(tree: dict[str, Any], overrides: dict[str, str], root: type, prefix: st
         for group in groups:
             node = node.setdefault(group, {})
             if not isinstance(node, dict):
-                raise UserError(f"unknown config key config.{key}; config.{'.'.join(groups)} is a value, not a group")
+                up = prefix + ".".join(groups)
+                raise UserError(f"unknown config key config.{prefix}{key}; config.{up} is a value, not a group")
         kind = _annotation(key, root)
         # What is no key stays text, for the border to refuse.
         known = kind is not None and not dataclasses.is_dataclass(kind)

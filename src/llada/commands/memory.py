@@ -4,6 +4,7 @@ XLA takes the buffers of every step anew and gives them back at its end. As the 
 megabytes to be filled with zeros a step, while it computes nothing.
 """
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -18,10 +19,11 @@ def use_huge_pages() -> None:
     The first touch of memory costs less in large pages. glibc reads the variable only when a process begins. Nothing
     happens outside Linux; an old glibc ignores the variable.
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and sys.executable:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        with contextlib.suppress(OSError):  # as it is, then: no process may be begun here, or the file has gone
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def keep() -> None:

@@ -1,13 +1,14 @@
-"""The `llada` program: finds the command, parses its flags, and turns a user's mistake into one line and status 2."""
+"""The `llada` program: finds the command, parses its flags, and turns a user's mistake into one line and its status."""
 
+import difflib
 import importlib
-import os
+import importlib.metadata
+import inspect
+import platform
+import re
 import sys
-from pathlib import Path
 
-from absl import flags
-
-from llada.commands import experiment, memory
+from llada.commands import endings, memory
 from llada.errors import UserError
 
 COMMANDS = {
@@ -21,52 +22,155 @@ COMMANDS = {
     "sweep": "a grid of runs under FLOP budgets: fits, plots, report",
     "compare": "curves and a report of a LLaDA and its ARM twin",
 }
+_HELP = ("-h", "--help", "-help")
 
 
 def start() -> int:
     """The program as a process of its own."""
+    endings.hold_interrupts()
+    endings.open_streams()
     memory.use_huge_pages()
-    return main()
+    return endings.run(main)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `llada COMMAND --flags`; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [arguments[1], "--help"]
+    if not arguments or arguments[0] in (*_HELP, "help"):
         print(_usage())
         return 0 if arguments else 2
-    name, *rest = arguments
-    if name not in COMMANDS:
-        print(f"llada: there is no command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    _keep_compiled_programs()
-    command = importlib.import_module(f"llada.commands.{name}")
-    if any(word in ("-h", "--help", "-help") for word in rest):
-        print(f"{command.__doc__}\n\nflags:{flags.FLAGS.module_help(command)}")
+    if arguments[0] in ("--version", "-version"):
+        print(_versions())
         return 0
+    name, *rest = arguments
     try:
-        rest, overrides = experiment.take_overrides(rest)
-        extra = flags.FLAGS([f"llada {name}", *rest])[1:]
-        if extra:
-            raise UserError(f"{extra[0]!r} is not a flag; flags look like --name=value; see llada {name} --help")
-        configures = name in ("train", "import", "sweep", "plan")
-        if overrides and not configures:
-            raise UserError(f"--config.{next(iter(overrides))} belongs to llada train; a workdir keeps its own config")
-        return command.run(overrides) if configures else command.run()
-    except (UserError, flags.Error) as error:
-        print(f"llada {name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        if name not in COMMANDS:
+            raise UserError(_no_command(name))
+        return _call(name, importlib.import_module(f"llada.commands.{name}"), rest)
     except KeyboardInterrupt:
         print(f"llada {name}: interrupted", file=sys.stderr)
-        return 130
+        return endings.INTERRUPTED
+    except Exception as error:
+        known = endings.known(error, f"llada {name} ran")
+        if known is None:
+            raise
+        print(f"llada{f' {name}' if name in COMMANDS else ''}: {_one_line(str(known))}", file=sys.stderr)
+        return known.status
 
 
-def _keep_compiled_programs() -> None:
-    """What one call compiles, later ones read; JAX's own variable names another directory, or none (empty)."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "llada" / "compiled"))
+def _call(name: str, command, words: list[str]) -> int:
+    """Parse the words after the command's name, and run it."""
+    from absl import flags
+
+    from llada.commands import environment, experiment
+
+    takes_overrides = bool(inspect.signature(command.run).parameters)
+    if any(word in _HELP for word in words):
+        print(f"{command.__doc__}\n\nflags:{flags.FLAGS.module_help(command)}")
+        return 0
+    if takes_overrides and "--help_config" in words:
+        print(experiment.help_config(_groups(name)))
+        return 0
+    words, overrides = experiment.take_overrides(words)
+    _check_flags(words, flags.FLAGS, name, takes_overrides)
+    try:
+        flags.FLAGS([f"llada {name}", *words])
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    if overrides and not takes_overrides:
+        raise UserError(f"--config.{next(iter(overrides))} belongs to llada train; a workdir keeps its own config")
+    environment.settle()
+    environment.keep_compiled_programs()
+    return command.run(overrides) if takes_overrides else command.run()
+
+
+def _check_flags(words: list[str], defined, name: str, takes_overrides: bool) -> None:
+    """UserError for a flag that is unknown, given twice or without its value, and for words that are no flags.
+
+    absl would take the last of two, and a flag that follows as the value.
+    """
+    from absl import flags
+
+    seen: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("-") or word.strip("-") == "":
+            raise UserError(f"{word!r} is not a flag; flags look like --name=value; see llada {name} --help")
+        flag, equals, value = word.lstrip("-").partition("=")
+        off = flag.removeprefix("no")
+        if flag not in defined and off in defined and defined[off].boolean:
+            flag = off
+        if flag not in defined:
+            raise UserError(_no_flag(flag, defined, name, takes_overrides))
+        if not equals and not defined[flag].boolean:
+            value = next(rest, None)
+            if value is None or value.startswith("--"):
+                raise UserError(f"--{flag} needs a value: --{flag}=...")
+        if flag in seen and not isinstance(defined[flag], flags.MultiFlag):
+            raise UserError(f"--{flag} is given twice: {seen[flag]} and {word}; leave one out")
+        seen[flag] = word
+
+
+def _no_command(name: str) -> str:
+    if name.startswith("-"):
+        return f"{name}: the command comes first, as in llada train --workdir=DIR; commands: {', '.join(COMMANDS)}"
+    hint = _did_you_mean(name, list(COMMANDS)) or ";"
+    return f"there is no command {name!r}{hint} commands: {', '.join(COMMANDS)}"
+
+
+def _no_flag(flag: str, defined, name: str, takes_overrides: bool) -> str:
+    """What to say to a flag that the command does not have."""
+    own = [key for key in defined if str(defined.find_module_defining_flag(key)).startswith("llada.")]
+    hint = _did_you_mean(flag, own, "--") or ";"
+    if takes_overrides:
+        from llada import knobs
+
+        keys = [key.name for root, cls in _groups(name).items() for key in knobs.keys(cls, root)]
+        same = [f"--config.{key}" for key in keys if flag in (key, key.rpartition(".")[2])]
+        hint = f"; did you mean {' or '.join(same)}?" if same else hint
+    return f"--{flag} is no flag of llada {name}{hint} see llada {name} --help"
+
+
+def _did_you_mean(word: str, known: list[str], before: str = "") -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {before}{close[0]}?" if close else ""
+
+
+def _groups(name: str) -> dict[str, type]:
+    """The dataclasses whose keys a command's --config.KEY can set, by what comes before their names."""
+    from llada.config import Config
+
+    if name != "sweep":
+        return {"": Config}
+    from llada.scaling.grid import SweepConfig
+
+    return {"": Config, "sweep.": SweepConfig}
+
+
+def _one_line(text: str) -> str:
+    """Lines joined, characters that a terminal would obey or cannot show escaped; spaces stay as they are."""
+    joined = re.sub(r"\s*[\r\n\v\f\x85\u2028\u2029]+\s*", " ", text.strip())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in joined)
+
+
+def _versions() -> str:
+    names = {"llada": "llada-jax", **{name: name for name in ("jax", "jaxlib", "flax", "orbax-checkpoint", "grain")}}
+    parts = [f"{name} {_version(package)}" for name, package in names.items()]
+    return f"{', '.join(parts)}; Python {platform.python_version()} on {platform.platform()}"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _usage() -> str:
     lines = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
-    return f"llada COMMAND --flags   (llada COMMAND --help lists them)\n\n{lines}"
+    return (
+        "llada COMMAND --flags   (llada COMMAND --help lists them, llada train --help_config the keys of "
+        f"--config.KEY=VALUE; llada --version)\n\n{lines}"
+    )
