@@ -87,8 +87,7 @@ def _laid_out(shape: tuple[int, int, int], devices: list) -> np.ndarray:
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """UserError unless batch, positions, heads, FFN, width and vocabulary divide over the mesh."""
-    size = dict(mesh.shape)
-    ways = size["data"] * size["fsdp"]
+    size, ways = dict(mesh.shape), batch_ways(mesh)
     per_microbatch = config.train.batch_size // config.train.microbatches
     if per_microbatch % ways:
         raise UserError(
@@ -111,8 +110,13 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 def local_batch(batch_size: int, mesh: jax.sharding.Mesh) -> int:
     """The smallest multiple of the batch axes that is at least `batch_size`: what evaluation rounds a batch up to."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
     return math.ceil(batch_size / ways) * ways
+
+
+def batch_ways(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+    """How many parts the sequences of a batch are split into; 1 where there is no mesh."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in BATCH)
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:
