@@ -60,11 +60,11 @@ class Tokenizer(abc.ABC):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; never a control id. UserError for half a surrogate pair, which is no text."""
-        return self._encode(_unicode(text))
+        return self._encode(unicode_text(text))
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         """Return encode(text) of each text, on all cores."""
-        return self._encode_many([_unicode(text) for text in texts])
+        return self._encode_many([unicode_text(text) for text in texts])
 
     @abc.abstractmethod
     def with_mask(self) -> "Tokenizer":
@@ -92,13 +92,13 @@ class Tokenizer(abc.ABC):
         """Return the bytes of text one id stands for, empty for control ids; joined, they are those of the text."""
 
 
-def _unicode(text: str) -> str:
-    """The same text. The libraries end in an error of their own, or in other text, for what UTF-8 cannot spell."""
+def unicode_text(text: str, name: str = "the text") -> str:
+    """The same text. UserError calling it `name` for what UTF-8 cannot spell, where libraries fail or change it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"the text is no Unicode: half a surrogate pair, or a byte that is not UTF-8, at character {error.start}"
+            f"{name} is no Unicode: half a surrogate pair, or a byte that is not UTF-8, at character {error.start}"
         ) from error
     return text
 
