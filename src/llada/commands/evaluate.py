@@ -39,7 +39,7 @@ def run() -> int:
         validator = Validator(
             config,
             opened.tokenizer.special,
-            opened.tokenizer.token_bytes_V,
+            corpus.text_bytes(opened.tokenizer.token_bytes_V),
             corpus.holdout_NL,
             opened.mesh,
             ESTIMATOR.value,

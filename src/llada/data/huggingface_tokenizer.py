@@ -46,9 +46,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._control |= {self._tokenizer.token_to_id(model.get("unk_token") or "")}
         self._byte_level = '"ByteLevel"' in json.dumps([source.get("pre_tokenizer"), source.get("decoder")])
         self._byte_fallback = bool(model.get("byte_fallback"))
-        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
-        self._anchor = next((token for token in ids if self._is_plain(token)), None)
-        super().__init__(content, ids, special)
+        pieces = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._bytes = self._bytes_of({token: piece for piece, token in pieces.items() if token not in self._control})
+        super().__init__(content, pieces.values(), special)
 
     def with_mask(self) -> "HuggingFaceTokenizer":
         """The same tokenizer with a mask token of id vocab_size, which no token of the files has."""
@@ -81,27 +81,31 @@ class HuggingFaceTokenizer(Tokenizer):
 
         Where the files change text, or put a space before it, they are those of the text that comes back.
         """
-        piece = self._tokenizer.id_to_token(token)
-        if token in self._control or piece is None:
-            return b""
-        if self._byte_level:
-            if token in self._text_of_added:
-                return self._text_of_added[token].encode()
-            bytes_ = [_byte_of_character().get(character) for character in piece]
-            return piece.encode() if None in bytes_ else bytes(bytes_)
-        if self._byte_fallback and _BYTE.fullmatch(piece):
-            return bytes([int(piece[3:5], 16)])
-        # Decoders treat the first token of a text apart: a space is dropped before it, or put before all others.
-        if self._anchor is not None:
-            before = self._tokenizer.decode([self._anchor], skip_special_tokens=False)
-            both = self._tokenizer.decode([self._anchor, token], skip_special_tokens=False)
-            if before and both.startswith(before):
-                return both.removeprefix(before).encode()
-        return piece.replace(_SPACE_MARK, " ").encode()
+        return self._bytes.get(int(token), b"")
 
-    def _is_plain(self, token: int) -> bool:
-        piece = self._tokenizer.id_to_token(token)
-        return token not in self._control and token not in self._text_of_added and piece.isascii() and piece.isalpha()
+    def _bytes_of(self, pieces: dict[int, str]) -> dict[int, bytes]:
+        if self._byte_level:
+            table = _byte_of_character()
+            found = {token: [table.get(character) for character in piece] for token, piece in pieces.items()}
+            # What is added, or no spelling of bytes, is text as it is.
+            found = {token: pieces[token].encode() if None in b else bytes(b) for token, b in found.items()}
+            return found | {token: text.encode() for token, text in self._text_of_added.items() if token in found}
+        # Decoders treat the first token of a text apart: a space is dropped before it, or put before all others.
+        plain = (t for t, p in pieces.items() if p.isascii() and p.isalpha() and t not in self._text_of_added)
+        anchor = next(plain, None)
+        first = [] if anchor is None else [anchor]
+        before, *texts = self._tokenizer.decode_batch(
+            [first, *([*first, token] for token in pieces)], skip_special_tokens=False
+        )
+        found = {}
+        for (token, piece), text in zip(pieces.items(), texts, strict=True):
+            if self._byte_fallback and _BYTE.fullmatch(piece):
+                found[token] = bytes([int(piece[3:5], 16)])
+            elif before and text.startswith(before):
+                found[token] = text.removeprefix(before).encode()
+            else:
+                found[token] = piece.replace(_SPACE_MARK, " ").encode()
+        return found
 
     def _checked(self, ids: list[int]) -> list[int]:
         """Drop control ids, which a text that spells a token not marked as special would give."""
@@ -121,11 +125,11 @@ def bundle(files: dict[str, str], name: str, special: dict[str, int | None] | No
     are missing or bad, or eos is unknown.
     """
     ids = vocabulary(files, name)
-    declared = _declared(files, name)
+    named = declared(files, name)
     found = dict(special or {})
     for role, usual in NAMES.items():
         if role not in found:
-            found[role] = next((ids[token] for token in (declared.get(role), *usual) if token in ids), None)
+            found[role] = next((ids[token] for token in (named.get(role), *usual) if token in ids), None)
     if found["eos"] is None:
         raise UserError(f"tokenizer {name} has no end-of-text token; it needs one of {', '.join(NAMES['eos'])}")
     return json.dumps({"special": found, "files": files}, ensure_ascii=False).encode()
@@ -141,20 +145,20 @@ def vocabulary(files: dict[str, str], name: str) -> dict[str, int]:
 def has_mask(files: dict[str, str], name: str) -> bool:
     """Whether the files declare a mask token, or have one of a usual name."""
     ids = vocabulary(files, name)
-    return any(token in ids for token in (_declared(files, name).get("mask"), *NAMES["mask"]))
+    return any(token in ids for token in (declared(files, name).get("mask"), *NAMES["mask"]))
 
 
-def _declared(files: dict[str, str], name: str) -> dict[str, str]:
+def declared(files: dict[str, str], name: str) -> dict[str, str]:
     """Tokens that tokenizer_config.json or special_tokens_map.json name for a role."""
-    declared = {}
+    found = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         values = json_files.parse(files.get(file, "{}"), f"{file} of {name}")
-        for role in ("mask", "eos", "pad"):
+        for role in ("mask", "eos", "pad", "bos"):
             value = values.get(f"{role}_token")
             value = value.get("content") if isinstance(value, dict) else value
             if isinstance(value, str):
-                declared[role] = value
-    return declared
+                found[role] = value
+    return found
 
 
 def _bundled(values: dict, name: str) -> tuple[dict[str, str], dict[str, int | None]]:
@@ -177,6 +181,7 @@ def _bundled(values: dict, name: str) -> tuple[dict[str, str], dict[str, int | N
     return files, special
 
 
+@functools.lru_cache(maxsize=1)  # asked for ids first, then for the tokenizer, of which a large one takes seconds
 def _parse(text: str, name: str):
     try:
         import tokenizers

@@ -50,6 +50,7 @@ class Metadata:
     digest: str  # sha256 over the row bytes of both sides, training first
     text_key: str = "text"
     holdout_source: str | None = None
+    holdout_token_bytes: int | None = None  # by the tokenizer's count: another where it adds to or changes text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,15 @@ class Corpus:
         """Re-read every row; raises DataError if the bytes are not those that were prepared."""
         if _digest(self.train_NL, self.holdout_NL) != self.metadata.digest:
             raise DataError("corpus rows changed since they were prepared; delete the data directory to prepare again")
+
+    def text_bytes(self, token_bytes_V: np.ndarray) -> np.ndarray:
+        """Bytes of held-out text that each id stands for, of shape V, so that all together they are the documents'.
+
+        That is what the tokenizer says, but for one that begins each text with a space, or changes text: there its
+        count is spread over the bytes that there are.
+        """
+        counted, there = self.metadata.holdout_token_bytes, self.metadata.holdout_bytes
+        return token_bytes_V * (there / counted) if counted and counted != there else token_bytes_V
 
 
 def prepare(
@@ -135,9 +145,11 @@ def _made(directory: Path, request: dict, tokenizer: Tokenizer, report: Report) 
         holdout_path.open("wb") as holdout_file,
     ):
         train, holdout = (RowWriter(file, length, tokenizer.vocab_size) for file in (train_file, holdout_file))
+        token_bytes = 0
         for group in _groups(texts):
             for (held, text), ids in zip(group, tokenizer.encode_many([text for _, text in group]), strict=True):
                 (holdout if held else train).add([*ids, tokenizer.eos_id], len(text.encode()))
+                token_bytes += int(tokenizer.token_bytes_V[ids].sum()) if held else 0
             documents, tokens = (getattr(train, name) + getattr(holdout, name) for name in ("documents", "tokens"))
             report(f"tokenising: {documents:,} documents, {tokens / 1e6:.1f} M tokens")
         _require_rows(train, holdout, request)
@@ -154,6 +166,7 @@ def _made(directory: Path, request: dict, tokenizer: Tokenizer, report: Report) 
         **{f"holdout_{name}": getattr(holdout, name) for name in ("documents", "tokens", "bytes", "rows")},
         unigram_entropy_nats=_entropy_nats(train.counts_V),
         digest=digest,
+        holdout_token_bytes=token_bytes,
     )
     write_atomically(directory / "metadata.json", json_files.dumps(dataclasses.asdict(metadata), indent=2).encode())
     return Corpus(train_NL, holdout_NL, metadata)
@@ -203,13 +216,20 @@ def _metadata(path: Path) -> Metadata:
     """UserError unless every field is there, of its type, and possible."""
     values = json_files.read(path)
     fields = {field.name: field for field in dataclasses.fields(Metadata)}
-    kinds = {"int": int, "float": (int, float), "str": str, "str | None": (str, type(None))}
+    kinds = {
+        "int": int,
+        "float": (int, float),
+        "str": str,
+        "str | None": (str, type(None)),
+        "int | None": (int, type(None)),
+    }
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
             raise UserError(f"{path.name} has no {name}")
         value = values.get(name, field.default)
         kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-        if isinstance(value, bool) or not isinstance(value, kinds[kind]):
+        allowed = (*kinds[kind.removesuffix(" | None")], *([type(None)] if kind.endswith(" | None") else []))
+        if isinstance(value, bool) or not isinstance(value, allowed):
             raise UserError(f"{path.name}: {name} is {value!r}, not {kind}")
         if isinstance(value, int | float) and not 0 <= value < _MOST_OF_ANYTHING:
             raise UserError(f"{path.name}: {name}={value} is not possible")

@@ -65,7 +65,11 @@ def parse(content: bytes, name: str) -> Tokenizer:
     """The tokenizer that `Tokenizer.content` stands for; `name` is what errors call it."""
     if not content.lstrip().startswith(b"{"):
         return SentencePieceTokenizer(content, name)
-    if "files" not in (values := json_files.parse(content, f"tokenizer {name}")) and "model" in values:
+    try:
+        values = json_files.parse(content, "it")
+    except UserError as error:
+        raise UserError(f"tokenizer {name} is not a bundle of a Hugging Face tokenizer ({error})") from error
+    if "files" not in values and "model" in values:
         files = {"tokenizer.json": json_files.decode(content, f"tokenizer {name}")}  # by another name
         content = huggingface_tokenizer.bundle(files, name)
     return HuggingFaceTokenizer(content, name)
