@@ -5,6 +5,7 @@ reduce-scatter, so gradients come back as parts. Left to the compiler they are w
 bytes on the wires. What `data` repeats is added up once a step, whatever the number of microbatches.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from llada import mesh as mesh_lib
+from llada.errors import UserError
 from llada.mesh import ACTIVATIONS, BATCH
 
 # With these a TPU multiplies while parts are on their way: gathers advance inside products (v4 and v5p wait for each
@@ -32,13 +34,35 @@ TPU_OPTIONS = {
 VMEM = {"TPU v5": 48, "TPU v5 lite": 32, "TPU v6 lite": 48, "TPU7x": 56}
 
 
-def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | int] | None:
-    """What to compile a training step for this mesh with."""
+def compiler_options(mesh: jax.sharding.Mesh, wanted: bool = True) -> dict[str, bool | int] | None:
+    """What to compile a step for this mesh with; None where that is nothing, or not `wanted` (mesh.tpu_options).
+
+    UserError for an option that the installed libtpu does not take.
+    """
     device = mesh.devices.flat[0]
-    if device.platform != "tpu":
+    if device.platform != "tpu" or not wanted:
         return None
     room = VMEM.get(device.device_kind)
-    return TPU_OPTIONS | ({} if room is None else {"xla_tpu_scoped_vmem_limit_kib": room * 1024})
+    options = TPU_OPTIONS | ({} if room is None else {"xla_tpu_scoped_vmem_limit_kib": room * 1024})
+    _try_out(mesh, tuple(options.items()))
+    return options
+
+
+@functools.cache
+def _try_out(mesh: jax.sharding.Mesh, options: tuple[tuple[str, bool | int], ...]) -> None:
+    """Compile next to nothing with these options: libtpu's versions differ in them, and say so only then."""
+    place = mesh_lib.placement(mesh, "replicated")
+    nothing = jax.jit(jnp.negative, in_shardings=place).trace(jax.ShapeDtypeStruct((), jnp.float32))
+    try:
+        nothing.lower(lowering_platforms=("tpu",)).compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        refused = next((name for name, _ in options if name in str(error)), None)
+        if refused is None:
+            raise
+        raise UserError(
+            f"libtpu does not take the option {refused} ({str(error).splitlines()[0]}); another version of it may, "
+            "and --config.mesh.tpu_options=False leaves all of them out"
+        ) from error
 
 
 def batch_sums(f: Callable) -> Callable:

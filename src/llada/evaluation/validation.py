@@ -14,20 +14,25 @@ import numpy as np
 from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.data.rows import chain_digest
-from llada.errors import UserError
+from llada.errors import DataError, UserError
 from llada.model import transformer
 from llada.objectives import autoregressive, diffusion
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import Predictor, SpecialTokens, segments
 
+DEFAULT_ESTIMATOR = "l_of_L"
 _SEED = 0  # not the run's: runs with different seeds are evaluated on the same masks
 
 
 class Validation(NamedTuple):
-    """`nats_per_token` with its standard errors; `estimator` says what kind of figure it is.
+    """`nats_per_token` with its standard errors; nan and inf where there is no such number.
 
-    stderr              over rows: how far the figure may be from that of all such text
-    monte_carlo_stderr  over draws, the rows given: how far from that of these rows; it is what runs differ by
+    stderr              over rows: how far the figure may be from that of all such text; nan for one row
+    monte_carlo_stderr  over draws, the rows given: how far from that of these rows; it is what runs differ by; nan for
+                        one draw
+    perplexity          inf above 709 nats
+    kind                bound | NLL; `estimator` says how it was estimated
+    eval_rows_digest    of the rows: figures of equal digests and draws compare in pairs
     """
 
     nats_per_token: float
@@ -35,10 +40,12 @@ class Validation(NamedTuple):
     monte_carlo_stderr: float
     bits_per_byte: float
     perplexity: float
+    kind: str
     estimator: str
     rows: int
     tokens: int
     draws: int
+    eval_rows_digest: str
 
 
 def bound_draws(
@@ -86,19 +93,21 @@ class Validator:
             raise UserError(f"--estimator={estimator} is for diffusion models; this ARM's likelihood is exact")
         if not exact and estimator not in (None, *diffusion.ESTIMATORS):
             raise UserError(f"--estimator={estimator} is not one of {', '.join(diffusion.ESTIMATORS)}")
-        self.estimator = "exact" if exact else estimator or "l_of_L"
+        self.estimator = "exact" if exact else estimator or DEFAULT_ESTIMATOR
         self.draws = 1 if exact else config.evaluate.draws
         self.mesh = mesh
-        self.batch = mesh_lib.local_batch(min(config.train.batch_size, len(holdout_NL)), mesh)
-        count = min(config.evaluate.batches * self.batch, len(holdout_NL))
+        if len(holdout_NL) == 0:
+            raise DataError("there are no held-out rows; see --config.data.holdout_fraction")
+        # As many rows as the config asks for, on any mesh; how many are done at once is another matter.
+        count = min(config.evaluate.batches * config.train.batch_size, len(holdout_NL))
+        self.batch = rows_at_once(config, mesh, count)
         # Neighbouring rows come from one document; rows spread over the whole side are closer to independent.
         self.rows_NL = np.asarray(holdout_NL[np.linspace(0, len(holdout_NL) - 1, count).astype(int)], np.int32)
+        if (most := int(self.rows_NL.max())) >= len(token_bytes_V):
+            raise DataError(f"the held-out rows have id {most}, and the tokenizer {len(token_bytes_V)} ids")
         self.rows_digest = chain_digest("", self.rows_NL)
-        self.bytes = int(token_bytes_V[self.rows_NL].sum())
-        self.nats = jax.jit(
-            functools.partial(_row_nats, config, special, self.draws, self.estimator),
-            out_shardings=mesh_lib.placement(mesh, "replicated"),
-        )
+        self.bytes = float(token_bytes_V[self.rows_NL].sum())
+        self.nats = jitted(config, special, mesh, self.estimator)
 
     def __call__(self, params: transformer.Parameters) -> Validation:
         """Evaluate `params` on the held-out rows."""
@@ -116,13 +125,36 @@ class Validator:
             nats_per_token=mean,
             stderr=float(nats_R.std(ddof=1) / math.sqrt(R) / L) if R > 1 else math.nan,
             monte_carlo_stderr=float(math.sqrt(variance_R.sum()) / R / L),
-            bits_per_byte=float(nats_R.sum() / self.bytes / math.log(2)),
-            perplexity=math.exp(mean),
+            bits_per_byte=float(nats_R.sum() / self.bytes / math.log(2)) if self.bytes else math.nan,
+            perplexity=perplexity(mean),
+            kind="NLL" if self.estimator == "exact" else "bound",
             estimator=self.estimator,
             rows=R,
             tokens=R * L,
             draws=self.draws,
+            eval_rows_digest=self.rows_digest,
         )
+
+
+def perplexity(nats_per_token: float) -> float:
+    """e to the nats; inf where that is no float64."""
+    try:
+        return math.exp(nats_per_token)
+    except OverflowError:
+        return math.inf
+
+
+def rows_at_once(config: Config, mesh: jax.sharding.Mesh, rows: int) -> int:
+    """How many of so many rows go through the model together: a microbatch of training, whole on every device."""
+    return mesh_lib.local_batch(min(config.train.batch_size // config.train.microbatches, rows), mesh)
+
+
+def jitted(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh, estimator: str = DEFAULT_ESTIMATOR):
+    """`(params, x0_BL, row_B) -> (nats_B, variance_B)`, compiled: see `_row_nats`."""
+    return jax.jit(
+        functools.partial(_row_nats, config, special, config.evaluate.draws, estimator),
+        out_shardings=mesh_lib.placement(mesh, "replicated"),
+    )
 
 
 def _row_nats(config, special, draws, estimator, params, x0_BL, row_B):

@@ -109,5 +109,5 @@ def compile_step(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh
         in_shardings=(places, mesh_lib.placement(mesh, "BL")),
         out_shardings=(places, replicated),
         donate_argnums=0,
-        compiler_options=fsdp.compiler_options(mesh),
+        compiler_options=fsdp.compiler_options(mesh, config.mesh.tpu_options),
     )
