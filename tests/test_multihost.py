@@ -295,7 +295,7 @@ def test_a_tpu_pod_is_recognised_by_its_workers(monkeypatch, hosts, slices, coun
     monkeypatch.setenv("MEGASCALE_NUM_SLICES", str(slices))
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
-    assert processes._cluster_size() == count
+    assert processes._cluster().size == count
     processes.start()
     assert len(joined) == (count > 1)
     assert not joined or "coordinator_address" not in joined[0]  # JAX asks the metadata itself

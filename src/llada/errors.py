@@ -7,6 +7,7 @@ launch/keep_training.sh and the other launchers go by this table.
 """
 
 import errno
+import signal
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
@@ -33,6 +34,16 @@ class DiskError(UserError):
     """No space left, a quota or limit reached, a disk that fails or cannot be written."""
 
     status = 5
+
+
+class Interrupted(Exception):
+    """A signal asked to stop, and what was to be saved is saved. Not a mistake: the same command goes on from there."""
+
+    def __init__(self, signal_number: int, where: str):
+        """`where` it stopped: "after step 40"."""
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} {where}; run again to continue")
+        self.signal_number, self.where = signal_number, where
+        self.status = 128 + signal_number
 
 
 KINDS = {kind.__name__: kind for kind in (UserError, Diverged, DataError, DiskError)}

@@ -17,11 +17,11 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from llada.errors import UserError
+from llada.errors import KINDS, Interrupted, UserError
 
 # Where none of these is set and there is no libtpu, no launcher that JAX knows has started us.
 _LAUNCHERS = ("SLURM_", "OMPI_", "KUBERNETES_", "TPU_", "MEGASCALE_")
@@ -47,14 +47,18 @@ def start(coordinator: str | None = None, processes: int | None = None, process_
 
     if jax.distributed.is_initialized():
         return
-    if processes is None and _cluster_size() == 1:
-        return
+    if processes is None:
+        found = _cluster()
+        if found.size == 1:
+            return
+        _say_who_waits(found)
     # Its C++ handler would take SIGTERM from us before and after training; see training/stopping.py.
     jax.config.update("jax_enable_preemption_service", False)
     told = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process_id}
     arguments = told | {"cluster_detection_method": "deactivate"} if processes else {}
     if processes:
-        print(f"process {process_id} of {processes} meets the others at {coordinator}", file=sys.stderr, flush=True)
+        words = f"process {process_id} of {processes}, waiting for the others at {coordinator}"
+        print(words, file=sys.stderr, flush=True)
         if process_id != 0:
             _find(coordinator)
     try:
@@ -116,13 +120,27 @@ def agreement() -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    told = gather(None if failure is None else [isinstance(failure, UserError), str(failure)])
+    told = gather(None if failure is None else _described(failure))
     if failure is not None:
         raise failure
     for i, found in enumerate(told):
         if found is not None:
-            is_user_error, message = found
-            raise (UserError if is_user_error else RuntimeError)(f"process {i}: {message}")
+            raise _theirs(i, *found)
+
+
+def _described(failure: Exception) -> list[Any]:
+    """Kind, message, and the signal that it was for: JSON-ready."""
+    if isinstance(failure, Interrupted):
+        return ["Interrupted", failure.where, failure.signal_number]
+    kinds = (kind.__name__ for kind in type(failure).__mro__ if kind.__name__ in KINDS)
+    return [next(kinds, ""), str(failure), 0]
+
+
+def _theirs(process: int, kind: str, message: str, signal_number: int) -> Exception:
+    """The exception that another process raised, as its kind allows."""
+    if kind == "Interrupted":
+        return Interrupted(signal_number, message)
+    return KINDS.get(kind, RuntimeError)(f"process {process}: {message}")
 
 
 def require_shared(directory: Path, flag: str) -> None:
@@ -146,11 +164,11 @@ def require_shared(directory: Path, flag: str) -> None:
 
 
 @contextlib.contextmanager
-def ending_together(*agreed: type[Exception]) -> Iterator[None]:
+def ending_together(*agreed: type[Exception], advice: Callable[[], str] | None = None) -> Iterator[None]:
     """A block of work on the devices, whose exceptions are `agreed` where every process raises them alike.
 
     Any other ends the process at once. The rest wait for it in a collective; only a broken connection tells them, and
-    an orderly exit would wait for them.
+    an orderly exit would wait for them. What to do, `advice`, is the last line said.
     """
     try:
         yield
@@ -159,9 +177,16 @@ def ending_together(*agreed: type[Exception]) -> Iterator[None]:
     except BaseException as error:
         if count() == 1:
             raise
-        traceback.print_exc()
-        print(f"process {index()} of {count()} ends, and the others with it", file=sys.stderr, flush=True)
-        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        status = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "status", 1)
+        if isinstance(error, UserError):
+            print(f"process {index()}: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        print(f"process {index()} of {count()} ends, and the others with it", file=sys.stderr)
+        if advice is not None and not isinstance(error, UserError):
+            print(advice(), file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _check(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
@@ -205,21 +230,47 @@ def _launched() -> bool:
     return any(name.startswith(_LAUNCHERS) for name in os.environ) or importlib.util.find_spec("libtpu") is not None
 
 
-def _cluster_size() -> int:
-    """How many processes JAX's own detection would join; asked first, since a single one needs no joining."""
-    from jax._src import clusters
+class _Cluster(NamedTuple):
+    """What JAX's own detection would join: how many processes, which one this is, by whom and where they meet."""
 
-    kinds = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
+    size: int
+    index: int | None = None
+    name: str = ""
+    meeting: str = ""
+
+
+_NAMES = {"slurm": "Slurm", "ompi": "Open MPI", "k8s": "Kubernetes", "gcetpu": "TPU pod", "gketpu": "TPU pod on GKE"}
+
+
+def _cluster() -> _Cluster:
+    """Asked before joining, since a single process needs none."""
     try:
+        from jax._src import clusters
+
+        kinds = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # any Kubernetes pod without the kubernetes package
             kind = next((kind for kind in kinds if kind.is_env_present()), None)
-        return 1 if kind is None else kind.get_process_count()
+        if kind is None or kind.get_process_count() == 1:
+            return _Cluster(1)
+        size = kind.get_process_count()
     except Exception as error:
         raise UserError(
             f"what launched this process cannot be asked for the others ({error}); give --coordinator, --processes and "
             "--process_id, or --processes=1 where there are none"
         ) from error
+    index, meeting = None, ""
+    with contextlib.suppress(Exception):  # only to say so: joining asks for them again
+        index = kind.get_process_id()
+        meeting = kind.get_coordinator_address(5, os.environ.get("JAX_COORDINATOR_PORT"))
+    return _Cluster(size, index, _NAMES.get(kind.name, kind.name), meeting)
+
+
+def _say_who_waits(found: _Cluster) -> None:
+    which = "one" if found.index is None else f"process {found.index}"
+    where = f" at {found.meeting}" if found.meeting else ""
+    words = f"{which} of {found.size} processes ({found.name}), waiting for the others{where}"
+    print(f"{words}; --processes=1 if there are none", file=sys.stderr, flush=True)
 
 
 def _jax():

@@ -8,26 +8,29 @@ On several hosts run the same command on each, with DIR on a file system that al
 pods are recognised; elsewhere --coordinator, --processes and --process_id say who is there.
 """
 
-import json
+import os
 import sys
-from pathlib import Path
 
 from absl import flags
 
-from llada import processes
+from llada import json_files, processes
 from llada.commands import experiment, memory
 from llada.errors import UserError
+from llada.paths import user_path
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if missing, continued if it holds one")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "print the resolved configuration as JSON and stop")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 listens for the others")
 PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are; 1 alone: ask no cluster for others")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+ALLOW_RATE_JUMP = flags.DEFINE_bool(
+    "allow_rate_jump", False, "go on where another length of the run moves its schedule, so that the rate jumps"
+)
 flags.adopt_module_key_flags(experiment)
 
 
 def run(overrides: dict[str, str]) -> int:
-    """Train; 130 or 143 after a signal (everything saved), 1 if the loss stopped being a number."""
+    """Train; 129, 130 or 143 after a signal (everything saved), 3 if the loss stopped being a number."""
     if not PRINT_CONFIG.value:
         processes.start(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
         memory.keep()
@@ -36,21 +39,23 @@ def run(overrides: dict[str, str]) -> int:
     if PRINT_CONFIG.value:
         from llada.config import to_dict
 
-        print(json.dumps(to_dict(config), indent=2))
+        print(json_files.dumps(to_dict(config), indent=2))
         return 0
     if not WORKDIR.value:
         raise UserError("--workdir is missing; for example --workdir=runs/first")
     from llada.training import loop
 
     try:
-        summary = loop.train(config, Path(WORKDIR.value))
-    except loop.Interrupted as stop:
-        _say(f"llada train: {stop}", sys.stderr)
-        return 128 + stop.signal_number
-    except loop.Diverged as error:
-        _say(f"llada train: {error}", sys.stderr)
-        return 1
-    _say(json.dumps(summary, indent=2), sys.stdout)
+        summary = loop.train(config, WORKDIR.value, allow_rate_jump=ALLOW_RATE_JUMP.value)
+    except (loop.Interrupted, loop.Diverged) as end:
+        _say(f"llada train: {end}", sys.stderr)
+        return end.status
+    except KeyboardInterrupt:
+        # The threads that were saving would go on, and end in tracebacks of their own.
+        _say("llada train: stopped at once; run again to continue from the newest checkpoint", sys.stderr)
+        sys.stderr.flush()
+        os._exit(130)
+    _say(json_files.dumps(summary, indent=2), sys.stdout)
     return 0
 
 
@@ -62,8 +67,8 @@ def _say(text: str, file) -> None:
 
 def _config(overrides: dict[str, str]):
     """The experiment of --config, or else the workdir's own."""
-    held = Path(WORKDIR.value or "") / "config.json"
-    if experiment.CONFIG.value or not (WORKDIR.value and held.exists()):
+    held = user_path(WORKDIR.value, "--workdir") / "config.json" if WORKDIR.value else None
+    if experiment.CONFIG.value or not (held and held.exists()):
         return experiment.read(experiment.CONFIG.value, overrides)
     from llada import config as config_lib
 

@@ -1,31 +1,33 @@
 """A sweep directory, and running what its grid plans.
 
-sweep.json  tokenizer.model  data/  runs/NAME/ (ordinary workdirs)  results.csv  fits.json  *.png  report.md
+sweep.json  tokenizer.model  data/  runs/NAME/ (ordinary workdirs)  failed/  results.csv  fits.json  *.png  report.md
 
-Jobs share a directory without talking: each has its share of the runs (`grid.share`), a lock keeps two processes off
-one run, and whatever the state of the others is, the disk tells it.
+Jobs share a directory without talking: each has its share of the runs (`grid.share`), a run's lock keeps two processes
+off it, and whatever the state of the others is, the disk tells it.
 """
 
-import copy
-import json
+import itertools
+import math
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from llada import accounting
+from llada import accounting, json_files
 from llada import config as config_lib
+from llada import mesh as mesh_lib
 from llada.config import Config
-from llada.data.rows import Metadata
-from llada.errors import UserError
+from llada.data.rows import Metadata, open_corpus
+from llada.errors import Diverged, UserError, disk_error
 from llada.files import Locked, lock, write_atomically
-from llada.scaling.grid import MATCHING, PlannedRun, SweepConfig, check_epochs, parse, plan
-from llada.scaling.results import FAILED, FINISHED, RUNNING, WAITING, Result, failure, write_failure
+from llada.scaling.grid import MATCHING, PlannedRun, SweepConfig, check_epochs, check_used, left_out, parse, plan
+from llada.scaling.results import DIVERGED, FAILED, FINISHED, RUNNING, WAITING, Result, failure, write_failure
 from llada.training import loop
 from llada.training import metrics as metrics_lib
 from llada.training import workdir as workdir_lib
+from llada.training.optimizer import parse_schedule
 
 
 class Sweep(NamedTuple):
@@ -41,23 +43,133 @@ class Sweep(NamedTuple):
         return self.directory / "runs" / run.name
 
 
-def make(directory: Path, base: dict[str, Any], values: dict[str, Any]) -> Sweep:
+def make(
+    directory: Path, base: dict[str, Any], values: dict[str, Any], typed: Collection[str] = (), in_file: bool = False
+) -> Sweep:
     """The sweep that `base` and the group `sweep` describe; nothing is written. UserError as in `grid`.
 
-    Also where the directory holds a run of the same name made by other rules.
+    Also where the directory holds a run of the same name made by other rules, or anything that is no sweep. `typed` and
+    `in_file` are those of `grid.check_used`.
     """
+    if (directory / "config.json").exists() and not (directory / "sweep.json").exists():
+        raise UserError(f"--workdir={directory} is a run or a model, not a sweep; give a directory of its own")
     config = parse(values)
-    sweep = Sweep(directory, config, base, plan(base, config, directory))
+    runs = plan(base, config, directory)
+    check_used(base, config, runs, typed, in_file)
+    for run in runs:
+        _check_schedule(run, config)
+    sweep = Sweep(directory, config, base, runs)
+    sweep = sweep._replace(runs=[_as_on_disk(sweep, run) for run in runs])
     if metadata := corpus_metadata(sweep):  # otherwise `prepare` will find out
         check_epochs(sweep.runs, config, metadata.train_tokens)
-    for run in sweep.runs:
-        path = sweep.workdir(run) / "config.json"
-        if path.exists() and (changed := config_lib.differences(config_lib.load(path), run.config)):
+    return sweep
+
+
+def _check_schedule(run: PlannedRun, sweep: SweepConfig) -> None:
+    """What the run itself would refuse of its schedule, before any run begins."""
+    try:
+        parse_schedule(run.config.optimizer.schedule, run.tokens)
+    except UserError as error:
+        raise UserError(f"--config.sweep.decay={sweep.decay!r:.80} makes no schedule of {run.name}: {error}") from error
+
+
+def _as_on_disk(sweep: Sweep, run: PlannedRun) -> PlannedRun:
+    """The run under the name, and with the rate, that it has in the directory.
+
+    A grid of one seed names runs without it; what was trained so keeps its name where seeds are added, and the other
+    way round. UserError where the directory has the run by other rules.
+    """
+    suffix = f"_s{run.seed}"
+    plain = run.name.removesuffix(suffix)
+    held = {name: _held(sweep.directory / "runs" / name) for name in (plain, plain + suffix)}
+    if (other := held[plain + suffix]) is not None and other.seed == run.seed:
+        run = run._replace(name=plain + suffix)
+    elif held[plain] is not None:
+        run = run._replace(name=plain if held[plain].seed == run.seed else plain + suffix)
+    workdir = sweep.workdir(run)
+    run = _retried(run, workdir / "retry.json")
+    if (old := held.get(run.name)) is not None:
+        changed = config_lib.differences(old, run.config)
+        # Settled in a sweep: what is finished is not read again, and all are to be read alike.
+        read = [(n, getattr(old.evaluate, n), getattr(run.config.evaluate, n)) for n in ("draws", "batches")]
+        changed += [f"evaluate.{name}: {before} -> {now}" for name, before, now in read if before != now]
+        if changed:
             raise UserError(
-                f"{path.parent} was planned by other rules ({'; '.join(changed[:3])}{'; ...' if changed[3:] else ''}); "
+                f"{workdir} was planned by other rules ({'; '.join(changed[:3])}{'; ...' if changed[3:] else ''}); "
                 "give a new --workdir, or the old values"
             )
-    return sweep
+    return run
+
+
+def _held(workdir: Path) -> Config | None:
+    path = workdir / "config.json"
+    return config_lib.load(path) if path.exists() else None
+
+
+def _retried(run: PlannedRun, path: Path) -> PlannedRun:
+    """The run at the rate that retry.json gives in place of the grid's, where there is one for that."""
+    if not path.exists():
+        return run
+    found, planned = json_files.read(path), run.config.optimizer.peak_learning_rate
+    rates = [found.get(key) for key in ("planned_peak_learning_rate", "peak_learning_rate")]
+    if not all(type(rate) is float and 0 < rate < math.inf for rate in rates):
+        raise UserError(f"{path} holds no rates; remove {path.parent} to train the run at the grid's")
+    if not math.isclose(rates[0], planned, rel_tol=1e-9):
+        return run  # the grid has another rate by now, and says so against config.json
+    return _at_rate(run, rates[1], f"peak rate {rates[1]:.3g} and not {planned:.3g}: {found.get('reason')}")
+
+
+def _at_rate(run: PlannedRun, rate: float, why: str) -> PlannedRun:
+    tree = config_lib.to_dict(run.config)
+    tree["optimizer"]["peak_learning_rate"] = rate
+    return run._replace(config=config_lib.from_config_dict(tree), retried=why)
+
+
+def retry_at(sweep: Sweep, mine: Sequence[PlannedRun], factor: float) -> Sweep:
+    """The sweep with the failed runs of `mine` to be trained anew, at `factor` times the rate that they failed at.
+
+    What they left behind goes to failed/NAME-N; retry.json in the new workdir says what is changed, and why.
+    """
+    runs = []
+    for run in sweep.runs:
+        workdir = sweep.workdir(run)
+        reason = failure(workdir)
+        if reason is not None and run.name in {r.name for r in mine}:
+            failed_at = run.config.optimizer.peak_learning_rate
+            found = json_files.read(workdir / "retry.json") if run.retried else {}
+            note = {
+                "planned_peak_learning_rate": found.get("planned_peak_learning_rate", failed_at),
+                "peak_learning_rate": failed_at * factor,
+                "reason": "; ".join(filter(None, (found.get("reason"), f"at {failed_at:.3g} it {_failed(reason)}"))),
+            }
+            with lock(workdir / "lock", f"--workdir={workdir}", remove=True):
+                old = _free_name(sweep.directory / "failed", run.name)
+                old.parent.mkdir(exist_ok=True)
+                workdir.rename(old)
+                (old / "lock").unlink(missing_ok=True)
+            write_atomically(workdir / "retry.json", (json_files.dumps(note, indent=2) + "\n").encode())
+            run = _retried(_at_rate(run, note["planned_peak_learning_rate"], ""), workdir / "retry.json")
+        runs.append(run)
+    return sweep._replace(runs=runs)
+
+
+def _failed(reason: str) -> str:
+    return reason.replace(DIVERGED, "diverged, ", 1) if reason.startswith(DIVERGED) else f"failed, {reason}"
+
+
+def _free_name(folder: Path, name: str) -> Path:
+    return next(path for n in itertools.count(1) if not (path := folder / f"{name}-{n}").exists())
+
+
+def remarks(sweep: Sweep) -> list[str]:
+    """Sentences about what a reader of the table would otherwise miss: sizes left out, runs of an earlier grid."""
+    said = [f"left out: {text}" for text in left_out(sweep.base, sweep.config, sweep.runs)]
+    planned = {run.name for run in sweep.runs}
+    others = sorted(p.parent.name for p in sweep.directory.glob("runs/*/config.json") if p.parent.name not in planned)
+    if others:
+        named = ", ".join(others[:8]) + (", ..." if others[8:] else "")
+        said.append(f"left out: {len(others)} runs in {sweep.directory / 'runs'} that this grid does not plan: {named}")
+    return said
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -65,47 +177,60 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     path = directory / "sweep.json"
     if not path.exists():
         raise UserError(f"--workdir={directory} holds no sweep; give --config=experiments/isoflop.py:quick")
-    tree = json.loads(path.read_text())
+    tree = json_files.read(path)
+    if not all(isinstance(tree.get(key), dict) for key in ("base", "sweep")):
+        raise UserError(f"{path} holds no sweep; give --config=FILE once more, which writes it anew")
     return tree["base"], tree["sweep"]
 
 
 def prepare(sweep: Sweep) -> None:
     """Train the tokenizer and write the rows, once for all runs; refuse a corpus too small for the grid."""
+    mesh = mesh_lib.make(sweep.runs[0].config.mesh)
+    for run in sweep.runs:
+        mesh_lib.check(run.config, mesh)
+    tree = {"sweep": sweep.config.__dict__, "base": sweep.base}
     try:
         sweep.directory.mkdir(parents=True, exist_ok=True)
+        with lock(sweep.directory / "prepare.lock", wait=True):
+            write_atomically(sweep.directory / "sweep.json", (json_files.dumps(tree, indent=2) + "\n").encode())
+            # An ARM's tokenizer needs no mask token, a LLaDA's does.
+            config = next((r for r in sweep.runs if r.objective == "diffusion"), sweep.runs[0]).config
+            data = _replaced(config, tokenizer=sweep.base["data"]["tokenizer"] and config.data.tokenizer)
+            tokenizer = workdir_lib.tokenizer_for(sweep.directory, data)
+            corpus = workdir_lib.corpus_for(sweep.directory, config, tokenizer)
     except OSError as error:
+        if full := disk_error(error, f"preparing --workdir={sweep.directory}"):
+            raise full from error
+        if not str(error.filename or "").startswith(str(sweep.directory)):
+            raise
         raise UserError(f"--workdir={sweep.directory} cannot be written: {error.strerror}; choose another") from error
-    tree = {"sweep": sweep.config.__dict__, "base": sweep.base}
-    write_atomically(sweep.directory / "sweep.json", (json.dumps(tree, indent=2) + "\n").encode())
-    with lock(sweep.directory / "prepare.lock", wait=True):
-        config = sweep.runs[0].config
-        made_here = sweep.base["data"]["tokenizer"] is None
-        data = _replaced(config, tokenizer=None) if made_here else config
-        tokenizer = workdir_lib.tokenizer_for(sweep.directory, data)
-        corpus = workdir_lib.corpus_for(sweep.directory, config, tokenizer)
     check_epochs(sweep.runs, sweep.config, corpus.metadata.train_tokens)
 
 
 def _replaced(config: Config, **data) -> Config:
-    tree = copy.deepcopy(config_lib.to_dict(config))
+    tree = config_lib.to_dict(config)
     tree["data"].update(data)
     return config_lib.from_config_dict(tree)
 
 
 def corpus_metadata(sweep: Sweep) -> Metadata | None:
     """Of the shared rows; None before they are prepared."""
-    path = sweep.directory / "data" / "metadata.json"
-    return Metadata(**json.loads(path.read_text())) if path.exists() else None
+    directory = sweep.directory / "data"
+    return open_corpus(directory).metadata if (directory / "metadata.json").exists() else None
 
 
 def state(workdir: Path, steps: int) -> str:
     """waiting | running (begun; perhaps interrupted) | finished | failed."""
     if failure(workdir) is not None:
         return FAILED
-    summary = workdir / "summary.json"
-    if summary.exists() and json.loads(summary.read_text())["step"] == steps:
+    if _summary(workdir).get("step") == steps:
         return FINISHED
     return RUNNING if (workdir / "config.json").exists() else WAITING
+
+
+def _summary(workdir: Path) -> dict[str, Any]:
+    path = workdir / "summary.json"
+    return json_files.read(path) if path.exists() else {}
 
 
 def run_all(
@@ -117,27 +242,31 @@ def run_all(
 ) -> None:
     """Train what of `mine` is neither finished nor failed, in order; `ended(run, state or remark)` after each.
 
-    A run that diverges or breaks is put on record and the next one begins. Raises Interrupted, after saving.
+    A run that diverges or breaks is put on record and the next one begins. Raises Interrupted, after saving, and what
+    would meet the next run as well: a mistake, damaged data, a full disk.
     """
     for run in mine:
         workdir = sweep.workdir(run)
-        if retry_failed:
+        if retry_failed and (reason := failure(workdir)) is not None:
+            if reason.startswith(DIVERGED):
+                ended(run, "begun again at the rate at which it diverged; --retry_rate=0.5 begins anew at half of it")
             (workdir / "failed.json").unlink(missing_ok=True)
         if state(workdir, run.config.steps) in (FINISHED, FAILED):
             continue
         try:
-            with lock(workdir / "lock"):
-                loop.train(run.config, workdir, progress(run))
-        except Locked:
-            ended(run, "left to another process, which has it")
+            loop.train(run.config, workdir, progress(run))
+        except Locked as locked:
+            ended(run, f"left to another process, which has it: {locked.holder}")
             continue
-        except loop.Diverged as error:
-            write_failure(workdir, f"diverged: {error}")
+        except Diverged as error:
+            write_failure(workdir, error)
         except (loop.Interrupted, UserError, KeyboardInterrupt):
             raise
-        except Exception as error:  # memory, disk, a fault of ours: the other runs can still be had
-            (workdir / "failed.txt").write_text(traceback.format_exc())
-            write_failure(workdir, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        except Exception as error:  # memory, a fault of ours: the other runs can still be had
+            if full := disk_error(error, f"training {run.name}"):
+                raise full from error
+            write_atomically(workdir / "failed.txt", traceback.format_exc().encode("utf-8", "backslashreplace"))
+            write_failure(workdir, error)
         ended(run, state(workdir, run.config.steps))
         jax.clear_caches()  # no two runs share a program; kept, they fill the memory
 
@@ -154,7 +283,7 @@ def _rows(sweep: Sweep, run: PlannedRun, metadata: Metadata | None) -> Iterator[
     available = metadata.train_tokens if metadata else None
     unique = config.data.unique_tokens or available
     status = state(workdir, config.steps)
-    summary = json.loads((workdir / "summary.json").read_text()) if status == FINISHED else {}
+    summary = _summary(workdir) if status == FINISHED else {}
     lines = metrics_lib.read(workdir / "metrics.jsonl")
     read_at = {line["step"]: line for line in lines if "eval/nats_per_token" in line}
     for reading in run.readings:
@@ -195,4 +324,7 @@ def _rows(sweep: Sweep, run: PlannedRun, metadata: Metadata | None) -> Iterator[
             tokenizer_sha256=metadata and metadata.tokenizer_sha256,
             eval_rows_digest=summary.get("eval_rows_digest"),
             rows_digest=summary.get("rows_digest") if last else None,
+            draws=config.evaluate.draws if run.objective == "diffusion" else 1,
+            block_cross_document_attention=config.objective.block_cross_document_attention,
+            retried=run.retried,
         )

@@ -101,7 +101,7 @@ class Checkpoints:
         items = {"params": _to_restore(target.params)}
         if item.begun:
             items["optimizer_state"] = _to_restore(target.optimizer_state)
-        with self._usable(step):
+        with self.usable(step):
             found = self.manager.restore(step, args=ocp.args.Composite(**items))
         if item.begun:
             moments = found.optimizer_state
@@ -116,7 +116,7 @@ class Checkpoints:
         step = self._own(step).step
         abstract = transformer.abstract_parameters(config.model)
         target = _placed(abstract, mesh_lib.parameter_placements(mesh, abstract))
-        with self._usable(step):
+        with self.usable(step):
             return self.manager.restore(step, args=ocp.args.Composite(params=_to_restore(target))).params
 
     def open_parameters(self, step: int | None = None) -> dict[str, Leaf]:
@@ -125,7 +125,7 @@ class Checkpoints:
         UserError without a step, for one of another run, and where the parameters are not those of its config.
         """
         item = self._own(step)
-        with self._usable(item.step):
+        with self.usable(item.step):
             leaves = open_leaves(self.directory / str(item.step) / "params")
         abstract = transformer.abstract_parameters(item.config.model)
         wanted = {".".join(key.key for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(abstract)}
@@ -154,19 +154,31 @@ class Checkpoints:
         with self._room():
             self.manager.wait_until_finished()
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """`close`; `abandon` where someone wants it to end at once."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self.abandon()
+        else:
+            self.close()
+
     def close(self) -> None:
-        """Wait, then let go; also where a save has failed, whose threads would keep the process for ever."""
+        """Wait, then let go, also where a save has failed."""
         try:
             self.wait()
         except BaseException:
-            # Its own `close` ends where the wait does.
-            for part in ("_checkpointer", "_non_blocking_metadata_store", "_blocking_metadata_store"):
-                with contextlib.suppress(Exception):
-                    getattr(self.manager, part).close()
-            with contextlib.suppress(Exception):
-                self.manager._checkpoint_deleter.close()
+            self.abandon()
             raise
         self.manager.close()
+
+    def abandon(self) -> None:
+        """Let go without waiting. Orbax's own `close` ends where its wait does, and leaves threads that never end."""
+        parts = "_checkpointer", "_non_blocking_metadata_store", "_blocking_metadata_store", "_checkpoint_deleter"
+        for part in parts:
+            with contextlib.suppress(Exception):
+                getattr(self.manager, part).close()
 
     def _own(self, step: int | None) -> RunItem:
         """The item of `resolve(step)`, of the run whose config.json lies beside the checkpoints."""
@@ -177,7 +189,7 @@ class Checkpoints:
         return item
 
     @contextlib.contextmanager
-    def _usable(self, step: int) -> Iterator[None]:
+    def usable(self, step: int) -> Iterator[None]:
         """Whatever Orbax and tensorstore make of damaged files, as one line; they raise all kinds of exceptions."""
         try:
             yield

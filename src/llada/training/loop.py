@@ -8,64 +8,77 @@ metrics and summary, and speaks. Whatever decides what to do next must be the sa
 something agreed through `processes`.
 """
 
-import contextlib
-import json
 import math
-import signal
+import time
 from pathlib import Path
 
 import jax
 
-from llada import accounting, processes
+from llada import accounting, json_files, processes
 from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.data.rows import Batches, Corpus, chain_digest
 from llada.data.tokenizer import Tokenizer
-from llada.errors import UserError
+from llada.errors import DiskError, Diverged, Interrupted, UserError
 from llada.evaluation.validation import Validator
 from llada.files import write_atomically
+from llada.paths import user_path
 from llada.training import metrics as metrics_lib
+from llada.training import run_item
 from llada.training import workdir as workdir_lib
 from llada.training.checkpoint import Checkpoints
-from llada.training.optimizer import parse_position
+from llada.training.optimizer import parse_position, parse_schedule
 from llada.training.step import TrainState, compile_step, init_state, state_placements
 from llada.training.stopping import Stop, stop_signals
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; everything up to `step` is saved."""
-
-    def __init__(self, signal_number: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}; run again to continue")
-        self.signal_number = signal_number
-
-
-class Diverged(Exception):
-    """Loss or gradient stopped being a number. Nothing was saved after the last good checkpoint."""
-
-
-def train(config: Config, workdir: Path, progress: metrics_lib.Progress | None = None) -> dict:
+def train(
+    config: Config,
+    workdir: Path,
+    progress: metrics_lib.Progress | None = None,
+    allow_rate_jump: bool = False,
+) -> dict:
     """Train `config` in `workdir` until its last step; returns the summary it wrote to `summary.json`.
 
-    `progress` is told how it goes; default the terminal. Raises UserError, Interrupted (after saving) or Diverged, on
-    all processes alike.
+    `progress` is told how it goes; default the terminal. A run whose length has changed is refused where its schedule
+    would make the learning rate jump, unless `allow_rate_jump`. Raises UserError (Diverged among them) or Interrupted
+    (after saving), on all processes alike.
     """
+    workdir = user_path(workdir, "--workdir")
     workdir_lib.require_same(config)
+    first = processes.is_first()
+    progress = (progress if first else None) or metrics_lib.Progress(config, quiet=not first)
+    # What can be refused without any work, before anything is written.
+    evaluation_steps(config)
+    parse_schedule(config.optimizer.schedule, config.steps * config.tokens_per_step)
     mesh = mesh_lib.make(config.mesh)
     mesh_lib.check(config, mesh)
-    with jax.set_mesh(mesh), stop_signals() as received:
-        tokenizer, corpus = workdir_lib.prepare(workdir, config)
-        agreed = (UserError, Interrupted, Diverged)
-        with processes.ending_together(*agreed):
-            run = _Run(config, workdir, mesh, tokenizer, corpus, Stop(received, mesh), progress)
-            with contextlib.closing(run), processes.ending_together(*agreed):
-                while run.step < config.steps and not run.stop.number:
-                    run.advance()
-                run.settle()
-                if run.stop.number and run.step < config.steps:
-                    run.save()
-                    raise Interrupted(run.stop.number, run.step)
-                return run.finish()
+
+    def advice() -> str:
+        steps = run_item.saved_steps(workdir / "checkpoints")
+        return f"start it again on all hosts: it goes on from {f'step {steps[-1]}' if steps else 'the start'}"
+
+    with jax.set_mesh(mesh), stop_signals() as received, workdir_lib.held(workdir):
+        at = workdir_lib.claim(workdir, config, allow_rate_jump)
+        if at is not None and at > config.steps:
+            progress.say(f"{workdir} is already at step {at} of {config.steps}: nothing to do")
+            return _summary_of(workdir) or {"step": at}
+        tokenizer, corpus = workdir_lib.prepare(workdir, config, progress.say, received.check)
+        received.answer = "finishing this step and saving"
+        with (
+            processes.ending_together(UserError, Interrupted, advice=advice),
+            Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints,
+            _Run(config, workdir, mesh, tokenizer, corpus, checkpoints, Stop(received, mesh), progress) as run,
+            processes.ending_together(Interrupted, Diverged, advice=advice),
+        ):
+            while run.step < config.steps and not run.stop.number:
+                run.advance()
+            run.settle()
+            if run.stop.number and run.step < config.steps:
+                run.save()
+                checkpoints.wait()
+                raise Interrupted(run.stop.number, f"after step {run.step}")
+            return run.finish()
 
 
 class _Run:
@@ -78,15 +91,14 @@ class _Run:
         mesh: jax.sharding.Mesh,
         tokenizer: Tokenizer,
         corpus: Corpus,
+        checkpoints: Checkpoints,
         stop: Stop,
-        progress: metrics_lib.Progress | None,
+        progress: metrics_lib.Progress,
     ):
         self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
-        self.tokenizer, self.corpus = tokenizer, corpus
+        self.tokenizer, self.corpus, self.checkpoints, self.progress = tokenizer, corpus, checkpoints, progress
         first = processes.is_first()
-        self.progress = (progress if first else None) or metrics_lib.Progress(config, quiet=not first)
         self.evaluate_at = evaluation_steps(config)
-        self.checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
         special = tokenizer.special
         self._describe()
         self.state, cursor = self._restore_or_init()
@@ -95,15 +107,24 @@ class _Run:
         self.meter = metrics_lib.Meter(config, cursor.get("meter"))
         self.writer = metrics_lib.Writer(workdir, self.step) if first else None
         self.train_step = compile_step(config, special, mesh)
-        self.validate = Validator(config, special, tokenizer.token_bytes_V, corpus.holdout_NL, mesh)
+        text_bytes_V = corpus.text_bytes(tokenizer.token_bytes_V)
+        self.validate = Validator(config, special, text_bytes_V, corpus.holdout_NL, mesh)
         # The digest is of whole batches, so the process that keeps it reads them; the others read what they train on.
         B = config.train.batch_size
         own = None if first else mesh_lib.own_positions(mesh, B)
-        stream = Batches(corpus.train_NL, B, config.seed, config.data.unique_tokens, own)
+        stream = Batches(corpus.train_NL, B, config.seed, config.data.unique_tokens, own, tokenizer.vocab_size)
         self.positions = stream.positions
         self.batches = stream.iterate(self.step)
         self.pending: dict | None = None
         self.last_evaluation: tuple[int, dict] | None = None
+        self.compiled = False
+
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Stop reading ahead."""
+        self.batches.close()
 
     def advance(self) -> None:
         """One step of the run; the device works on it while the host looks at the one before."""
@@ -111,7 +132,7 @@ class _Run:
         if processes.is_first():
             self.rows_digest = chain_digest(self.rows_digest, rows_RL)
         batch_BL = mesh_lib.place_batch(self.mesh, rows_RL, self.positions, self.config.train.batch_size)
-        self.state, values = self.train_step(self.state, batch_BL)
+        self.state, values = self._step(batch_BL)
         self.log_previous()
         self.stop.ask()
         self.step += 1
@@ -124,7 +145,18 @@ class _Run:
             self.settle()
             self.save()
 
-    def log_previous(self) -> None:
+    def _step(self, batch_BL: jax.Array):
+        """Dispatch a step; the first is compiled, which is said, as it may take minutes."""
+        if self.compiled:
+            return self.train_step(self.state, batch_BL)
+        self.progress.say("compiling the training step ...")
+        start = time.perf_counter()
+        out = self.train_step(self.state, batch_BL)
+        self.progress.say(f"compiled in {time.perf_counter() - start:.1f} s")
+        self.compiled = True
+        return out
+
+    def log_previous(self, timed: bool = True) -> None:
         """Fetch and record the newest metrics not yet seen; stop the run if they are not finite."""
         if self.pending is None:
             return
@@ -139,9 +171,10 @@ class _Run:
                 f"step {self.step} is not finite: loss {values['loss_nats_per_token']} nats/token, gradient norm "
                 f"{values['grad_norm']}, parameter norm {values['parameter_norm']}. Last good checkpoint: "
                 f"{'none' if good is None else f'step {good}'} in {self.checkpoints.directory}; nothing later was "
-                "saved. Try a lower --config.optimizer.peak_learning_rate in a new workdir"
+                "saved. Try a lower --config.optimizer.peak_learning_rate"
+                f"{'' if good is None else ' in a new workdir'}"
             )
-        self.meter.add(values)
+        self.meter.add(values, timed)
         if self.step % self.config.train.log_every == 0 or self.step == self.config.steps:
             window = self.meter.window(self.step, values)
             self.record(window)
@@ -149,11 +182,14 @@ class _Run:
 
     def settle(self) -> None:
         """Catch up with the device, and keep what follows out of the speed."""
-        self.log_previous()
+        self.log_previous(timed=False)
         self.meter.pause()
 
     def evaluate(self) -> None:
         """Held-out figure of the present parameters."""
+        if self.last_evaluation is None:
+            rows = f"{len(self.validate.rows_NL):,} held-out rows"
+            self.progress.say(f"evaluating on {rows} (compiled first) ...")
         v = self.validate(self.state.params)
         values = {f"eval/{name}": getattr(v, name) for name in metrics_lib.EVALUATED}
         totals = metrics_lib.run_totals(self.config, self.step)
@@ -163,8 +199,13 @@ class _Run:
 
     def record(self, values: dict[str, float]) -> None:
         """A line of metrics.jsonl, written by process 0."""
-        if self.writer is not None:
+        if self.writer is None:
+            return
+        try:
             self.writer.write(self.step, values)
+        except DiskError:
+            self.checkpoints.wait()  # what is being saved may still find room
+            raise
 
     def save(self) -> None:
         """Checkpoint the present step; arrays have left the device on return, so donation is safe."""
@@ -176,14 +217,13 @@ class _Run:
         """Write `summary.json`: the run's figures in one place. Every process returns it."""
         path = self.workdir / "summary.json"
         if self.last_evaluation is None:  # a finished run, called again
-            found = json.loads(path.read_text()) if processes.is_first() and path.exists() else None
-            found = processes.from_first(found)
-            if found is not None and found["step"] == self.step:
+            found = _summary_of(self.workdir)
+            if found is not None and found.get("step") == self.step:
                 return found
             self.evaluate()
         summary = processes.from_first(self.summary() if processes.is_first() else None)
         if processes.is_first():
-            write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
+            write_atomically(path, (json_files.dumps(summary, indent=2) + "\n").encode())
         return summary
 
     def summary(self) -> dict:
@@ -196,7 +236,7 @@ class _Run:
         d = self.corpus.metadata
         _, evaluated = self.last_evaluation
         unique = min(self.config.data.unique_tokens or d.train_tokens, d.train_tokens)
-        return {
+        found = {
             "step": self.step,
             "objective": self.config.objective.name,
             "parameters": count.total,
@@ -215,13 +255,7 @@ class _Run:
             "corpus_digest": d.digest,
             "tokenizer_sha256": self.tokenizer.sha256,
         }
-
-    def close(self) -> None:
-        """Stop reading ahead, finish saving."""
-        self.batches.close()
-        if self.writer is not None:
-            self.writer.close()
-        self.checkpoints.close()
+        return json_files.finite(found)
 
     def _restore_or_init(self) -> tuple[TrainState, dict]:
         step = processes.from_first(self.checkpoints.latest())
@@ -248,12 +282,26 @@ class _Run:
         )
 
 
+def _summary_of(workdir: Path) -> dict | None:
+    """What `summary.json` holds, on every process; None where there is none. UserError, on all, for a damaged one."""
+    found = None
+    with processes.agreement():
+        path = workdir / "summary.json"
+        if processes.is_first() and path.exists():
+            try:
+                found = json_files.read(path)
+            except UserError as error:
+                raise UserError(f"{error}; remove it, and the same command writes it again") from error
+    return processes.from_first(found)
+
+
 def evaluation_steps(config: Config) -> frozenset[int]:
     """Steps that `evaluate.at` names, the nearest to each position. UserError where one is no position of the run."""
     steps = set()
     for word in config.evaluate.at.split():
         tokens = parse_position(word, config.steps * config.tokens_per_step)
-        step = None if tokens is None else round(tokens / config.tokens_per_step)
+        # Neither NaN nor infinity has a nearest step.
+        step = None if tokens is None or tokens > 1e18 else round(tokens / config.tokens_per_step)
         if step is None or not 0 < step <= config.steps:
             raise UserError(
                 f"--config.evaluate.at has {word!r}; a position is in tokens (2000000, 10.5G) or percent (2%), "

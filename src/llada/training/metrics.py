@@ -3,21 +3,24 @@
 `metrics.jsonl` has one line per `train.log_every` steps and one per evaluation; TensorBoard gets the same numbers.
 """
 
-import json
+import contextlib
 import math
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
-from llada import accounting
+from llada import accounting, json_files
 from llada.config import Config
+from llada.errors import UserError, disk_error
+from llada.files import write_atomically
 
 # name -> unit and meaning; writing a name that is not here is an error.
 METRICS = {
-    "train/loss_nats_per_token": "the objective: Eq. (3) for LLaDA, NLL for the ARM; mean over the window",
+    "train/loss_nats_per_token": "the objective: Eq. (3) for LLaDA, NLL for the ARM; mean over the window's steps",
     "train/head_nats_per_row": "plain cross-entropy of the rows that met the vocabulary head (masked tokens)",
     "train/head_fraction": "those rows as a share of the tokens",
     "train/grad_norm": "global gradient norm before clipping",
@@ -26,8 +29,8 @@ METRICS = {
     "train/tokens": "tokens read since step 0",
     "train/flops_6nd": "FLOPs since step 0, 6 N D with N non-embedding",
     "train/flops_exact": "FLOPs since step 0, all matrix products",
-    "speed/tokens_per_second": "while training, compilation, evaluation and saving left out",
-    "speed/mfu_percent": "exact FLOPs over the devices' bf16 peak; absent where the peak is not known",
+    "speed/tokens_per_second": "while training: no compilation, evaluation, saving; absent before 3 timed steps",
+    "speed/mfu_percent": "exact FLOPs over the devices' bf16 peak; absent where that or the speed is not known",
     "time/seconds": "wall time since step 0, all calls of the run together",
     "eval/nats_per_token": "held-out bound (LLaDA) or NLL (ARM)",
     "eval/stderr": "its standard error over rows",
@@ -37,6 +40,10 @@ METRICS = {
 
 # What an evaluation writes under eval/, by its name in `evaluation.validation.Validation`.
 EVALUATED = tuple(name.removeprefix("eval/") for name in METRICS if name.startswith("eval/"))
+
+
+# A speed is of so many timed steps, or there is none.
+_FEWEST_TIMED = 3
 
 
 class Meter:
@@ -52,7 +59,7 @@ class Meter:
         self.timed_tokens: int = saved.get("timed_tokens", 0)
         self._last_wall = time.perf_counter()
         self._clock: float | None = None
-        self._window_clock = (self.timed_seconds, self.timed_tokens)
+        self._latest: deque[float] = deque(maxlen=max(config.train.log_every, _FEWEST_TIMED))
 
     def state(self) -> dict:
         """JSON-ready, and apart from what goes on: a checkpoint writes it down while further steps are added."""
@@ -64,40 +71,45 @@ class Meter:
         """Leave what follows (evaluation, saving, compilation) out of the speed."""
         self._clock = None
 
-    def add(self, metrics: dict[str, float]) -> None:
-        """Count one finished step."""
+    def add(self, metrics: dict[str, float], timed: bool = True) -> None:
+        """Count one finished step.
+
+        `timed`: it was fetched when the next had been dispatched, as the one before it was. The step that is fetched
+        because a pause follows may have been ready for as long as the one before, and tells nothing.
+        """
         now = time.perf_counter()
-        if self._clock is not None:
+        if timed and self._clock is not None:
+            self._latest.append(now - self._clock)
             self.timed_seconds += now - self._clock
             self.timed_tokens += self.config.tokens_per_step
-        self._clock = now
+        self._clock = now if timed else None
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps_in_window += 1
 
     def window(self, step: int, last: dict[str, float]) -> dict[str, float]:
-        """Close the window that ends with `step` steps done: means, totals, speed."""
+        """Close the window that ends with `step` steps done: means, totals, and the speed of the latest timed steps."""
         self._count_wall()
         mean = {name: total / self.steps_in_window for name, total in self.sums.items()}
         values = {f"train/{name}": mean[name] for name in last if name != "token_count"}
         values["train/learning_rate"] = last["learning_rate"]
         values |= run_totals(self.config, step)
-        seconds, tokens = self.timed_seconds - self._window_clock[0], self.timed_tokens - self._window_clock[1]
-        if seconds > 0:
-            values["speed/tokens_per_second"] = tokens / seconds
+        if len(self._latest) >= _FEWEST_TIMED and sum(self._latest) > 0:
+            rate = len(self._latest) * self.config.tokens_per_step / sum(self._latest)
+            values["speed/tokens_per_second"] = rate
             peak = accounting.PEAK_FLOPS.get(jax.devices()[0].device_kind)
             if peak:
-                rate = tokens / seconds * accounting.flops_exact_per_token(self.config)
-                values["speed/mfu_percent"] = 100 * rate / (peak * jax.device_count())
+                flops = rate * accounting.flops_exact_per_token(self.config)
+                values["speed/mfu_percent"] = 100 * flops / (peak * jax.device_count())
         values["time/seconds"] = self.seconds
         self.sums, self.steps_in_window = {}, 0
-        self._window_clock = (self.timed_seconds, self.timed_tokens)
         return values
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over the whole run so far; None before the second step."""
-        return self.timed_tokens / self.timed_seconds if self.timed_seconds else None
+        """Over the whole run so far; None before there are enough timed steps."""
+        enough = self.timed_tokens >= _FEWEST_TIMED * self.config.tokens_per_step and self.timed_seconds > 0
+        return self.timed_tokens / self.timed_seconds if enough else None
 
     def _count_wall(self) -> None:
         now = time.perf_counter()
@@ -115,15 +127,34 @@ def run_totals(config: Config, step: int) -> dict[str, float]:
     }
 
 
-def _summary_writer() -> type:
-    """tensorboardX's writer, which imports torch where it finds it, for things that scalars do not need: seconds."""
-    hidden = sys.modules.setdefault("torch", None) is None
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hidden:
-            del sys.modules["torch"]
-    return SummaryWriter
+class _Board:
+    """TensorBoard's event file, written and flushed line by line.
+
+    tensorboardX's own writer has a thread and a queue: where the disk is full it prints a traceback and then waits for
+    ever.
+    """
+
+    def __init__(self, workdir: Path, from_step: int):
+        # It imports torch where it finds it, for things that scalars do not need: seconds.
+        hidden = sys.modules.setdefault("torch", None) is None
+        try:
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
+        finally:
+            if hidden:
+                del sys.modules["torch"]
+        self._scalar, self._event = summary.scalar, event_pb2.Event
+        self._file = event_file_writer.EventsWriter(str(workdir / "events"))
+        # What later steps of an earlier call have written is hidden.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._file.write_event(self._event(step=from_step + 1, wall_time=time.time(), session_log=start))
+        self._file.flush()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            summary = self._scalar(name, value)
+            self._file.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
+        self._file.flush()
 
 
 class Writer:
@@ -131,36 +162,69 @@ class Writer:
 
     def __init__(self, workdir: Path, from_step: int):
         self.path = workdir / "metrics.jsonl"
-        kept = [line for line in read(self.path) if line["step"] <= from_step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self.path)
-        self.board = _summary_writer()(str(workdir), purge_step=from_step + 1)
+        content = json_files.read_bytes(self.path) if self.path.exists() else b""
+        good, bad = _parsed(content)
+        if bad:  # in the middle: nothing of ours writes so, and what it was may matter to someone
+            write_atomically(self.path.with_name("metrics.jsonl.damaged"), content)
+            numbers = ", ".join(map(str, bad[:5])) + (", ..." if bad[5:] else "")
+            print(
+                f"{self.path}: dropped line {numbers}, damaged; the file as it was is kept as {self.path.name}.damaged",
+                file=sys.stderr,
+            )
+        kept = "".join(json_files.dumps(line) + "\n" for line in good if line["step"] <= from_step).encode()
+        if kept != content or not self.path.exists():
+            write_atomically(self.path, kept)
+        self.board: _Board | None = None
+        with self._optional():
+            self.board = _Board(workdir, from_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line, keys as in METRICS; flushed at once."""
+        """One line, keys as in METRICS; flushed at once. DiskError where there is no room for it."""
         unknown = values.keys() - METRICS.keys()
         if unknown:
             raise KeyError(f"metrics without a name in METRICS: {sorted(unknown)}")
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json_files.dumps({"step": step} | values) + "\n")
+        except OSError as error:
+            if full := disk_error(error, f"writing {self.path}"):
+                raise full from error
+            raise
+        if self.board is not None:
+            with self._optional():
+                self.board.write(step, values)
 
-    def close(self) -> None:
-        """Flush TensorBoard."""
-        self.board.close()
+    @contextlib.contextmanager
+    def _optional(self):
+        """TensorBoard's file holds nothing that metrics.jsonl does not: a run goes on without it."""
+        try:
+            yield
+        except OSError as error:
+            self.board = None
+            print(f"no more TensorBoard events: {error.strerror or error}; metrics.jsonl goes on", file=sys.stderr)
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a kill is dropped."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    """The lines of a `metrics.jsonl`, null being NaN no more than absent; damaged ones are left out."""
+    return _parsed(json_files.read_bytes(path))[0] if path.exists() else []
+
+
+def _parsed(content: bytes) -> tuple[list[dict], list[int]]:
+    """Good lines, and the numbers of damaged ones; a last line cut short by a kill is simply dropped."""
+    good, bad = [], []
+    for number, text in enumerate(content.split(b"\n"), 1):
+        if not text.strip():
+            continue
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+            line = json_files.parse(text, f"line {number}")
+            if type(line.get("step")) is not int:
+                raise UserError("no step")
+            good.append(line)
+        except UserError:
+            bad.append(number)
+    if bad and not content.endswith(b"\n") and bad[-1] == content.count(b"\n") + 1:
+        bad.pop()
+    return good, bad
 
 
 class Progress:
@@ -172,7 +236,12 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A remark between progress lines."""
-        self.console.print(text, markup=False, style="cyan")
+        self._print(text, style="cyan")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        # The terminal may have gone, or the pipe: the run has not.
+        with contextlib.suppress(OSError, ValueError):
+            self.console.print(text, markup=False, style=style)
 
     def train(self, step: int, values: dict[str, float]) -> None:
         """step, loss, speed, MFU where known, time left."""
@@ -189,15 +258,16 @@ class Progress:
             if "speed/mfu_percent" in values:
                 parts.append(f"MFU {values['speed/mfu_percent']:.1f} %")
             parts.append(f"{clock(left)} left")
-        self.console.print("  ".join(parts), markup=False)
+        self._print("  ".join(parts))
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """The held-out figure, with its error."""
         kind = "NLL" if self.config.objective.name == "autoregressive" else "bound"
-        self.console.print(
-            f"step {step}: held-out {kind} {values['eval/nats_per_token']:.4f} ± {values['eval/stderr']:.4f} nats/token"
+        error = values["eval/stderr"]
+        error = f" ± {error:.4f}" if error is not None and math.isfinite(error) else ""
+        self._print(
+            f"step {step}: held-out {kind} {values['eval/nats_per_token']:.4f}{error} nats/token"
             f"  {values['eval/bits_per_byte']:.4f} bits/byte",
-            markup=False,
             style="bold green",
         )
 

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from llada import mesh as mesh_lib
 from llada import processes
+from llada.errors import Interrupted
 
 
 class Stop:
@@ -48,24 +50,40 @@ class Stop:
             self._asked = None
 
 
+class Received(list[int]):
+    """The numbers of signals received; `answer` is what the first one is told."""
+
+    answer = "stopping"
+
+    def check(self) -> None:
+        """Called between pieces of work before the first step: Interrupted if a signal has come."""
+        if self:
+            raise Interrupted(self[0], "while preparing")
+
+
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that receives the number of the first SIGINT or SIGTERM.
+def stop_signals() -> Iterator[Received]:
+    """Yield a list that receives the number of the first SIGINT, SIGTERM or SIGHUP (unless that is ignored: nohup).
 
     A Ctrl-C after it ends the process as usual: someone is waiting. A further SIGTERM does nothing: schedulers send it
     twice, and have SIGKILL for those that take too long.
     """
-    received: list[int] = []
+    received = Received()
     previous = {}
 
     def handler(number, frame):
         received.append(number)
         if len(received) == 1:
-            print("\nfinishing this step and saving; Ctrl-C to stop at once", file=sys.stderr, flush=True)
             signal.signal(signal.SIGINT, previous[signal.SIGINT])
+            with contextlib.suppress(OSError, ValueError):  # with SIGHUP the terminal has gone
+                print(f"\n{received.answer}; Ctrl-C to stop at once", file=sys.stderr, flush=True)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, handler)
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
+        yield received
+        return
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            previous[number] = signal.signal(number, handler)
     try:
         yield received
     finally:

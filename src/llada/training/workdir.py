@@ -7,13 +7,11 @@ events.out.tfevents.*
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
-import shutil
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
-
-import jax
 
 from llada import config as config_lib
 from llada import json_files, processes
@@ -22,31 +20,16 @@ from llada.config import Config, MeshConfig
 from llada.data import rows, sources, tokenizer_files
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.tokenizer import Tokenizer
-from llada.errors import DataError, UserError
-from llada.files import write_atomically
-from llada.model import transformer
+from llada.errors import UserError, disk_error
+from llada.files import lock, write_atomically
 from llada.paths import user_path
-from llada.training import run_item
+from llada.training import optimizer, run_item
 from llada.training.checkpoint import Checkpoints
-from llada.training.run_item import RunItem
+from llada.training.corpus import corpus_digest, corpus_for, corpus_of_run, rows_directory
+from llada.training.run import Run
+from llada.training.run_item import RunItem, StepRemoved
 
-
-class Run(NamedTuple):
-    """A trained model, ready to be used: `llada.load(workdir)`."""
-
-    config: Config
-    params: transformer.Parameters
-    tokenizer: Tokenizer
-    step: int
-    mesh: jax.sharding.Mesh
-
-    def hidden(self, tokens_BL, lengths_B=None):
-        """Hidden states of the model: see `transformer.hidden`."""
-        return transformer.hidden(self.config.model, self.params, tokens_BL, lengths_B)
-
-    def logits(self, tokens_BL, lengths_B=None):
-        """`logits_BLV`, float32: see `transformer.logits`."""
-        return transformer.logits(self.config.model, self.params, tokens_BL, lengths_B)
+__all__ = ["corpus_for", "corpus_of_run"]  # of corpus.py, where callers look for what belongs to a workdir
 
 
 def require_same(config: Config) -> None:
@@ -58,20 +41,38 @@ def require_same(config: Config) -> None:
             raise UserError(f"its configuration is not that of process 0 ({changed}); run the same command everywhere")
 
 
-def prepare(workdir: Path, config: Config) -> tuple[Tokenizer, rows.Corpus]:
-    """Make `workdir` this experiment's, with tokenizer and corpus; continue what is there. UserError if that fails.
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """A block in which nobody else trains in `workdir`; process 0 holds its lock. UserError, on all, where one does."""
+    with contextlib.ExitStack() as stack:
+        with processes.agreement():
+            if processes.is_first():
+                try:
+                    stack.enter_context(lock(workdir / "lock", f"--workdir={workdir}", remove=True))
+                except OSError as error:
+                    raise _unwritable(workdir, error) from error
+        yield
 
-    Of several processes the first does this, the others wait for it and then open what it made.
+
+def prepare(
+    workdir: Path,
+    config: Config,
+    say: Callable[[str], None] = lambda text: None,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Tokenizer, rows.Corpus]:
+    """Tokenizer and corpus of a workdir that `claim` has found to be this experiment's. UserError if that fails.
+
+    Of several processes the first makes them, the others wait for it and then open what it made. `say` is told how far
+    it is; `check` is called between pieces of work, and may raise to end it.
     """
 
     def opened(item: RunItem | None = None) -> tuple[Tokenizer, rows.Corpus]:
-        tokenizer = tokenizer_for(workdir, config)
-        return tokenizer, corpus_for(workdir, config, tokenizer, item and _corpus_digest(workdir, item))
+        tokenizer = tokenizer_for(workdir, config, say, check)
+        return tokenizer, corpus_for(workdir, config, tokenizer, item and corpus_digest(workdir, item), say, check)
 
     with processes.agreement():
         if processes.is_first():
             item = newest(workdir)
-            claim(workdir, config, item)
             if item is None:
                 _write_config(workdir, config)
             else:
@@ -82,7 +83,7 @@ def prepare(workdir: Path, config: Config) -> tuple[Tokenizer, rows.Corpus]:
     processes.require_shared(workdir, "--workdir")
     with processes.agreement():
         if not processes.is_first():
-            directory = _rows_directory(workdir, config)
+            directory = rows_directory(workdir, config)
             if not (directory / "metadata.json").exists():
                 raise UserError(f"no corpus in --config.data.directory={directory}, where process 0 has made one")
             made = opened()
@@ -99,22 +100,47 @@ def newest(workdir: Path) -> RunItem | None:
     return run_item.read(directory, steps[-1]) if steps else None
 
 
-def claim(workdir: Path, config: Config, item: RunItem | None) -> None:
-    """UserError unless `workdir` is this experiment's, or free; `item` is its newest checkpoint's.
+def claim(workdir: Path, config: Config, allow_rate_jump: bool = False) -> int | None:
+    """The step that a run of `config` in `workdir` would go on from; None where there is no checkpoint.
 
-    What an experiment is, is settled once there is a checkpoint: before, other values replace those of earlier calls,
-    and what was made by them is cleared away.
+    UserError, on all processes, unless the workdir is this experiment's, or free. What an experiment is, is settled
+    once there is a checkpoint: before, other values replace those of earlier calls, and what was made by them is
+    cleared away. Refused too is a longer or shorter run whose schedule would make the rate jump, unless allowed.
     """
-    path = workdir / "config.json"
-    old = config_lib.load(path) if path.exists() else None
-    if item is not None:
-        if old is not None and not config_lib.differences(old, config, begun=item.begun):
-            run_item.require_same(item, config, workdir / "checkpoints")
-        _refuse_another(workdir, config_lib.differences(item.config, config, begun=item.begun))
-    elif old is not None and (workdir / "summary.json").exists():
-        _refuse_another(workdir, config_lib.differences(old, config))
-    elif old is not None:
-        _clear(workdir, old, config)
+    item = None
+    with processes.agreement():
+        if processes.is_first():
+            item = newest(workdir)
+            path = workdir / "config.json"
+            old = config_lib.load(path) if path.exists() else None
+            if item is not None:
+                if old is not None and not config_lib.differences(old, config, begun=item.begun):
+                    run_item.require_same(item, config, workdir / "checkpoints")
+                _refuse_another(workdir, config_lib.differences(item.config, config, begun=item.begun))
+                if not allow_rate_jump:
+                    _refuse_a_jump(item, config)
+            elif old is not None and (workdir / "summary.json").exists():
+                _refuse_another(workdir, config_lib.differences(old, config))
+            elif old is not None:
+                _clear(workdir, old, config)
+    return processes.from_first(None if item is None else item.step)
+
+
+def _refuse_a_jump(item: RunItem, config: Config) -> None:
+    """Percent positions of a schedule move with the length of the run."""
+    old, step = item.config, item.step
+    if not item.begun or old.steps == config.steps or not 0 < step < config.steps:
+        return
+    before, planned, now = (
+        float(optimizer.learning_rate(c)(s)) for c, s in ((old, step - 1), (old, step), (config, step))
+    )
+    if not math.isclose(planned, now, rel_tol=1e-4):
+        raise UserError(
+            f"{old.steps:,} -> {config.steps:,} steps moves the percent positions of optimizer.schedule="
+            f"{config.optimizer.schedule!r}: from step {step} to {step + 1} the learning rate would go from "
+            f"{before:.3g} to {now:.3g}; --allow_rate_jump goes on so. A run that is to be extended needs positions in "
+            "tokens from its start, such as '0:0 2M:1'"
+        )
 
 
 def _write_config(workdir: Path, config: Config) -> None:
@@ -123,7 +149,12 @@ def _write_config(workdir: Path, config: Config) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json_files.dumps(config_lib.to_dict(config), indent=2) + "\n").encode())
     except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; choose another") from error
+        raise _unwritable(workdir, error) from error
+
+
+def _unwritable(workdir: Path, error: OSError) -> UserError:
+    full = disk_error(error, f"writing in --workdir={workdir}")
+    return full or UserError(f"--workdir={workdir} cannot be written: {error.strerror or error}; choose another")
 
 
 def _refuse_another(workdir: Path, changed: list[str]) -> None:
@@ -173,8 +204,16 @@ def _own_tokenizer(workdir: Path, item: RunItem) -> Tokenizer | None:
     return tokenizer
 
 
-def tokenizer_for(workdir: Path, config: Config) -> Tokenizer:
-    """The run's tokenizer: the workdir's copy, else `data.tokenizer`, else one trained on the training documents."""
+def tokenizer_for(
+    workdir: Path,
+    config: Config,
+    say: Callable[[str], None] = lambda text: None,
+    check: Callable[[], None] = lambda: None,
+) -> Tokenizer:
+    """The run's tokenizer: the workdir's copy, else `data.tokenizer`, else one trained on the training documents.
+
+    `say` is told that it is trained; `check` is called between documents, and may raise to end it.
+    """
     path = tokenizer_files.in_workdir(workdir)
     given = config.data.tokenizer and user_path(config.data.tokenizer, "--config.data.tokenizer")
 
@@ -193,87 +232,17 @@ def tokenizer_for(workdir: Path, config: Config) -> Tokenizer:
         write_atomically(workdir / tokenizer.file_name, tokenizer.content)
     else:
         path = workdir / SentencePieceTokenizer.file_name
-        tokenizer = SentencePieceTokenizer.train(sources.training(config.data), config.model.vocab_size, path)
+        say(f"training the tokenizer: {config.model.vocab_size:,} pieces, from {config.data.source}")
+        tokenizer = SentencePieceTokenizer.train(
+            _checked(sources.training(config.data), check), config.model.vocab_size, path
+        )
     return tokenizer
 
 
-def corpus_for(workdir: Path, config: Config, tokenizer: Tokenizer, digest: str | None = None) -> rows.Corpus:
-    """The run's rows, tokenised once and kept under `data.directory`, or else `workdir/data`.
-
-    With the `digest` of what the run has been trained on, other rows are a DataError, and those made anew are compared
-    before they take their place.
-    """
-    d, directory = config.data, _rows_directory(workdir, config)
-    made = directory
-    if digest and not (directory / "metadata.json").exists():
-        made = directory / "made-anew"
-    try:
-        corpus = rows.prepare(
-            made,
-            *(d.source, tokenizer, d.sequence_length, d.holdout_fraction),
-            text_key=d.text_key,
-            holdout_source=d.holdout_source,
-        )
-        if digest and corpus.metadata.digest != digest:
-            raise _another_corpus(workdir, directory, corpus.metadata.digest, digest)
-        if made != directory:
-            for name in ("train.npy", "holdout.npy", "metadata.json"):  # which counts, last
-                (made / name).replace(directory / name)
-            corpus = rows.open_corpus(directory)
-    finally:
-        if made != directory:
-            shutil.rmtree(made, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                directory.rmdir()  # where there was none before
-    return corpus
-
-
-def corpus_of_run(workdir: Path, config: Config, tokenizer: Tokenizer, step: int) -> rows.Corpus:
-    """The rows that the run of `step` was trained on, opened where they are and never made.
-
-    They lie where the config says, in the workdir, or in the sweep that the workdir belongs to. UserError where there
-    are none, DataError where they are others.
-    """
-    item = run_item.read(workdir / "checkpoints", step)
-    digest = _corpus_digest(workdir, item)
-    own = _rows_directory(workdir, config)
-    places = list(dict.fromkeys([own, workdir / "data", workdir.absolute().parent.parent / "data"]))
-    found = [place for place in places if (place / "metadata.json").exists()]
-    for place in found:
-        corpus = rows.open_corpus(place)
-        d, m = config.data, corpus.metadata
-        asked = (d.source, d.sequence_length, d.holdout_fraction, tokenizer.sha256)
-        as_asked = asked == (m.source, m.sequence_length, m.holdout_fraction, m.tokenizer_sha256)
-        if m.digest == digest or (digest is None and as_asked):
-            return corpus
-    if own in found and digest is not None:
-        raise _another_corpus(workdir, own, rows.open_corpus(own).metadata.digest, digest)
-    raise UserError(
-        f"no rows of {workdir} in {' or '.join(map(str, places[:2]))}; llada train --workdir={workdir} makes them from "
-        f"data.source={config.data.source}, or finds them with --config.data.directory=DIR"
-    )
-
-
-def _corpus_digest(workdir: Path, item: RunItem) -> str | None:
-    """Of the rows that a run has been trained on; None where nothing says it: before training, and in old runs."""
-    path = workdir / "summary.json"
-    digest = item.cursor.get("corpus_digest")
-    if digest is None and item.begun and path.exists():
-        digest = json_files.read(path).get("corpus_digest")
-    return digest
-
-
-def _another_corpus(workdir: Path, directory: Path, found: str, wanted: str) -> DataError:
-    return DataError(
-        f"{directory}: these rows (digest {found}) are not those that {workdir} was trained on (digest {wanted}); put "
-        "back the documents that it was made from, or give its rows by --config.data.directory=DIR; for another corpus "
-        "give a new --workdir"
-    )
-
-
-def _rows_directory(workdir: Path, config: Config) -> Path:
-    given = config.data.directory
-    return workdir / "data" if given is None else user_path(given, "--config.data.directory")
+def _checked(texts: Iterable[str], check: Callable[[], None]) -> Iterator[str]:
+    for text in texts:
+        check()
+        yield text
 
 
 def read_config(workdir: Path) -> Config:
@@ -302,9 +271,16 @@ def load(workdir: str | os.PathLike, step: int | None = None, mesh: MeshConfig |
     workdir = user_path(workdir, "--workdir")
     config = read_config(workdir)
     device_mesh = mesh_lib.make(mesh or MeshConfig())
-    checkpoints = Checkpoints(workdir)
+    with Checkpoints(workdir) as checkpoints:
+        try:
+            return _opened(workdir, checkpoints, config, device_mesh, step)
+        except StepRemoved:
+            if step is not None:
+                raise
+            return _opened(workdir, checkpoints, config, device_mesh, None)  # training has saved a newer one
+
+
+def _opened(workdir: Path, checkpoints: Checkpoints, config: Config, mesh, step: int | None) -> Run:
     step = checkpoints.resolve(step)
     tokenizer = saved_tokenizer(workdir, checkpoints, step)
-    params = checkpoints.restore_parameters(config, device_mesh, step)
-    checkpoints.close()
-    return Run(config, params, tokenizer, step, device_mesh)
+    return Run(config, checkpoints.restore_parameters(config, mesh, step), tokenizer, step, mesh, workdir)
