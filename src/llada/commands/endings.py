@@ -9,8 +9,6 @@ import errno
 import os
 import signal
 import sys
-import threading
-import traceback
 from collections.abc import Callable
 
 from llada.errors import UserError, disk_error
@@ -54,6 +52,8 @@ def _interrupt(number: int, frame) -> None:
             _say_interrupted()
             os._exit(INTERRUPTED)
         if frame.f_code.co_name == "_xla_gc_callback":
+            import threading
+
             threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
             return
         frame = frame.f_back
@@ -126,6 +126,8 @@ def known(error: BaseException, what: str) -> UserError | None:
 
 def _where(error: BaseException, own: bool = True) -> str:
     """`in FILE line N`: the last frame of our own code, or of any."""
+    import traceback
+
     frames = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in frames if not own or f"{os.sep}llada{os.sep}" in frame.filename] or frames
     return f"in {os.path.basename(frames[-1].filename)} line {frames[-1].lineno}" if frames else ""

@@ -5,7 +5,6 @@ megabytes to be filled with zeros a step, while it computes nothing.
 """
 
 import contextlib
-import ctypes
 import os
 import sys
 
@@ -32,6 +31,8 @@ def keep() -> None:
     To be called before JAX is asked for devices, and after `processes.start`. Nothing happens outside Linux, with
     another C library than glibc, or where JAX has an accelerator.
     """
+    import ctypes
+
     import jax
 
     if sys.platform != "linux":

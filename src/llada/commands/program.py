@@ -1,11 +1,9 @@
-"""The `llada` program: finds the command, parses its flags, and turns a user's mistake into one line and its status."""
+"""The `llada` program: finds the command, parses its flags, and turns a user's mistake into one line and its status.
 
-import difflib
+What takes time is imported where it is used: until `start` runs, Ctrl-C ends in a traceback.
+"""
+
 import importlib
-import importlib.metadata
-import inspect
-import platform
-import re
 import sys
 
 from llada.commands import endings, memory
@@ -62,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _call(name: str, command, words: list[str]) -> int:
     """Parse the words after the command's name, and run it."""
+    import inspect
+
     from absl import flags
 
     from llada.commands import environment, experiment
@@ -134,6 +134,8 @@ def _no_flag(flag: str, defined, name: str, takes_overrides: bool) -> str:
 
 
 def _did_you_mean(word: str, known: list[str], before: str = "") -> str:
+    import difflib
+
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {before}{close[0]}?" if close else ""
 
@@ -151,20 +153,26 @@ def _groups(name: str) -> dict[str, type]:
 
 def _one_line(text: str) -> str:
     """Lines joined, characters that a terminal would obey or cannot show escaped; spaces stay as they are."""
+    import re
+
     joined = re.sub(r"\s*[\r\n\v\f\x85\u2028\u2029]+\s*", " ", text.strip())
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in joined)
 
 
 def _versions() -> str:
+    import platform
+
     names = {"llada": "llada-jax", **{name: name for name in ("jax", "jaxlib", "flax", "orbax-checkpoint", "grain")}}
     parts = [f"{name} {_version(package)}" for name, package in names.items()]
     return f"{', '.join(parts)}; Python {platform.python_version()} on {platform.platform()}"
 
 
 def _version(name: str) -> str:
+    from importlib import metadata
+
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
         return "(not installed)"
 
 
