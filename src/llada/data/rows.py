@@ -8,7 +8,7 @@ the same rows in the same order. Letters: N rows on disk, B rows in a batch, L t
 import dataclasses
 import hashlib
 import sys
-import zlib
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -215,28 +215,19 @@ def require_known(rows_NL: np.ndarray, vocab_size: int, row_N: np.ndarray) -> No
 def _metadata(path: Path) -> Metadata:
     """UserError unless every field is there, of its type, and possible."""
     values = json_files.read(path)
-    fields = {field.name: field for field in dataclasses.fields(Metadata)}
-    kinds = {
-        "int": int,
-        "float": (int, float),
-        "str": str,
-        "str | None": (str, type(None)),
-        "int | None": (int, type(None)),
-    }
-    for name, field in fields.items():
+    fields = dataclasses.fields(Metadata)
+    for field in fields:
+        name = field.name
         if name not in values and field.default is dataclasses.MISSING:
             raise UserError(f"{path.name} has no {name}")
-        value = values.get(name, field.default)
-        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-        allowed = (*kinds[kind.removesuffix(" | None")], *([type(None)] if kind.endswith(" | None") else []))
-        if isinstance(value, bool) or not isinstance(value, allowed):
-            raise UserError(f"{path.name}: {name} is {value!r}, not {kind}")
+        value, kinds = values.get(name, field.default), typing.get_args(field.type) or (field.type,)
+        if isinstance(value, bool) or not isinstance(value, (*kinds, int) if float in kinds else kinds):
+            raise UserError(f"{path.name}: {name} is {value!r}, not {' or '.join(kind.__name__ for kind in kinds)}")
         if isinstance(value, int | float) and not 0 <= value < _MOST_OF_ANYTHING:
             raise UserError(f"{path.name}: {name}={value} is not possible")
-    least = min(values[name] for name in ("sequence_length", "vocab_size", "train_rows", "holdout_rows"))
-    if least < 1:
+    if min(values[name] for name in ("sequence_length", "vocab_size", "train_rows", "holdout_rows")) < 1:
         raise UserError(f"{path.name} says that there are no rows")
-    return Metadata(**{name: values[name] for name in fields if name in values})
+    return Metadata(**{field.name: values[field.name] for field in fields if field.name in values})
 
 
 def unique_rows(rows_NL: np.ndarray, unique_tokens: int | None) -> np.ndarray:
