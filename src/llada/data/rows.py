@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import sys
 import typing
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
