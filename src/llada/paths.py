@@ -73,3 +73,24 @@ def writable_target(given: str | os.PathLike, flag: str) -> Path:
     except OSError as error:
         raise UserError(f"{flag}={path} cannot be written: {error.strerror}; choose another") from error
     return path
+
+
+def writable_directory(given: str | os.PathLike, flag: str, read_only: bool = False) -> Path:
+    """`user_path` of a directory to be written in, checked before the work: there or to be made, and taking files.
+
+    With `read_only` only that it is no file. UserError naming `flag` otherwise. Nothing is written.
+    """
+    path = user_path(given, flag)
+    try:
+        if os.path.lexists(path) and not path.is_dir():
+            raise UserError(f"{flag}={path} is no directory; choose another")
+        above = path.absolute()
+        while not above.exists():
+            above = above.parent
+        if not above.is_dir():
+            raise UserError(f"{flag}={path} cannot be made: {above} is no directory; choose another")
+        if not read_only and not os.access(above, os.W_OK | os.X_OK):
+            raise UserError(f"{flag}={path} cannot be written: permission denied, or a read-only disk; choose another")
+    except OSError as error:
+        raise UserError(f"{flag}={path} cannot be written: {error.strerror}; choose another") from error
+    return path

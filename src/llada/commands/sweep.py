@@ -2,9 +2,10 @@
 
 Trains a grid of runs (budgets x sizes x families), fits scaling laws through them and draws them: DIR/results.csv,
 fits.json, isoflop.png, frontier.png, allocation.png (repeat.png in the data-limited mode) and report.md. Every run is
-an ordinary workdir under DIR/runs. Called again it goes on where it stopped; finished runs are never repeated. N jobs
-share a directory with --only=1/N ... --only=N/N; whichever ends last writes the whole. Without --config the grid is
-the one DIR holds; with --results alone, readings of other sweeps are fitted and nothing is trained.
+an ordinary workdir under DIR/runs. Called again it goes on where it stopped; finished runs are never repeated, and
+failed ones with --retry_failed, or at a lower learning rate with --retry_rate=0.5. N jobs share a directory with
+--only=1/N ... --only=N/N; whichever ends last writes the whole. Without --config the grid is the one DIR holds; with
+--results alone, readings of other sweeps are fitted and nothing is trained.
 """
 
 import shlex
@@ -13,13 +14,17 @@ from pathlib import Path
 
 from absl import flags
 
+from llada import paths
 from llada.commands import experiment
-from llada.errors import UserError
+from llada.errors import Diverged, UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the sweep; made if missing, continued if it holds one")
 ONLY = flags.DEFINE_string("only", None, "I/N: train only the I-th of N shares of the runs, equal in FLOPs")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the planning table and stop; nothing is written")
 RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "train failed runs again, from their last good checkpoint")
+RETRY_RATE = flags.DEFINE_float(
+    "retry_rate", None, "train failed runs anew, with their peak learning rate times this, such as 0.5"
+)
 RESULTS = flags.DEFINE_multi_string("results", [], "results.csv of another sweep, to fit together with this one's")
 PREDICT = flags.DEFINE_float(
     "predict", None, "a budget in FLOPs whose best models and losses the report should predict"
@@ -30,17 +35,13 @@ flags.adopt_module_key_flags(experiment)
 
 
 def run(overrides: dict[str, str]) -> int:
-    """Plan, train, fit, draw, report. 1 where runs failed; 130 or 143 after a signal, everything saved."""
-    if not WORKDIR.value:
-        raise UserError("--workdir is missing; for example --workdir=runs/sweep")
-    if PREDICT.value is not None and not 0 < PREDICT.value < float("inf"):
-        raise UserError(f"--predict={PREDICT.value} must be a number of FLOPs above 0, such as 1e21")
+    """Plan, train, fit, draw, report. 3 where runs diverged, 1 where they failed; 130 or 143 after a signal."""
+    directory = _check_flags()
     from llada.scaling import results as results_lib
 
-    directory = Path(WORKDIR.value)
-    others = [row for path in RESULTS.value for row in results_lib.read_csv(Path(path))]
+    others = [row for path in RESULTS.value for row in results_lib.read_csv(paths.readable_file(path, "--results"))]
     if not (experiment.CONFIG.value or (directory / "sweep.json").exists()) and others:
-        return _fit_only(directory, others)
+        return _fit_only(directory, others, overrides)
 
     from rich.console import Console
 
@@ -48,19 +49,27 @@ def run(overrides: dict[str, str]) -> int:
     from llada.scaling import sweep as sweep_lib
     from llada.training import loop
 
-    sweep = sweep_lib.make(directory, *_read(directory, overrides))
+    sweep = sweep_lib.make(directory, *_read(directory, overrides), overrides, bool(experiment.CONFIG.value))
     mine = grid.share(sweep.runs, ONLY.value)
     before = sweep_lib.collect(sweep)
+    results_lib.check_comparable([*before, *others])
     dtype = sweep.runs[0].config.model.dtype
     rate = rates.on_device(MACHINE.value, CHIPS.value) if MACHINE.value else rates.measured(before) or rates.here(dtype)
-    console = Console(highlight=False, soft_wrap=True)
-    console = console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=status.WIDE)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, markup=False, width=status.WIDE)
+    retries = RETRY_FAILED.value or RETRY_RATE.value is not None
+    remarks = sweep_lib.remarks(sweep)
     console.print(status.plan_table(mine, before, rate, console.width))
-    console.print(status.plan_summary(mine, before, rate))
+    for text in (*remarks, status.plan_summary(mine, before, rate, retries)):
+        console.print(text)
     if DRY_RUN.value:
         return 0
     sweep_lib.prepare(sweep)
     results_lib.check_comparable([*sweep_lib.collect(sweep), *others])  # before hours are spent
+    if RETRY_RATE.value is not None:
+        sweep = sweep_lib.retry_at(sweep, mine, RETRY_RATE.value)
+        mine = grid.share(sweep.runs, ONLY.value)
     try:
         with status.Board(sweep.runs, lambda: sweep_lib.collect(sweep)) as board:
             sweep_lib.run_all(sweep, mine, board.progress, board.ended, RETRY_FAILED.value)
@@ -68,11 +77,33 @@ def run(overrides: dict[str, str]) -> int:
         print(f"llada sweep: {stop}", file=sys.stderr)
         return 128 + stop.signal_number
     rows = sweep_lib.collect(sweep)
-    _report(directory, [*rows, *others], sweep.config.annealing_gain)
-    failed = sorted({row.run for row in rows if row.status == results_lib.FAILED})
-    for name in failed:
-        print(f"llada sweep: {name} failed: {results_lib.failure(directory / 'runs' / name)}", file=sys.stderr)
+    _report(directory, [*rows, *others], sweep.config.annealing_gain, remarks)
+    failed = {row.run: row.reason or "" for row in rows if row.status == results_lib.FAILED}
+    for name, reason in sorted(failed.items()):
+        print(f"llada sweep: {name} failed: {reason}", file=sys.stderr)
+    if failed and all(reason.startswith(results_lib.DIVERGED) for reason in failed.values()):
+        return Diverged.status
     return 1 if failed else 0
+
+
+def _check_flags() -> Path:
+    """The sweep's directory. UserError for what can be told from the command line, the disk and what is installed."""
+    if not WORKDIR.value:
+        raise UserError("--workdir is missing; for example --workdir=runs/sweep")
+    directory = paths.writable_directory(WORKDIR.value, "--workdir", read_only=DRY_RUN.value)
+    from llada.scaling.sweep_config import MOST
+
+    if PREDICT.value is not None and not 0 < PREDICT.value <= MOST:
+        raise UserError(f"--predict={PREDICT.value} must be a number of FLOPs above 0, such as 1e21, up to {MOST:g}")
+    if RETRY_RATE.value is not None and not 0 < RETRY_RATE.value < 1:
+        raise UserError(f"--retry_rate={RETRY_RATE.value} must be between 0 and 1, such as 0.5: what to multiply it by")
+    if RETRY_RATE.value is not None and RETRY_FAILED.value:
+        raise UserError("--retry_failed goes on at the rate of before, --retry_rate begins anew at another; give one")
+    if not DRY_RUN.value:
+        from llada.scaling import canvas
+
+        canvas.require_matplotlib()
+    return directory
 
 
 def _read(directory: Path, overrides: dict[str, str]):
@@ -84,16 +115,35 @@ def _read(directory: Path, overrides: dict[str, str]):
     return experiment.override_sweep(*sweep_lib.read(directory), overrides)
 
 
-def _fit_only(directory: Path, rows) -> int:
+def _fit_only(directory: Path, rows, overrides: dict[str, str]) -> int:
     """Readings of other sweeps alone."""
-    directory.mkdir(parents=True, exist_ok=True)
-    _report(directory, rows, annealing_gain=0.0)
+    given = [f"--{flag.name}" for flag in (ONLY, RETRY_FAILED, RETRY_RATE, MACHINE) if flag.value]
+    given += [f"--config.{key}" for key in overrides if key != "sweep.annealing_gain"]
+    if given:
+        raise UserError(f"{given[0]} is for training, and --results alone trains nothing; leave it out")
+    _, group = experiment.override_sweep({}, {}, overrides)
+    gain = group.get("annealing_gain", 0.0)
+    if not 0 <= gain < 1:
+        raise UserError(f"--config.sweep.annealing_gain={gain} must be in [0, 1)")
+    if (directory / "config.json").exists():
+        raise UserError(f"--workdir={directory} is a run or a model, not a sweep; give a directory of its own")
+    from llada.scaling import results as results_lib
+
+    results_lib.check_comparable(rows)
+    if DRY_RUN.value:
+        print(f"{len(rows)} readings of {len({row.run for row in rows})} runs would be fitted, and nothing trained")
+        return 0
+    _report(directory, rows, gain, [])
     return 0
 
 
-def _report(directory: Path, rows, annealing_gain: float) -> None:
+def _report(directory: Path, rows, annealing_gain: float, remarks: list[str]) -> None:
     from llada.scaling import outcome
+    from llada.scaling.results import each_once
 
+    rows, dropped = each_once(rows)
+    if dropped:
+        print(f"llada sweep: {dropped} readings were given more than once and count once", file=sys.stderr)
     command = shlex.join(["llada", *sys.argv[1:]])
-    for path in outcome.write(directory, rows, command, PREDICT.value, annealing_gain):
+    for path in outcome.write(directory, rows, command, PREDICT.value, annealing_gain, remarks):
         print(path)

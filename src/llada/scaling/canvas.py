@@ -16,12 +16,19 @@ from llada.errors import UserError
 from llada.files import write_atomically
 
 
+def require_matplotlib() -> None:
+    """UserError where it is not installed, or cannot be imported."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"pictures need matplotlib ({error}): pip install 'llada-jax[plots]'") from error
+
+
 def figure(columns: int, title: str, subtitle: str, **shared) -> tuple[Any, list[Any]]:
     """A row of panels under a title and caveats, both wrapped to the width."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("pictures need matplotlib: pip install 'llada-jax[plots]'") from error
+    require_matplotlib()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

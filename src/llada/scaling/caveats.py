@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from llada.scaling.findings import NAMES, count, flops, three
 from llada.scaling.published import GIDD_ANNEALING_GAIN
-from llada.scaling.results import FAILED, Result
+from llada.scaling.results import FAILED, FINISHED, Result
 from llada.scaling.study import Study
 
 SMALL = 50e6  # parameters without embeddings: near the smallest models that the published laws were fitted to
@@ -30,6 +30,7 @@ def caveats(results: Sequence[Result], study: Study, matching: str, annealing_ga
             _small(measured),
             "Learning rates, batch sizes and shapes follow a rule and were not tuned for each run; a family that the "
             "rule suits less looks worse than it is.",
+            _retried(measured),
             _seeds(measured),
             _errors(measured),
         )
@@ -48,7 +49,11 @@ def lost_runs(results: Sequence[Result]) -> dict[str, str]:
         elif r.status == FAILED:
             why = "failed"
         else:
-            why = r.status
+            why = (
+                "not read at this step: it was finished before the grid asked for it"
+                if r.status == FINISHED
+                else r.status
+            )
         found.setdefault(r.run, why + (f" ({r.reason})" if r.reason else ""))
     return found
 
@@ -132,6 +137,11 @@ def _small(measured: Sequence[Result]) -> str:
     )
 
 
+def _retried(measured: Sequence[Result]) -> str:
+    runs = {r.run for r in measured if r.retried}
+    return f"{len(runs)} runs had failed and were trained at a lower rate than the rule's: see below." if runs else ""
+
+
 def _seeds(measured: Sequence[Result]) -> str:
     if len({r.seed for r in measured}) > 1:
         return ""
@@ -142,6 +152,9 @@ def _errors(measured: Sequence[Result]) -> str:
     draws = [r.monte_carlo_stderr for r in measured if r.objective == "diffusion" and r.monte_carlo_stderr is not None]
     rows = [r.stderr for r in measured if r.stderr is not None]
     parts = []
+    counts = sorted({r.draws for r in measured if r.objective == "diffusion" and r.draws is not None})
+    if len(counts) > 1:
+        parts.append(f"LLaDA's figures are means of {counts[0]} to {counts[-1]} draws of masks a row.")
     if draws:
         parts.append(
             f"The Monte Carlo error of LLaDA's figures, from the masks drawn, is at most {max(draws):.4f} nats per "

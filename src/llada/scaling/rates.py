@@ -28,10 +28,11 @@ class Rate(NamedTuple):
     typical: float
     by_size: dict[str, float]
     basis: str
+    overhead: float = OVERHEAD_SECONDS  # of every run
 
     def seconds(self, run: PlannedRun) -> float:
         """Of a whole run."""
-        return OVERHEAD_SECONDS + run.flops / self.by_size.get(run.size, self.typical)
+        return self.overhead + run.flops / self.by_size.get(run.size, self.typical)
 
 
 def on_device(machine: str, chips: int) -> Rate:
@@ -45,16 +46,24 @@ def on_device(machine: str, chips: int) -> Rate:
 
 
 def measured(results: Sequence[Result]) -> Rate | None:
-    """What finished runs reached; None where there are none."""
+    """What finished runs reached, and what they took beside training; None where there are none.
+
+    A run's seconds are those of its wall clock, its tokens per second those of its steps alone, where it had enough of
+    them to tell; the difference is starting, compiling, reading the held-out rows and saving.
+    """
     rates: dict[str, list[float]] = {}
+    overheads = []
     for r in results:
-        if r.tokens_per_second:
-            rates.setdefault(r.size, []).append(r.tokens_per_second * r.flops_exact / r.tokens)
+        if not r.seconds:
+            continue
+        rate = r.tokens_per_second * r.flops_exact / r.tokens if r.tokens_per_second else r.flops_exact / r.seconds
+        rates.setdefault(r.size, []).append(rate)
+        overheads.append(max(r.seconds - r.flops_exact / rate, 0.0))
     if not rates:
         return None
     by_size = {size: statistics.median(values) for size, values in rates.items()}
-    count = len({r.run for r in results if r.tokens_per_second})
-    return Rate(statistics.median(by_size.values()), by_size, f"as in {count} finished runs")
+    basis = f"as in {len(overheads)} finished runs"
+    return Rate(statistics.median(by_size.values()), by_size, basis, statistics.median(overheads))
 
 
 def here(dtype: str, size: int = 1024) -> Rate:

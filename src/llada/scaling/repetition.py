@@ -83,13 +83,23 @@ def curves(results: Iterable[Result]) -> list[Curve]:
     return found
 
 
-def crossovers(results: Iterable[Result]) -> list[Crossover]:
-    """One per size and number of unique tokens that both families were read at, in the order of `curves`."""
+def _pairs(results: Iterable[Result]) -> list[dict[str, Curve]]:
     by_key: dict[tuple, dict[str, Curve]] = {}
     for curve in curves(results):
         by_key.setdefault((curve.unique_tokens, curve.size), {})[curve.objective] = curve
+    return list(by_key.values())
+
+
+def unpaired(results: Iterable[Result]) -> list[str]:
+    """A sentence for every size and number of unique tokens that one family alone was read at."""
+    alone = [curve for pair in _pairs(results) if len(pair) == 1 for curve in pair.values()]
+    return [f"Size {c.size} at {c.unique_tokens:,} unique tokens was read for {c.objective} alone." for c in alone]
+
+
+def crossovers(results: Iterable[Result]) -> list[Crossover]:
+    """One per size and number of unique tokens that both families were read at, in the order of `curves`."""
     found = []
-    for pair in by_key.values():
+    for pair in _pairs(results):
         if {"diffusion", "autoregressive"} <= pair.keys():
             diffusion, arm = pair["diffusion"], pair["autoregressive"]
             until = min(diffusion.epochs[-1], arm.epochs[-1])

@@ -7,18 +7,19 @@ end; runs of the checkpoint and data-limited modes give one at every budget or e
 import csv
 import dataclasses
 import io
-import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llada.errors import UserError
+from llada import json_files
+from llada.errors import Diverged, UserError
 from llada.files import write_atomically
 from llada.scaling.laws import Point
+from llada.scaling.sweep_config import FAMILIES, MODES, MOST
 
 FINISHED, RUNNING, WAITING, FAILED = "finished", "running", "waiting", "failed"
 
@@ -64,6 +65,9 @@ class Result:
     tokenizer_sha256: str | None = None
     eval_rows_digest: str | None = None
     rows_digest: str | None = None  # of the whole run's batches, at its end
+    draws: int | None = None  # Monte Carlo draws a held-out row; 1 for an ARM
+    block_cross_document_attention: bool | None = None
+    retried: str | None = None  # why a run's rate is not the grid's
 
     @property
     def annealed(self) -> bool:
@@ -85,7 +89,8 @@ def points(results: Iterable[Result], annealing_gain: float = 0.0) -> dict[str, 
     for r in results:
         if r.measured:
             gain = 1.0 if r.annealed else 1.0 - annealing_gain
-            error = max(r.monte_carlo_stderr or 0.0, STDERR_FLOOR)
+            known = r.monte_carlo_stderr is not None and math.isfinite(r.monte_carlo_stderr)
+            error = max(r.monte_carlo_stderr if known else 0.0, STDERR_FLOOR)
             point = Point(r.budget, r.non_embedding_parameters, r.tokens, gain * r.nats_per_token, gain * error)
             families.setdefault(r.objective, []).append(point)
     return families
@@ -97,23 +102,39 @@ SAME = {
     "tokenizer_sha256": "another tokenizer",
     "eval_rows_digest": "other held-out rows",
     "matching": "budgets matched by another count",
+    "block_cross_document_attention": "one saw the other documents of a row",
 }
+_LABELS = {"block_cross_document_attention": "objective.block_cross_document_attention"}
+
+
+def same_data(runs: Sequence[tuple[str, Mapping[str, Any]]], keys: Mapping[str, str], advice: str) -> None:
+    """UserError unless all runs, each a name and what is known of it, agree in `keys`, where known (None: not)."""
+    for key, what in keys.items():
+        known = [(name, facts[key]) for name, facts in runs if facts.get(key) is not None]
+        for name, value in known[1:]:
+            first, other = known[0]
+            if value != other:
+                raise UserError(
+                    f"{first} and {name} differ in {_LABELS.get(key, key)} ({what}: {_short(other)} and "
+                    f"{_short(value)}), so their losses do not compare; {advice}"
+                )
 
 
 def check_comparable(results: Sequence[Result]) -> None:
     """UserError unless all readings are of one corpus, tokenizer, set of held-out rows and kind of budget, where known.
 
     And unless runs that differ in the objective alone, and read equally many tokens in equal batches, read the same
-    rows in the same order.
+    rows in the same order; and where data-limited readings stand beside others, which one report cannot hold.
     """
-    for key, what in SAME.items():
-        known = [r for r in results if getattr(r, key) is not None]
-        for first, r in zip(known[:1] * len(known), known, strict=True):
-            if getattr(r, key) != getattr(first, key):
-                raise UserError(
-                    f"{r.run} has {what} than {first.run} ({key} {_short(getattr(r, key))}, not "
-                    f"{_short(getattr(first, key))}), so their losses do not compare; leave one of the two out"
-                )
+    same_data([(r.run, vars(r)) for r in results], SAME, "leave one of the two out")
+    repeated = {r.mode == "repeat": r.run for r in results}
+    if len(repeated) > 1:
+        raise UserError(f"{repeated[True]} is of mode repeat and {repeated[False]} is not; make a report of each mode")
+    sizes: dict[tuple, Result] = {}
+    for r in results if True in repeated else ():
+        other = sizes.setdefault((r.objective, r.size), r)
+        if other.non_embedding_parameters != r.non_embedding_parameters:
+            raise UserError(f"{r.run} and {other.run} call two sizes {r.size!r}; leave one out, or name it otherwise")
     twins: dict[tuple, Result] = {}
     for r in (r for r in results if r.rows_digest is not None):
         key = (r.layers, r.width, r.non_embedding_parameters, r.seed, r.batch_size, r.steps, r.unique_tokens)
@@ -124,6 +145,32 @@ def check_comparable(results: Sequence[Result]) -> None:
                 f"{_short(other.rows_digest)}), though both took {r.steps} steps of {r.batch_size} sequences; "
                 "they were trained on different data: train one of the two again in a new --workdir"
             )
+
+
+# What makes two readings one and the same.
+_IDENTITY = (
+    *("run", "objective", "size", "seed", "mode", "matching", "budget", "non_embedding_parameters", "tokens", "step"),
+    *("steps", "batch_size", "peak_learning_rate"),
+)
+
+
+def each_once(results: Iterable[Result]) -> tuple[list[Result], int]:
+    """The readings without those given before, and how many were left out.
+
+    Of a reading with and without its figure, as of one sweep at two times, the one with it stays; two figures of one
+    run's name are two readings (the same grid in two directories).
+    """
+    kept: dict[tuple, list[Result]] = {}
+    dropped = 0
+    for r in results:
+        there = kept.setdefault(tuple(getattr(r, name) for name in _IDENTITY), [])
+        if there and (not r.measured or any(r.nats_per_token == other.nats_per_token for other in there)):
+            dropped += 1
+        elif there and not there[0].measured:
+            there[0], dropped = r, dropped + 1
+        else:
+            there.append(r)
+    return [r for there in kept.values() for r in there], dropped
 
 
 def _short(value: Any) -> str:
@@ -141,37 +188,92 @@ def write_csv(results: Iterable[Result], path: Path) -> None:
     write_atomically(path, text.getvalue().encode())
 
 
-def read_csv(path: Path) -> list[Result]:
-    """What `write_csv` wrote. UserError for a missing file, missing columns or a cell of the wrong kind."""
-    try:
-        with path.open(newline="") as file:
-            lines = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--results={path} cannot be read ({error}); give a results.csv of llada sweep") from error
-    kinds = {field.name: field.type for field in dataclasses.fields(Result)}
-    for line in lines[:1]:
-        if missing := [name for name in kinds if name not in line]:
-            raise UserError(f"--results={path} has no column {', '.join(missing)}; give a results.csv of llada sweep")
-    try:
-        return [Result(**{name: _cell(line[name], kind) for name, kind in kinds.items()}) for line in lines]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--results={path} has a line that is no reading ({error})") from error
+_COUNTS = ("parameters", "non_embedding_parameters", "tokens", "step", "steps", "batch_size", "layers", "width")
+_AMOUNTS = ("budget", "flops_6nd", "flops_exact", "peak_learning_rate")
+_NOT_NEGATIVE = ("seed", "unique_tokens", "epochs", "tokens_per_second", "seconds", "bits_per_byte", "draws")
+_UNKNOWN_IF_NAN = ("stderr", "monte_carlo_stderr", "bits_per_byte", "tokens_per_second", "seconds")
+_WORDS = {
+    "objective": tuple(FAMILIES),
+    "mode": MODES,
+    "matching": ("6nd", "exact"),
+    "status": (FINISHED, RUNNING, WAITING, FAILED),
+}
 
 
-def _cell(text: str, kind: Any) -> Any:
+def read_csv(path: Path, name: str | None = None) -> list[Result]:
+    """What `write_csv` wrote, by this version or an earlier one; `name` is what errors call it.
+
+    UserError for a file that cannot be read, missing columns, no reading at all, and a cell that is none of its column.
+    """
+    name = name or f"--results={path}"
+    fields = dataclasses.fields(Result)
+    text = json_files.read_text(path, name=name).removeprefix("\ufeff")
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    found = []
+    try:
+        columns = reader.fieldnames or []
+        if missing := [f.name for f in fields if f.name not in columns and f.default is dataclasses.MISSING]:
+            raise UserError(f"{name} has no column {', '.join(missing)}; give a results.csv of llada sweep")
+        for line in reader:
+            where = f"{name} line {reader.line_num}"
+            if None in line or None in line.values():
+                raise UserError(f"{where} has not {len(columns)} cells, as many as the first line has columns")
+            found.append(_result(where, {f.name: _cell(line, f, where) for f in fields if f.name in columns}))
+    except csv.Error as error:
+        raise UserError(f"{name} line {reader.line_num} is no line of a table ({error})") from error
+    if not found:
+        raise UserError(f"{name} holds no reading; give a results.csv of llada sweep")
+    return found
+
+
+def _cell(line: dict[str, str], field: dataclasses.Field, where: str) -> Any:
+    text, kind = line[field.name], field.type
     if isinstance(kind, types.UnionType):
         if text == "":
             return None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    return {"True": True, "False": False}[text] if kind is bool else kind(text)
+    try:
+        return {"True": True, "False": False}[text] if kind is bool else kind(text)
+    except (ValueError, KeyError) as error:
+        words = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
+        raise UserError(f"{where}: {field.name} is {text[:40]!r}, not {words}") from error
 
 
-def write_failure(workdir: Path, reason: str) -> None:
+def _result(where: str, values: dict[str, Any]) -> Result:
+    """A reading whose figures a run can have."""
+
+    def require(ok: bool, key: str, rule: str) -> None:
+        if not ok:
+            raise UserError(f"{where}: {key} is {str(values.get(key))[:40]!r}; it must be {rule}")
+
+    for key, words in _WORDS.items():
+        require(values[key] in words, key, f"one of {', '.join(words)}")
+    for key in (*_COUNTS, *_AMOUNTS):
+        require(0 < values[key] <= MOST, key, "above 0 and finite")
+    for key in _UNKNOWN_IF_NAN:
+        if (value := values.get(key)) is not None and math.isnan(value):
+            values[key] = None
+    for key in (*_NOT_NEGATIVE, "stderr", "monte_carlo_stderr"):
+        value = values.get(key)
+        require(value is None or 0 <= value <= MOST, key, "not negative, and finite")
+    loss = values.get("nats_per_token")
+    require(loss is None or not math.isfinite(loss) or 0 < loss <= MOST, "nats_per_token", "above 0")
+    require(bool(values["run"]), "run", "a name")
+    require(values["step"] <= values["steps"], "step", f"at most steps={values['steps']}")
+    return Result(**values)
+
+
+DIVERGED = "diverged: "
+
+
+def write_failure(workdir: Path, error: BaseException) -> None:
     """Leave word in a run's directory that it failed, and why."""
-    write_atomically(workdir / "failed.json", (json.dumps({"reason": reason}, indent=2) + "\n").encode())
+    text = str(error).splitlines()[0] if str(error) else ""
+    reason = f"{DIVERGED}{text}" if isinstance(error, Diverged) else f"{type(error).__name__}: {text}"
+    write_atomically(workdir / "failed.json", (json_files.dumps({"reason": reason}, indent=2) + "\n").encode())
 
 
 def failure(workdir: Path) -> str | None:
     """Why the run failed; None where it did not."""
     path = workdir / "failed.json"
-    return json.loads(path.read_text())["reason"] if path.exists() else None
+    return str(json_files.read(path).get("reason", "unknown")) if path.exists() else None

@@ -42,22 +42,27 @@ def plan_table(runs: Sequence[PlannedRun], results: Sequence[Result], rate: Rate
     """
     columns = [(title, cell) for title, cell, spare in COLUMNS if width >= WIDE or not spare]
     table = Table(title=f"{len(runs)} runs", caption=f"time: {rate.basis}", title_justify="left")
+    # Text, not markup: names of sizes may hold brackets.
     table.add_column("run", no_wrap=True)
     for title in (*(title for title, _ in columns), "time", "state"):
         table.add_column(title, justify="right", no_wrap=True)
     last = {row.run: row for row in results}  # a run's last reading is its end
     for run in runs:
         row = last[run.name]
-        table.add_row(run.name, *(cell(row) for _, cell in columns), duration(rate.seconds(run)), row.status)
+        table.add_row(Text(run.name), *(cell(row) for _, cell in columns), duration(rate.seconds(run)), row.status)
     return table
 
 
-def plan_summary(runs: Sequence[PlannedRun], results: Sequence[Result], rate: Rate) -> str:
-    """The totals in a sentence or two."""
-    left = [run for run in runs if not _done(run, results)]
+def plan_summary(runs: Sequence[PlannedRun], results: Sequence[Result], rate: Rate, retries: bool = False) -> str:
+    """The totals in a sentence or two; `retries`: whether failed runs are to be trained again."""
+    lost = [run for run in runs if _failed(run, results)]
+    left = [run for run in runs if not _done(run, results) or (retries and run in lost)]
+    finished = sum(_done(run, results) for run in runs) - len(lost)
     flops = sum(run.flops for run in runs)
+    again = "trained again" if retries else "left so: see --retry_rate and --retry_failed"
+    told = f", {len(lost)} failed ({again})" if lost else ""
     return (
-        f"{len(runs)} runs, {len(runs) - len(left)} of them finished; {flops:.3g} FLOPs in all (all matrix products); "
+        f"{len(runs)} runs, {finished} of them finished{told}; {flops:.3g} FLOPs in all (all matrix products); "
         f"about {duration(sum(map(rate.seconds, left)))} left ({rate.basis})"
     )
 
@@ -79,6 +84,10 @@ def _done(run: PlannedRun, results: Sequence[Result]) -> bool:
     return all(row.status in (FINISHED, FAILED) for row in results if row.run == run.name)
 
 
+def _failed(run: PlannedRun, results: Sequence[Result]) -> bool:
+    return any(row.status == FAILED for row in results if row.run == run.name)
+
+
 def grid_table(runs: Sequence[PlannedRun], results: Sequence[Result], current: dict[str, str]) -> Table:
     """Sizes down, budgets (or amounts of data) and families across, losses in the cells; the lowest of a column bold.
 
@@ -96,7 +105,7 @@ def grid_table(runs: Sequence[PlannedRun], results: Sequence[Result], current: d
     for run in runs:
         cells[run.size, run.group, run.objective].append(last[run.name])
     for size in sizes:
-        shown: list[str | Text] = [size]
+        shown = [Text(size)]
         for column in columns:
             rows = cells.get((size, *column), [])
             best = min((r.nats_per_token for k, v in cells.items() if k[1:] == column for r in v if r.measured),
@@ -152,7 +161,8 @@ class Board:
         done = sum(_done(r, self.results) for r in self.runs)
         figure = rows[-1]
         if figure.measured and how == FINISHED:
-            how = f"{figure.nats_per_token:.4f} ± {figure.stderr:.4f} nats/token in {clock(figure.seconds or 0)}"
+            error = "" if figure.stderr is None else f" ± {figure.stderr:.4f}"
+            how = f"{figure.nats_per_token:.4f}{error} nats/token in {clock(figure.seconds or 0)}"
         elif how == FAILED:
             how = f"failed: {figure.reason}"
         self.say(f"[{done}/{len(self.runs)}] {run.name}: {how}")
@@ -176,8 +186,10 @@ class Board:
             self.results = self.collect()
         self._shown = now
         done = sum(_done(r, self.results) for r in self.runs)
-        status = f"{done}/{len(self.runs)} runs, {clock(now - self._began)} here   {self.line}"
-        self.live.update(Group(grid_table(self.runs, self.results, self.current), status), refresh=True)
+        lost = sum(_failed(r, self.results) for r in self.runs)
+        told = f" ({lost} failed)" if lost else ""
+        status = f"{done}/{len(self.runs)} runs{told}, {clock(now - self._began)} here   {self.line}"
+        self.live.update(Group(grid_table(self.runs, self.results, self.current), Text(status)), refresh=True)
 
 
 class _RunProgress(Progress):

@@ -15,7 +15,7 @@ from llada.scaling.comparison import markdown_table
 from llada.scaling.findings import NAMES, count, flops, three, times
 from llada.scaling.isoflop import Minimum
 from llada.scaling.published import PUBLISHED, SMDM_GAP
-from llada.scaling.repetition import crossovers, is_data_limited
+from llada.scaling.repetition import crossovers, is_data_limited, unpaired
 from llada.scaling.results import FAILED, Result
 from llada.scaling.study import Study
 
@@ -36,6 +36,7 @@ def report(
     predict: float | None,
     pictures: dict[str, str],
     annealing_gain: float,
+    remarks: Sequence[str] = (),
 ) -> str:
     """The whole report in Markdown.
 
@@ -44,6 +45,7 @@ def report(
     predict         FLOPs of a budget to foretell, or None
     pictures        drawn ones, {isoflop | frontier | allocation | repeat: path from the report}
     annealing_gain  share of the loss already taken off readings before annealing, in `study`
+    remarks         on what is not among the readings
     """
     repeated = is_data_limited(results)
     drawn = "\n\n".join(f"![{CAPTIONS.get(name, name)}]({path})" for name, path in pictures.items())
@@ -59,6 +61,8 @@ def report(
         ("Caveats", "\n".join(f"- {text}" for text in caveats(results, study, matching, annealing_gain, repeated))),
         ("What the fits could not tell", "" if repeated else _reasons(study)),
         ("Runs that have no figure", _lost(results)),
+        ("Runs at another learning rate", _retried(results)),
+        ("Left out", "\n".join(f"- {text.removeprefix('left out: ')}" for text in remarks)),
         ("All readings", _runs(results)),
         ("Command", f"    {command}"),
     ]
@@ -276,10 +280,11 @@ def _repetition(results: Sequence[Result]) -> str:
         bests = [f"{loss:.4f} at {three(e)} epochs" for e, loss in (x.diffusion_best, x.autoregressive_best)]
         bests[0] += " (still falling)" if x.diffusion_still_falling else ""
         cells.append([count(x.unique_tokens), count(x.parameters), *at, *bests])
+    alone = "".join(f" {text}" for text in unpaired(results))
     if len(cells) == 1:
-        return "No size and corpus was read for both families."
+        return f"No size and corpus was read for both families.{alone}"
     text = "Epochs are those of the first reading that is below; the crossing lies between it and the reading before. "
-    return f"{markdown_table(cells)}\n\n{text}Losses are held-out nats per token, means over seeds."
+    return f"{markdown_table(cells)}\n\n{text}Losses are held-out nats per token, means over seeds.{alone}"
 
 
 def _lost(results: Sequence[Result]) -> str:
@@ -287,18 +292,23 @@ def _lost(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def _retried(results: Sequence[Result]) -> str:
+    return "\n".join(f"- {run}: {why}" for run, why in {r.run: r.retried for r in results if r.retried}.items())
+
+
 def _runs(results: Sequence[Result]) -> str:
     if not results:
         return "None."
-    head = "run,FLOPs asked for,N,all parameters,tokens,tokens per N,epochs,FLOPs 6ND,FLOPs exact,nats per token,"
-    cells = [(head + "± draws,± rows,annealed,seconds").split(",")]
+    head = "run,FLOPs asked for,N,all parameters,tokens,tokens per N,epochs,peak rate,FLOPs 6ND,FLOPs exact,"
+    cells = [(head + "nats per token,± draws,± rows,annealed,seconds").split(",")]
     for r in sorted(results, key=lambda r: (r.objective != "diffusion", r.budget, r.non_embedding_parameters, r.seed)):
         loss = f"{r.nats_per_token:.4f}" if r.measured else "diverged" if r.nats_per_token is not None else r.status
         numbers = [r.monte_carlo_stderr, r.stderr]
+        epochs = "-" if r.epochs is None else three(r.epochs)
         cells.append(
             [
                 r.run, flops(r.budget), count(r.non_embedding_parameters), count(r.parameters), count(r.tokens),
-                three(r.tokens / r.non_embedding_parameters), "-" if r.epochs is None else three(r.epochs),
+                three(r.tokens / r.non_embedding_parameters), epochs, f"{r.peak_learning_rate:.2e}",
                 flops(r.flops_6nd), flops(r.flops_exact), "failed" if r.status == FAILED and not r.measured else loss,
                 *("-" if x is None else f"{x:.4f}" for x in numbers), "yes" if r.annealed else "no",
                 "-" if r.seconds is None else f"{r.seconds:,.0f}",
