@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import runpy
 import shutil
+import sys
 import textwrap
 import traceback
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ HELP_CONFIG = flags.DEFINE_bool("help_config", False, "list every config key wit
 def take_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """Split `--config.key=value` (or `--config.key value`) off a command line: the rest, and {key: value}.
 
-    UserError for a key without a name or a value, or given twice.
+    Of a key that is given twice the last value counts, and a line says so. UserError for one without name or value.
     """
     rest, overrides = [], {}
     words = iter(arguments)
@@ -45,7 +46,8 @@ def take_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
             if value is None or value.startswith("--") or value == "=":
                 raise UserError(f"{word} needs a value: {word}=... without spaces")
         if key in overrides:
-            raise UserError(f"--config.{key} is given twice, {overrides[key]} and {value}; leave one out")
+            # How scripts change what they were given: their words come last.
+            print(f"llada: --config.{key} is given twice; {value} counts, not {overrides[key]}", file=sys.stderr)
         overrides[key] = value
     return rest, overrides
 
