@@ -22,17 +22,20 @@ def test_a_named_accelerator_counts_at_its_stated_share():
         rates.on_device("v9", 1)
 
 
-def test_finished_runs_tell_the_rate_of_their_own_size():
-    def result(name, size, speed):
-        return SimpleNamespace(run=name, size=size, tokens_per_second=speed, flops_exact=6e9, tokens=1e3)
+def test_finished_runs_tell_the_rate_of_their_own_size_and_what_they_take_beside_training():
+    def result(size, speed, seconds):
+        return SimpleNamespace(size=size, tokens_per_second=speed, seconds=seconds, flops_exact=6e9, tokens=1e3)
 
-    assert rates.measured([result("a", "S", None)]) is None
+    assert rates.measured([result("S", None, None)]) is None
     rate = rates.measured(
-        [result("a", "S", 10.0), result("b", "S", 30.0), result("c", "M", 2.0), result("d", "L", None)]
+        [result("S", 10.0, 120.0), result("S", 30.0, 50.0), result("M", 2.0, 530.0), result("L", 5.0, None)]
     )
     assert rate.by_size == {"S": 20.0 * 6e6, "M": 2.0 * 6e6}
-    assert rate.seconds(run("M", 6e9)) == pytest.approx(rates.OVERHEAD_SECONDS + 500)
+    assert rate.overhead == pytest.approx(20.0)  # of 20, 50 - 1000 / 30, and 30
+    assert rate.seconds(run("M", 6e9)) == pytest.approx(520.0)
     assert "3 finished runs" in rate.basis
+    # Too few steps to tell a speed: all of a run's time.
+    assert rates.measured([result("S", None, 60.0)]).seconds(run("S", 6e9)) == pytest.approx(60.0)
 
 
 def test_this_machine_is_timed():

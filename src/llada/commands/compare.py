@@ -1,13 +1,15 @@
 """llada compare --llada=DIR --arm=DIR --out=DIR [--prompt=TEXT] [--infill=TEXT]
 
 A LLaDA and its ARM twin side by side: a table of sizes, FLOPs and held-out figures, loss against FLOPs in
-OUT/curves.png, samples of both, all in OUT/report.md. Refuses runs that did not read the same rows in the same order.
+OUT/curves.png, samples of both, all in OUT/report.md. Refuses runs that did not read the same rows in the same order, and
+figures of other held-out rows. Where both runs have an evaluation of the same rows by llada evaluate, that counts.
 """
 
 from pathlib import Path
 
 from absl import flags
 
+from llada import paths
 from llada.errors import UserError
 
 LLADA = flags.DEFINE_string("llada", None, "workdir of the finished LLaDA run")
@@ -25,45 +27,83 @@ TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "of the samples; 0 is greed
 
 def run() -> int:
     """Write the report and print its table."""
-    for name in ("llada", "arm", "out"):
-        if not flags.FLAGS[name].value:
-            raise UserError(f"--{name} is missing; see llada compare --help")
+    out, places = _paths()
     from rich.console import Console
     from rich.table import Table
 
-    from llada.inference.generation import Request, generate
-    from llada.scaling import comparison
-    from llada.training import workdir as workdir_lib
+    from llada.files import write_atomically
+    from llada.inference import generation
+    from llada.inference.generation import Request
+    from llada.scaling import canvas, comparison
 
-    out = Path(OUT.value)
-    runs = [comparison.read_run("LLaDA", Path(LLADA.value)), comparison.read_run("ARM", Path(ARM.value))]
+    canvas.require_matplotlib()
+    runs = [
+        comparison.read_run("LLaDA", places[0], "diffusion", "--llada"),
+        comparison.read_run("ARM", places[1], "autoregressive", "--arm"),
+    ]
+    runs, remarks = comparison.settle(runs)
     comparison.check_twins(runs)
-    out.mkdir(parents=True, exist_ok=True)
-    comparison.draw_curves(runs, out / "curves.png")
+    requests = _requests(Request)
+    for name, _, request in requests:
+        generation.check(next(run.config for run in runs if run.name == name), request)
 
-    opened = {run.name: workdir_lib.load(run.workdir) for run in runs}
-    going_on = Request(prompt=PROMPT.value, gen_length=GEN_LENGTH.value, temperature=TEMPERATURE.value)
-    samples = []
-    for name, title, request in (
-        ("LLaDA", "LLaDA, low-confidence remasking", going_on._replace(remasking="low_confidence")),
-        ("LLaDA", "LLaDA, random remasking", going_on._replace(remasking="random")),
-        ("ARM", "ARM", going_on),
-        ("LLaDA", "LLaDA, infilling", Request(infill=INFILL.value, temperature=0.0)),
-    ):
-        model = opened[name]
-        text = generate(model.config, model.params, model.tokenizer, [request])[0].text
-        given = (request.prompt or request.infill).rstrip("\n")
-        samples.append(comparison.Sampled(f"{title}, temperature {request.temperature:g}", given, text))
-    (out / "report.md").write_text(comparison.report(runs, samples, out))
+    samples = _samples(runs, requests)
+    write_atomically(out / "curves.png", comparison.draw_curves(runs))
+    text = comparison.report(runs, samples, out, remarks)
+    write_atomically(out / "report.md", text.encode("utf-8", "backslashreplace"))
 
     header, *rows = comparison.table(runs)
     printed = Table(*header)
     for row in rows:
         printed.add_row(*row)
-    console = Console()
+    console = Console(markup=False, highlight=False)
     console.print(printed)
+    for remark in remarks:
+        console.print(remark, soft_wrap=True)
     for sample in samples:
-        console.print(f"[bold]{sample.title}[/bold]")
-        console.print(sample.text, markup=False, highlight=False)
-    console.print(f"report: {out / 'report.md'}   curves: {out / 'curves.png'}", highlight=False, soft_wrap=True)
+        console.print(sample.title, style="bold")
+        console.print(sample.text)
+    console.print(f"report: {out / 'report.md'}   curves: {out / 'curves.png'}", soft_wrap=True)
     return 0
+
+
+def _paths() -> tuple[Path, list[Path]]:
+    """Where the report goes, and the two runs. UserError for what can be told from the command line and the disk."""
+    for name in ("llada", "arm", "out"):
+        if flags.FLAGS[name].value is None:
+            raise UserError(f"--{name} is missing; see llada compare --help")
+    places = [paths.user_path(flags.FLAGS[name].value, f"--{name}") for name in ("llada", "arm")]
+    out = paths.writable_directory(OUT.value, "--out")
+    for name in ("curves.png", "report.md"):
+        paths.writable_target(out / name, "--out")
+    return out, places
+
+
+def _requests(request) -> list[tuple]:
+    """Which run writes what: its name, a title and the request."""
+    going_on = request(prompt=PROMPT.value, gen_length=GEN_LENGTH.value, temperature=TEMPERATURE.value)
+    return [
+        ("LLaDA", "LLaDA, low-confidence remasking", going_on._replace(remasking="low_confidence")),
+        ("LLaDA", "LLaDA, random remasking", going_on._replace(remasking="random")),
+        ("ARM", "ARM", going_on),
+        ("LLaDA", "LLaDA, infilling", request(infill=INFILL.value, temperature=0.0)),
+    ]
+
+
+def _samples(runs, requests) -> list:
+    """What the two models write, of the steps that their figures are of."""
+    import jax
+
+    from llada.inference.generation import generate
+    from llada.scaling.comparison import Sampled
+    from llada.training import workdir as workdir_lib
+
+    opened = {run.name: workdir_lib.load(run.workdir, run.summary["step"]) for run in runs}
+    samples = []
+    for name, title, request in requests:
+        model = opened[name]
+        with jax.set_mesh(model.mesh):
+            text = generate(model.config, model.params, model.tokenizer, [request])[0].text
+        given = (request.prompt if request.infill is None else request.infill).rstrip("\n")
+        samples.append(Sampled(f"{title}, temperature {request.temperature:g}", given, text))
+    return samples
