@@ -1,5 +1,7 @@
 """Rows and batches: exact against a plain reading, reused, safe to interrupt, the same on any number of processes."""
 
+import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -7,16 +9,18 @@ import math
 import os
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from llada import files
 from llada.data import rows
-from llada.data.row_files import id_dtype
+from llada.data.row_files import RowWriter, id_dtype
 from llada.data.rows import Batches, chain_digest, open_corpus, prepare, unique_rows
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.sources import documents, is_holdout
-from llada.errors import UserError
+from llada.errors import DataError, DiskError, UserError
 
 L = 32
 
@@ -112,6 +116,116 @@ def test_an_interrupted_prepare_leaves_nothing_that_counts(source, tokenizer, co
         2 * L
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["holdout.npy", "metadata.json", "train.npy"]
+
+
+def test_runs_that_start_together_share_one_corpus(source, tokenizer, corpus, tmp_path, capfd):
+    """Locks are of open files, so threads stand for processes; a file left by a killed one is cleared."""
+    left = files.temporary_name(tmp_path / "train.npy", "tmp").name.replace(f"-{os.getpid()}-", "-999999999-")
+    (tmp_path / left).write_bytes(b"half")
+    (tmp_path / "train.npy").write_bytes(b"of a preparation that was killed")
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: prepare(tmp_path, source, tokenizer, L, 0.3), range(4)))
+    assert {each.metadata for each in made} == {corpus.metadata}
+    made[-1].verify()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["holdout.npy", "metadata.json", "train.npy"]
+
+
+def test_who_waits_is_told_for_whom_and_may_be_stopped(source, tokenizer, tmp_path, capfd):
+    class Stop(Exception):
+        pass
+
+    def stop():
+        raise Stop
+
+    with files.lock(tmp_path / ".lock"), pytest.raises(Stop):
+        prepare(tmp_path, source, tokenizer, L, 0.3, check=stop)
+    waiting = capfd.readouterr().err
+    assert f"waiting for process {os.getpid()} on " in waiting and f"which prepares {tmp_path}" in waiting
+    with pytest.raises(Stop):
+        prepare(tmp_path, source, tokenizer, L, 0.3, check=stop)
+    assert not list(tmp_path.iterdir())
+
+
+class Full:
+    """A file on a disk that has no room while `after` bytes and the next few thousand are written."""
+
+    def __init__(self, file, after):
+        self.file, self.after = file, after
+
+    def write(self, content):
+        if self.after <= self.file.tell() < self.after + 5_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(content)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("after", [0, 3_000])
+def test_a_disk_that_is_full_for_a_moment_leaves_nothing(source, tokenizer, corpus, tmp_path, monkeypatch, after):
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "RowWriter", lambda file, *args: RowWriter(Full(file, after), *args))
+        with pytest.raises(DiskError, match="No space left on device while writing rows to"):
+            prepare(tmp_path, source, tokenizer, L, 0.3)
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:  # a write that says it went well, as NumPy's own does
+        patch.setattr(RowWriter, "finish", lambda side: (finish(side), os.pwrite(side.file.fileno(), bytes(64), 500)))
+        with pytest.raises(DiskError, match="not those that were written"):
+            prepare(tmp_path, source, tokenizer, L, 0.3)
+    assert prepare(tmp_path, source, tokenizer, L, 0.3).metadata == corpus.metadata
+
+
+finish = RowWriter.finish
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("source", 1), ("train_rows", None), ("train_rows", "512"), ("train_rows", 0), ("vocab_size", True)],
+        *[("sequence_length", 0), ("holdout_tokens", -1), ("unigram_entropy_nats", math.inf), ("digest", [])],
+        *[("vocab_size", 10**30), ("holdout_rows", 2.5), ("digest", ...)],
+    ],
+)
+def test_impossible_metadata_gets_one_line(corpus, tmp_path, field, value):
+    values = dataclasses.asdict(corpus.metadata) | {field: value}
+    if value is ...:
+        del values[field]
+    (tmp_path / "metadata.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=f"no usable corpus in .*{'no rows|' if value == 0 else ''}{field}") as caught:
+        open_corpus(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_ids_beyond_the_vocabulary_name_their_row():
+    rows_NL = numbered(50)
+    rows_NL[7, 1] = 60
+    reader = Batches(rows_NL, 8, seed=1, vocab_size=60)
+    with pytest.raises(DataError, match="row 7 of the corpus holds id 60, beyond the 60 of the vocabulary"):
+        [reader.at(step) for step in range(7)]
+    assert Batches(rows_NL, 8, seed=1, vocab_size=61).at(0).shape == (8, 2)
+
+
+def test_held_out_documents_of_ones_own(source, tokenizer, tmp_path):
+    texts = list(documents(source))
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"words": text}) + "\n" for text in ["new " * 90, texts[3]]))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"words": text}) + "\n" for text in texts))
+    made = prepare(
+        *(tmp_path / "rows", f"text:{tmp_path}/text.jsonl", tokenizer, L, 0.3),
+        text_key="words",
+        holdout_source=str(tmp_path / "own.jsonl"),
+    ).metadata
+    assert (made.holdout_documents, made.train_documents) == (2, len(texts) - texts.count(texts[3]))
+    with pytest.raises(UserError, match="another text_key .*holdout_source"):
+        prepare(tmp_path / "rows", f"text:{tmp_path}/text.jsonl", tokenizer, L, 0.3)
+
+
+def test_bytes_are_the_documents_where_a_tokenizer_changes_text(source, tokenizer, corpus, tmp_path, monkeypatch):
+    assert corpus.text_bytes(tokenizer.token_bytes_V) is tokenizer.token_bytes_V
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "token_bytes_V", tokenizer.token_bytes_V * 3)
+        tripled = prepare(tmp_path, source, tokenizer, L, 0.3)
+        text_bytes_V = tripled.text_bytes(tokenizer.token_bytes_V)
+    np.testing.assert_allclose(text_bytes_V, tokenizer.token_bytes_V)
 
 
 def test_damage_is_noticed(source, tokenizer, tmp_path):

@@ -21,7 +21,7 @@ from llada.data.row_files import RowWriter, id_dtype, open_rows
 from llada.data.sources import split
 from llada.data.tokenizer import Tokenizer
 from llada.data.waiting import Report
-from llada.errors import DataError, DiskError, UserError
+from llada.errors import DataError, DiskError, UserError, disk_error
 from llada.files import in_turn, replacing, write_atomically
 from llada.paths import user_path
 
@@ -145,17 +145,14 @@ def _made(directory: Path, request: dict, tokenizer: Tokenizer, report: Report) 
         train_path.open("wb") as train_file,
         holdout_path.open("wb") as holdout_file,
     ):
-        train, holdout = (RowWriter(file, length, tokenizer.vocab_size) for file in (train_file, holdout_file))
-        token_bytes = 0
-        for group in _groups(texts):
-            for (held, text), ids in zip(group, tokenizer.encode_many([text for _, text in group]), strict=True):
-                (holdout if held else train).add([*ids, tokenizer.eos_id], len(text.encode()))
-                token_bytes += int(tokenizer.token_bytes_V[ids].sum()) if held else 0
-            documents, tokens = (getattr(train, name) + getattr(holdout, name) for name in ("documents", "tokens"))
-            report(f"tokenising: {documents:,} documents, {tokens / 1e6:.1f} M tokens")
-        _require_rows(train, holdout, request)
-        for side in (train, holdout):
-            side.finish()
+        try:
+            train, holdout = (RowWriter(file, length, tokenizer.vocab_size) for file in (train_file, holdout_file))
+            token_bytes = _write(train, holdout, texts, tokenizer, report)
+            _require_rows(train, holdout, request)
+            for side in (train, holdout):
+                side.finish()
+        except OSError as error:
+            raise disk_error(error, f"writing rows to {directory}") or error from error
     train_NL, holdout_NL = (open_rows(directory / name) for name in ("train.npy", "holdout.npy"))
     digest, *found = _digest_and_checksums(train_NL, holdout_NL)
     if found != [train.checksum, holdout.checksum]:
@@ -171,6 +168,18 @@ def _made(directory: Path, request: dict, tokenizer: Tokenizer, report: Report) 
     )
     write_atomically(directory / "metadata.json", json_files.dumps(dataclasses.asdict(metadata), indent=2).encode())
     return Corpus(train_NL, holdout_NL, metadata)
+
+
+def _write(train: RowWriter, holdout: RowWriter, texts: Iterator, tokenizer: Tokenizer, report: Report) -> int:
+    """Give each document to its side; how many bytes the tokenizer counts on the held-out one."""
+    token_bytes = 0
+    for group in _groups(texts):
+        for (held, text), ids in zip(group, tokenizer.encode_many([text for _, text in group]), strict=True):
+            (holdout if held else train).add([*ids, tokenizer.eos_id], len(text.encode()))
+            token_bytes += int(tokenizer.token_bytes_V[ids].sum()) if held else 0
+        documents, tokens = train.documents + holdout.documents, train.tokens + holdout.tokens
+        report(f"tokenising: {documents:,} documents, {tokens / 1e6:.1f} M tokens")
+    return token_bytes
 
 
 def _require_rows(train: RowWriter, holdout: RowWriter, request: dict) -> None:
