@@ -87,7 +87,7 @@ def _laid_out(shape: tuple[int, int, int], devices: list) -> np.ndarray:
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """UserError unless batch, positions, heads, FFN, width and vocabulary divide over the mesh."""
-    size, ways = dict(mesh.shape), batch_ways(mesh)
+    ways = batch_ways(mesh)
     per_microbatch = config.train.batch_size // config.train.microbatches
     if per_microbatch % ways:
         raise UserError(
@@ -95,17 +95,22 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
             f"{per_microbatch} sequences, not a multiple of mesh data x fsdp = {ways}; "
             f"use a multiple of {ways * config.train.microbatches}, or another mesh"
         )
+    _check_divides(mesh, "tensor", "data.sequence_length", config.data.sequence_length)
+    check_parameters(config, mesh)
+
+
+def check_parameters(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """UserError unless the parameters divide over the mesh."""
     m = config.model
-    for axis, key, value in (
-        ("tensor", "data.sequence_length", config.data.sequence_length),
-        ("tensor", "model.heads", m.heads),
-        ("tensor", "model.kv_heads", m.key_value_heads),
-        ("tensor", "model.ffn", m.ffn),
-        ("tensor", "model.vocab_size", m.vocab_size),
-        ("fsdp", "model.width", m.width),
-    ):
-        if value % size[axis]:
-            raise UserError(f"--config.{key}={value} is not a multiple of --config.mesh.{axis}={size[axis]}")
+    for key in ("heads", "kv_heads", "ffn", "vocab_size"):
+        value = m.key_value_heads if key == "kv_heads" else getattr(m, key)
+        _check_divides(mesh, "tensor", f"model.{key}", value)
+    _check_divides(mesh, "fsdp", "model.width", m.width)
+
+
+def _check_divides(mesh: jax.sharding.Mesh, axis: str, key: str, value: int) -> None:
+    if value % mesh.shape[axis]:
+        raise UserError(f"--config.{key}={value} is not a multiple of --config.mesh.{axis}={mesh.shape[axis]}")
 
 
 def local_batch(batch_size: int, mesh: jax.sharding.Mesh) -> int:
@@ -185,6 +190,18 @@ def place_batch(mesh: jax.sharding.Mesh, rows_RL: np.ndarray, positions_R: np.nd
         return rows_RL[first : first + stop - start]
 
     return jax.make_array_from_callback((batch_size, *rows_RL.shape[1:]), placement(mesh, "BL"), part)
+
+
+def on_host(tree):
+    """The values of arrays as NumPy's, whole on every process, wherever they lie. All processes must call it."""
+
+    def fetch(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        whole = jax.jit(lambda x: x, out_shardings=placement(x.sharding.mesh, "replicated"))
+        return np.asarray(whole(x))
+
+    return jax.tree.map(fetch, tree)
 
 
 def parameter_placements(mesh: jax.sharding.Mesh, tree):

@@ -142,8 +142,10 @@ def _did_you_mean(word: str, known: list[str], before: str = "") -> str:
 
 def _groups(name: str) -> dict[str, type]:
     """The dataclasses whose keys a command's --config.KEY can set, by what comes before their names."""
-    from llada.config import Config
+    from llada.config import Config, MeshConfig
 
+    if name in ("evaluate", "sample", "likelihood", "compare"):
+        return {"mesh.": MeshConfig}
     if name != "sweep":
         return {"": Config}
     from llada.scaling.grid import SweepConfig

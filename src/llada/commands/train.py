@@ -14,25 +14,23 @@ import sys
 from absl import flags
 
 from llada import json_files, processes
-from llada.commands import experiment, memory
+from llada.commands import experiment, joining, memory
 from llada.errors import UserError
 from llada.paths import user_path
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if missing, continued if it holds one")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "print the resolved configuration as JSON and stop")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 listens for the others")
-PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are; 1 alone: ask no cluster for others")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 ALLOW_RATE_JUMP = flags.DEFINE_bool(
     "allow_rate_jump", False, "go on where another length of the run moves its schedule, so that the rate jumps"
 )
 flags.adopt_module_key_flags(experiment)
+flags.adopt_module_key_flags(joining)
 
 
 def run(overrides: dict[str, str]) -> int:
     """Train; 129, 130 or 143 after a signal (everything saved), 3 if the loss stopped being a number."""
     if not PRINT_CONFIG.value:
-        processes.start(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
+        joining.join()
         memory.keep()
     with processes.agreement():
         config = _config(overrides)

@@ -20,7 +20,6 @@ from llada.objectives import autoregressive, diffusion
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import Predictor, SpecialTokens, segments
 
-DEFAULT_ESTIMATOR = "l_of_L"
 _SEED = 0  # not the run's: runs with different seeds are evaluated on the same masks
 
 
@@ -88,13 +87,8 @@ class Validator:
         mesh: jax.sharding.Mesh,
         estimator: str | None = None,
     ):
-        exact = config.objective.name == "autoregressive"
-        if exact and estimator not in (None, "exact"):
-            raise UserError(f"--estimator={estimator} is for diffusion models; this ARM's likelihood is exact")
-        if not exact and estimator not in (None, *diffusion.ESTIMATORS):
-            raise UserError(f"--estimator={estimator} is not one of {', '.join(diffusion.ESTIMATORS)}")
-        self.estimator = "exact" if exact else estimator or DEFAULT_ESTIMATOR
-        self.draws = 1 if exact else config.evaluate.draws
+        self.estimator = estimator_for(config, estimator)
+        self.draws = 1 if self.estimator == "exact" else config.evaluate.draws
         self.mesh = mesh
         if len(holdout_NL) == 0:
             raise DataError("there are no held-out rows; see --config.data.holdout_fraction")
@@ -136,6 +130,17 @@ class Validator:
         )
 
 
+def estimator_for(config: Config, asked: str | None = None) -> str:
+    """The estimator that is asked for, or else the family's own. UserError for one that the family does not have."""
+    if config.objective.name == "autoregressive":
+        if asked not in (None, "exact"):
+            raise UserError(f"--estimator={asked} is for diffusion models; this ARM's likelihood is exact")
+        return "exact"
+    if asked not in (None, *diffusion.ESTIMATORS):
+        raise UserError(f"--estimator={asked} is not one of {', '.join(diffusion.ESTIMATORS)}")
+    return asked or diffusion.ESTIMATORS[0]
+
+
 def perplexity(nats_per_token: float) -> float:
     """e to the nats; inf where that is no float64."""
     try:
@@ -145,12 +150,13 @@ def perplexity(nats_per_token: float) -> float:
 
 
 def rows_at_once(config: Config, mesh: jax.sharding.Mesh, rows: int) -> int:
-    """How many of so many rows go through the model together: a microbatch of training, whole on every device."""
-    return mesh_lib.local_batch(min(config.train.batch_size // config.train.microbatches, rows), mesh)
+    """How many of so many rows go through the model together: as many as a microbatch of training has."""
+    microbatch = max(1, config.train.batch_size // config.train.microbatches)
+    return mesh_lib.local_batch(min(microbatch, rows), mesh)
 
 
-def jitted(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh, estimator: str = DEFAULT_ESTIMATOR):
-    """`(params, x0_BL, row_B) -> (nats_B, variance_B)`, compiled: see `_row_nats`."""
+def jitted(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh, estimator: str):
+    """`(params, x0_BL, row_B) -> (nats_B, variance_B)` of some rows, to be compiled: see `_row_nats`."""
     return jax.jit(
         functools.partial(_row_nats, config, special, config.evaluate.draws, estimator),
         out_shardings=mesh_lib.placement(mesh, "replicated"),

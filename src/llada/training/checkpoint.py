@@ -111,10 +111,13 @@ class Checkpoints:
         state = TrainState(jax.device_put(jnp.int32(step), place), found.params, moments)
         return Restored(state, item.cursor)
 
-    def restore_parameters(self, config: Config, mesh: jax.sharding.Mesh, step: int | None) -> transformer.Parameters:
+    def restore_parameters(
+        self, config: Config, mesh: jax.sharding.Mesh, step: int | None, dtype: str = "float32"
+    ) -> transformer.Parameters:
         """Only the parameters, of `step` or of the latest; UserError where there is none, or none of this run."""
         step = self._own(step).step
         abstract = transformer.abstract_parameters(config.model)
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), abstract)
         target = _placed(abstract, mesh_lib.parameter_placements(mesh, abstract))
         with self.usable(step):
             return self.manager.restore(step, args=ocp.args.Composite(params=_to_restore(target))).params
@@ -181,8 +184,8 @@ class Checkpoints:
                 getattr(self.manager, part).close()
 
     def _own(self, step: int | None) -> RunItem:
-        """The item of `resolve(step)`, of the run whose config.json lies beside the checkpoints."""
-        item = self.item(self.resolve(step))
+        """The item of `step`, or of the latest, of the run whose config.json lies beside the checkpoints."""
+        item = self.item(self.resolve(None) if step is None else step)
         path = self.directory.parent / "config.json"
         if path.exists():
             run_item.require_same(item, config_lib.load(path), self.directory)

@@ -263,24 +263,32 @@ def saved_tokenizer(workdir: Path, checkpoints: Checkpoints, step: int) -> Token
     return _own_tokenizer(workdir, item) or tokenizer_files.parse(item.tokenizer, name)
 
 
-def load(workdir: str | os.PathLike, step: int | None = None, mesh: MeshConfig | None = None) -> Run:
-    """Open a workdir for inference, at `step` or the latest checkpoint, on this machine's devices.
+def load(
+    workdir: str | os.PathLike, step: int | None = None, mesh: MeshConfig | None = None, dtype: str = "float32"
+) -> Run:
+    """Open a workdir for inference, at `step` or the latest checkpoint, its parameters in `dtype` spread over `mesh`.
 
-    UserError where there is no run, no checkpoint, or no such step. `mesh` defaults to all devices on the data axis.
+    UserError where there is no run, no checkpoint, or no such step, and for a mesh that the model does not divide over.
+    `mesh` defaults to all devices, of all processes, on the data axis. Of several processes all must call it.
     """
     workdir = user_path(workdir, "--workdir")
-    config = read_config(workdir)
-    device_mesh = mesh_lib.make(mesh or MeshConfig())
+    with processes.agreement():
+        config = read_config(workdir)
+        device_mesh = mesh_lib.make(mesh or MeshConfig())
+        mesh_lib.check_parameters(config, device_mesh)
     with Checkpoints(workdir) as checkpoints:
         try:
-            return _opened(workdir, checkpoints, config, device_mesh, step)
+            return _opened(workdir, checkpoints, config, device_mesh, step, dtype)
         except StepRemoved:
             if step is not None:
                 raise
-            return _opened(workdir, checkpoints, config, device_mesh, None)  # training has saved a newer one
+            return _opened(workdir, checkpoints, config, device_mesh, None, dtype)  # training has saved a newer one
 
 
-def _opened(workdir: Path, checkpoints: Checkpoints, config: Config, mesh, step: int | None) -> Run:
-    step = checkpoints.resolve(step)
-    tokenizer = saved_tokenizer(workdir, checkpoints, step)
-    return Run(config, checkpoints.restore_parameters(config, mesh, step), tokenizer, step, mesh, workdir)
+def _opened(workdir: Path, checkpoints: Checkpoints, config: Config, mesh, step: int | None, dtype: str) -> Run:
+    with processes.agreement():
+        step = checkpoints.resolve(step)
+    step = processes.from_first(step)
+    with processes.agreement():
+        tokenizer = saved_tokenizer(workdir, checkpoints, step)
+    return Run(config, checkpoints.restore_parameters(config, mesh, step, dtype), tokenizer, step, mesh, workdir)
