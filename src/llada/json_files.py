@@ -79,7 +79,12 @@ def read_lines(path: Path, name: str | None = None, kind: type = dict) -> Iterat
     UserError naming file and line.
     """
     name = name or str(path)
-    for number, line in enumerate(read_bytes(path, name=name).split(b"\n"), 1):
+    yield from lines(read_bytes(path, name=name), name, kind)
+
+
+def lines(content: bytes, name: str, kind: type = dict) -> Iterator[tuple[int, Any]]:
+    """The same of what has been read already."""
+    for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             yield number, parse(line, f"{name} line {number}", kind)
 

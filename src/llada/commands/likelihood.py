@@ -2,17 +2,21 @@
 
 log p(answer | prompt) in nats, as JSON with its standard error. A LLaDA's is a likelihood bound (LLaDA Eq. (6), on
 masks fixed by the prompt) or a chain rule; an ARM's is exact. --requests scores a JSONL file of prompts and answers
-in batches, a line of JSON for each; --rolling scores a text longer than the context.
+in batches, a line of JSON for each; --rolling scores a text longer than the context. Prompt and answer are encoded as
+one text, and spaces that end the prompt count to the answer.
 """
 
-import json
-import math
-from pathlib import Path
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from absl import flags
 
+from llada import json_files
 from llada.commands import progress
 from llada.errors import UserError
+from llada.paths import readable_file
 
 WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of llada train")
 STEP = flags.DEFINE_integer("step", None, "checkpoint to use; default the latest")
@@ -21,7 +25,9 @@ ANSWER = flags.DEFINE_string("answer", None, "the text whose likelihood is asked
 PROMPT_IDS = flags.DEFINE_string("prompt_ids", None, "the prompt as token ids: 12,7,99")
 ANSWER_IDS = flags.DEFINE_string("answer_ids", None, "the answer as token ids")
 REQUESTS = flags.DEFINE_string(
-    "requests", None, 'JSONL file of requests: {"prompt": ..., "answer": ...} or prompt_ids, answer_ids as lists'
+    "requests",
+    None,
+    'JSONL file of requests: {"prompt": ..., "answer": ...} or prompt_ids, answer_ids as lists; -: standard input',
 )
 ESTIMATOR = flags.DEFINE_string(
     "estimator", "l_of_L", "l_of_L (Eq. (6)), bernoulli (Eq. (4)), chain_rule or confidence_ordered"
@@ -33,31 +39,54 @@ WINDOW = flags.DEFINE_integer("window", None, "tokens per window of --rolling; d
 BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", None, "tokens per forward pass; default by device", lower_bound=1)
 
 
+_FIELDS = {"prompt": str, "answer": str, "prompt_ids": list, "answer_ids": list}
+
+
+class _Request(NamedTuple):
+    """A prompt and an answer, each as text or ids, and what errors call them and where they came from."""
+
+    prompt: str | list
+    answer: str | list
+    names: tuple[str, str]
+    place: str
+
+
 def run() -> int:
     """Score and print."""
     if not WORKDIR.value:
         raise UserError("--workdir is missing; give a workdir of llada train")
-    requests = _requests()
     if WINDOW.value is not None and not ROLLING.value:
         raise UserError(f"--window={WINDOW.value} is for --rolling")
+    requests = list(_requests())
     import jax
 
-    from llada.inference import likelihood
+    from llada.inference import canvas, likelihood
     from llada.training import workdir as workdir_lib
 
-    opened = workdir_lib.load(WORKDIR.value, STEP.value)
     settings = likelihood.LikelihoodConfig(
         estimator=ESTIMATOR.value,
         draws=DRAWS.value,
         cfg_scale=CFG_SCALE.value,
         batch_tokens=BATCH_TOKENS.value,
     )
-    pairs = [_pair(opened.tokenizer, request) for request in requests]
+    model = workdir_lib.read_config(WORKDIR.value).model
+    likelihood.check_settings(model, settings)
+    _refuse_idle_flags(model.causal)
+    if ROLLING.value:
+        likelihood.window_of(model, WINDOW.value)
+    opened = workdir_lib.load(WORKDIR.value, STEP.value)
     common = (opened.tokenizer.special, settings)
+    pairs = []
+    for request in requests:
+        with _named(request.place):
+            given = canvas.encode_pair(opened.tokenizer, request.prompt, request.answer, request.names)
+            pairs.append(likelihood.Pair(*given))
+            if not ROLLING.value:
+                likelihood.check_pair(model, pairs[-1], opened.tokenizer.special)
+            elif pairs[-1].prompt or not pairs[-1].answer:
+                raise UserError("--rolling scores a text by itself, which is not empty; put the prompt into --answer")
     with jax.set_mesh(opened.mesh), progress.bar("rows scored") as show:
         if ROLLING.value:
-            if any(pair.prompt for pair in pairs):
-                raise UserError("--rolling scores a text by itself; put the prompt into --answer")
             found = [
                 likelihood.rolling(opened.config.model, opened.params, pair.answer, *common, WINDOW.value, show)
                 for pair in pairs
@@ -66,57 +95,69 @@ def run() -> int:
             found = likelihood.log_likelihoods(opened.config.model, opened.params, pairs, *common, show)
     for result in found:
         values = result._asdict() | {"nats_per_token": -result.log_likelihood / result.tokens}
-        values["stderr"] = None if math.isnan(result.stderr) else result.stderr
-        print(json.dumps({"step": opened.step, **values}, indent=None if REQUESTS.value else 2))
+        print(json_files.dumps({"step": opened.step, **values}, indent=None if REQUESTS.value else 2))
     return 0
 
 
-def _requests() -> list[dict]:
-    single = {"prompt": PROMPT.value, "answer": ANSWER.value, "prompt_ids": PROMPT_IDS.value}
-    single = {k: v for k, v in (single | {"answer_ids": ANSWER_IDS.value}).items() if v is not None}
+def _refuse_idle_flags(causal: bool) -> None:
+    """UserError for flags that were given and would change nothing."""
+    for flag in (DRAWS, ESTIMATOR):
+        if causal and flag.present:
+            raise UserError(f"--{flag.name}={flag.value} is for diffusion models; this ARM's likelihood is exact")
+    if DRAWS.present and ESTIMATOR.value in ("chain_rule", "confidence_ordered"):
+        raise UserError(
+            f"--draws={DRAWS.value} is for --estimator=l_of_L and bernoulli; {ESTIMATOR.value} draws nothing"
+        )
+
+
+def _requests() -> Iterator[_Request]:
+    from llada.inference.canvas import listed
+
+    single = {flag.name: flag.value for flag in (PROMPT, ANSWER) if flag.value is not None}
+    single |= {flag.name: listed(flag.value) for flag in (PROMPT_IDS, ANSWER_IDS) if flag.value is not None}
     if REQUESTS.value is None:
-        if "prompt" in single and "prompt_ids" in single:
-            raise UserError("give one of --prompt and --prompt_ids, not both")
-        if ("answer" in single) == ("answer_ids" in single):
-            raise UserError("give one of --answer and --answer_ids (or --requests=FILE.jsonl)")
-        return [single]
+        yield _request(single, "--", "")
+        return
     if single:
         raise UserError(f"--{next(iter(single))} and --requests exclude each other")
-    path = Path(REQUESTS.value)
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--requests={path} cannot be read: {error}") from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            request = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"--requests={path} line {number} is not JSON ({error})") from error
-        known = {"prompt": str, "answer": str, "prompt_ids": list, "answer_ids": list}
-        right = isinstance(request, dict) and all(isinstance(v, known.get(k, ())) for k, v in request.items())
-        if not right or ("answer" in request) == ("answer_ids" in request):
-            raise UserError(
-                f"--requests={path} line {number} must be an object with an answer (or answer_ids) and perhaps a "
-                "prompt (or prompt_ids); texts are strings, ids are lists"
-            )
-        found.append(request)
+    name, found = f"--requests={REQUESTS.value}", False
+    if REQUESTS.value == "-":
+        if sys.stdin is None:
+            raise UserError("--requests=- reads standard input, which is closed")
+        lines = json_files.lines(sys.stdin.buffer.read(), name)
+    else:
+        lines = json_files.read_lines(readable_file(REQUESTS.value, "--requests"), name)
+    for number, values in lines:
+        found, place = True, f"{name} line {number}"
+        for key, value in values.items():
+            if not isinstance(value, _FIELDS.get(key, ())):
+                raise UserError(
+                    f"{place} has {key!r}, which must be one of prompt, answer (texts), prompt_ids, answer_ids (lists)"
+                )
+        yield _request(values, "", place)
     if not found:
-        raise UserError(f"--requests={path} holds no request")
-    return found
+        raise UserError(f"{name} holds no request")
 
 
-def _pair(tokenizer, request: dict):
-    from llada.inference.canvas import parse_ids
-    from llada.inference.likelihood import Pair
+def _request(given: dict, dashes: str, place: str) -> _Request:
+    """What was given for one request. UserError unless it is an answer and perhaps a prompt, each given once."""
+    with _named(place):
+        if "prompt" in given and "prompt_ids" in given:
+            raise UserError(f"give one of {dashes}prompt and {dashes}prompt_ids, not both")
+        if ("answer" in given) == ("answer_ids" in given):
+            instead = " (or --requests=FILE.jsonl)" if dashes else ""
+            raise UserError(f"give one of {dashes}answer and {dashes}answer_ids{instead}")
+    prompt = given.get("prompt", given.get("prompt_ids", ""))
+    answer = given.get("answer", given.get("answer_ids"))
+    return _Request(prompt, answer, (f"{dashes}prompt", f"{dashes}answer"), place)
 
-    def ids(name):
-        if name in request:
-            return tokenizer.encode(request[name])
-        given = request.get(f"{name}_ids", "")
-        text = given if isinstance(given, str) else " ".join(map(str, given))
-        return parse_ids(f"--{name}_ids", text, tokenizer.vocab_size)
 
-    return Pair(ids("prompt"), ids("answer"))
+@contextlib.contextmanager
+def _named(place: str) -> Iterator[None]:
+    """A block whose UserErrors say where what they are about came from."""
+    try:
+        yield
+    except UserError as error:
+        if not place:
+            raise
+        raise type(error)(f"{place}: {error}") from error

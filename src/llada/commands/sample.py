@@ -5,13 +5,14 @@ token by token. --infill fills the marks [MASK] (one token) and [MASK:N] (N toke
 the masks becoming words; --html=FILE writes a page that replays it.
 """
 
-import json
 import sys
 import time
 
 from absl import flags
 
+from llada import json_files
 from llada.errors import UserError
+from llada.paths import writable_target
 
 WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of llada train")
 STEP = flags.DEFINE_integer("step", None, "checkpoint to sample from; default the latest")
@@ -44,6 +45,7 @@ OPTIONS = (
 
 
 _WATCHABLE_SECONDS = 4.0  # a small model writes faster than anybody can see
+_MOST_TEXTS = 100_000  # of one call: all are held in memory until the last is there
 
 
 def run() -> int:
@@ -61,42 +63,59 @@ def run() -> int:
         names = " and ".join(f"--{flag.name}" for flag in given) or "none"
         raise UserError(f"give one of --prompt, --prompt_ids, --infill (as often as you like), not {names}")
     asked = [{given[0].name: text} for text in given[0].value]
+    _check_count(len(asked) * SAMPLES.value)
+    page = None if HTML.value is None else writable_target(HTML.value, "--html")
+    config = workdir_lib.read_config(WORKDIR.value)
+    for what in asked:
+        generation.check(config, generation.Request(**what, **options))
     seeds = range(SEED.value, SEED.value + SAMPLES.value)
     requests = [generation.Request(**what, **options, seed=seed) for what in asked for seed in seeds]
-    if len(requests) > 1 and (WATCH.value or HTML.value is not None):
-        flag = "--watch" if WATCH.value else f"--html={HTML.value}"
-        raise UserError(f"{flag} shows one text; {len(requests)} are asked for")
     opened = workdir_lib.load(WORKDIR.value, STEP.value)
     model = (opened.config, opened.params, opened.tokenizer)
     with jax.set_mesh(opened.mesh):
         if WATCH.value:
             steps = generation.total_steps(opened.config, opened.tokenizer, requests[0])
-            with replay.Watch(opened.tokenizer, opened.tokenizer.mask_id, steps, _console()) as watch:
-                texts = generation.generate(*model, requests, _paced(watch, steps))
+            console = _console()
+            with replay.Watch(opened.tokenizer, opened.tokenizer.mask_id, steps, console) as watch:
+                texts = generation.generate(*model, requests, _paced(watch, steps) if console.is_terminal else watch)
         else:
             texts = generation.generate(*model, requests)
     for number, generated in enumerate(texts, 1):
         if JSON.value:
-            print(json.dumps(generated._asdict(), ensure_ascii=False))
+            print(json_files.dumps(generated._asdict()))
         elif not WATCH.value:
             print(f"--- {number}\n{generated.text}" if len(texts) > 1 else generated.text)
     print(_figures(texts), file=sys.stderr)
-    if HTML.value is not None:
+    if page is not None:
+        sys.stdout.flush()
         replay.write_html(
-            HTML.value, opened.tokenizer, texts[0].ids, texts[0].step, opened.tokenizer.mask_id, _facts(texts[0])
+            page, opened.tokenizer, texts[0].ids, texts[0].step, opened.tokenizer.mask_id, _facts(texts[0])
         )
     return 0
+
+
+def _check_count(texts: int) -> None:
+    if texts > _MOST_TEXTS:
+        raise UserError(f"{texts} texts are asked for; --samples times the prompts can be {_MOST_TEXTS} at most")
+    if texts > 1 and (WATCH.value or HTML.value is not None):
+        flag = "--watch" if WATCH.value else f"--html={HTML.value}"
+        raise UserError(f"{flag} shows one text; {texts} are asked for")
 
 
 def _figures(texts) -> str:
     """What it took: canvas, passes, speed. Texts of one batch share their passes and seconds."""
     batches = {(text.seconds, text.forward_passes) for text in texts}
-    written, seconds = sum(text.gen_length for text in texts), sum(seconds for seconds, _ in batches)
+    written, seconds = sum(_written(text) for text in texts), sum(seconds for seconds, _ in batches)
     canvases = ", ".join(str(length) for length in sorted({len(text.ids) for text in texts}))
     return (
         f"{written} tokens written on canvases of {canvases} tokens, "
         f"{sum(passes for _, passes in batches)} forward passes, {written / seconds:.0f} tokens/s"
     )
+
+
+def _written(text) -> int:
+    """Tokens that the model wrote: behind an ARM's end token there are none."""
+    return sum(step >= 0 for step in text.step)
 
 
 def _console():
@@ -112,10 +131,9 @@ def _paced(watch, steps: int):
 
     def observe(tokens_L, step_L, step):
         watch(tokens_L, step_L, step)
-        if sys.stdout.isatty():
-            nonlocal start
-            start = time.monotonic() if step == 0 else start
-            time.sleep(max(0.0, start + (step + 1) * _WATCHABLE_SECONDS / steps - time.monotonic()))
+        nonlocal start
+        start = time.monotonic() if step == 0 else start
+        time.sleep(max(0.0, start + (step + 1) * _WATCHABLE_SECONDS / steps - time.monotonic()))
 
     return observe
 
@@ -127,7 +145,7 @@ def _facts(generated) -> dict[str, str]:
         "model": WORKDIR.value,
         **asked,
         "seed": str(SEED.value),
-        "tokens written": str(generated.gen_length),
+        "tokens written": str(_written(generated)),
         "forward passes": str(generated.forward_passes),
         "seconds": f"{generated.seconds:.2f}",
         "tokens per second": f"{generated.tokens_per_second:.0f}",

@@ -13,7 +13,7 @@ import numpy as np
 from llada.config import ModelConfig
 from llada.inference.choice import choose
 from llada.inference.sampler import Observer, Sample, ids_of, position_keys, repeated, report, seeds, timed
-from llada.inference.settings import check_temperature
+from llada.inference.settings import check_temperature, usable_temperature
 from llada.model import transformer
 from llada.objectives.autoregressive import shift_right
 from llada.objectives.contract import SpecialTokens
@@ -41,7 +41,8 @@ def ancestral(
     forbidden_F = ids_of(forbidden_V, special.mask)
     return timed(
         left_to_right,
-        *(config, special, temperature, longest, observe, repeated(params), np.asarray(canvas_BL, np.int32)),
+        *(config, special, usable_temperature(temperature), longest, observe),
+        *(repeated(params), np.asarray(canvas_BL, np.int32)),
         *(prompt_length_B, forbidden_F, seeds(seed_B, len(canvas_BL))),
     )
 
@@ -54,7 +55,7 @@ def left_to_right(
     B, L = canvas_BL.shape
     head_VD = transformer.head(config, params)
     # Position i sees the tokens before i, so the prompts and one more position are known from the start.
-    inputs_BP = shift_right(canvas_BL, special.eos)[:, : longest + 1]
+    inputs_BP = shift_right(canvas_BL, special.start)[:, : longest + 1]
     hidden_BPD, cache = transformer.prefill(config, params, inputs_BP)
     pad = ((0, 0), (0, L - longest - 1), (0, 0), (0, 0))
     cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 4) + pad), cache)

@@ -25,6 +25,7 @@ from llada.config import ModelConfig
 from llada.errors import UserError
 from llada.inference import guidance
 from llada.inference.choice import choose, level
+from llada.inference.settings import check_guidance, check_types
 from llada.model import transformer
 from llada.objectives import autoregressive, diffusion
 from llada.objectives import noise as noise_lib
@@ -32,6 +33,7 @@ from llada.objectives.contract import SpecialTokens, is_valid
 from llada.objectives.vocabulary_head import weighted_nats
 
 ESTIMATORS = (*diffusion.ESTIMATORS, "chain_rule", "confidence_ordered")
+MOST_DRAWS = 65_536  # of an answer as long as a context, their masks are some gigabytes
 _SEED = 0  # nobody's own: the masks are part of the measure
 Progress = Callable[[int, int], None]
 
@@ -100,7 +102,9 @@ def log_likelihoods(
 
     Rows are spread over the batch axes of the mesh that is set. `progress(done, total)` counts rows.
     """
-    check(config, pairs, special, settings)
+    check_settings(config, settings)
+    for pair in pairs:
+        check_pair(config, pair, special)
     if not pairs:
         return []
     if settings.estimator == "confidence_ordered" and not config.causal:
@@ -143,9 +147,7 @@ def rolling(
     """log p of a text of any length: the sum over windows of `window` tokens (default: half the context), each given as
     many of the tokens before it as the context holds. Windows are drawn independently, so their variances add.
     """
-    window = max(1, config.max_length // 2) if window is None else window
-    if not 1 <= window <= config.max_length:
-        raise UserError(f"--window={window} must be between 1 and model.max_length={config.max_length}")
+    window = window_of(config, window)
     if not len(ids):
         raise UserError("--answer is empty; there is nothing to score")
     room = config.max_length - window
@@ -164,34 +166,45 @@ def rolling(
     )
 
 
-def check(config: ModelConfig, pairs: Sequence[Pair], special: SpecialTokens, settings: LikelihoodConfig) -> None:
-    """UserError for settings or pairs that cannot be scored."""
+def check_settings(config: ModelConfig, settings: LikelihoodConfig) -> None:
+    """UserError for settings that cannot work, or not for this model."""
+    check_types(vars(settings), LikelihoodConfig.__annotations__)
     if settings.estimator not in ESTIMATORS:
         raise UserError(f"--estimator={settings.estimator} is not one of {', '.join(ESTIMATORS)}")
-    if settings.draws < 1:
-        raise UserError(f"--draws={settings.draws} must be at least 1")
-    if not 0 <= settings.cfg_scale < float("inf"):
-        raise UserError(f"--cfg_scale={settings.cfg_scale} must not be negative; 0 is off")
+    if not 1 <= settings.draws <= MOST_DRAWS:
+        raise UserError(f"--draws={settings.draws} must be at least 1 and at most {MOST_DRAWS}")
+    if settings.batch_tokens is not None and settings.batch_tokens < 1:
+        raise UserError(f"--batch_tokens={settings.batch_tokens} must be at least 1")
+    check_guidance(settings.cfg_scale)
     if config.causal and settings.cfg_scale:
         raise UserError(f"--cfg_scale={settings.cfg_scale} needs a diffusion model; this one is an ARM")
     if config.causal and settings.estimator != LikelihoodConfig.estimator:
         raise UserError(f"--estimator={settings.estimator} is for diffusion models; this ARM's likelihood is exact")
-    for pair in pairs:
-        if not len(pair.answer):
-            raise UserError("--answer is empty; there is nothing to score")
-        length = len(pair.prompt) + len(pair.answer)
-        if length > config.max_length:
-            raise UserError(
-                f"--prompt and --answer have {length} tokens and the model's context is "
-                f"model.max_length={config.max_length}; shorten them, or use --rolling for a long text"
-            )
-        ids = np.array([*pair.prompt, *pair.answer])
-        if ids.min() < 0 or ids.max() >= config.vocab_size:
-            raise UserError(
-                f"token ids run from {ids.min()} to {ids.max()}; this model has 0 to {config.vocab_size - 1}"
-            )
-        if special.mask in ids:
-            raise UserError(f"the mask token {special.mask} stands in the text; the model knows no likelihood of it")
+
+
+def check_pair(config: ModelConfig, pair: Pair, special: SpecialTokens) -> None:
+    """UserError for a pair that cannot be scored."""
+    if not len(pair.answer):
+        raise UserError("--answer is empty; there is nothing to score")
+    length = len(pair.prompt) + len(pair.answer)
+    if length > config.max_length:
+        raise UserError(
+            f"--prompt and --answer have {length} tokens and the model's context is "
+            f"model.max_length={config.max_length}; shorten them, or use --rolling for a long text"
+        )
+    ids = np.array([*pair.prompt, *pair.answer])
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise UserError(f"token ids run from {ids.min()} to {ids.max()}; this model has 0 to {config.vocab_size - 1}")
+    if special.mask is not None and special.mask in ids:
+        raise UserError(f"the mask token {special.mask} stands in the text; the model knows no likelihood of it")
+
+
+def window_of(config: ModelConfig, window: int | None) -> int:
+    """Tokens per window of `rolling`. UserError for more than the context, or none."""
+    check_types({"window": window}, {"window": int | None})
+    if window is not None and not 1 <= window <= config.max_length:
+        raise UserError(f"--window={window} must be between 1 and model.max_length={config.max_length}")
+    return max(1, config.max_length // 2) if window is None else window
 
 
 def _plans(pairs, special, settings) -> list[_Plan]:
@@ -324,7 +337,7 @@ def row_nats(config, special, scale, params, tokens_BL, masked_BL, scored_BL, op
         mesh_lib.constrain(x, "BL") for x in (tokens_BL, masked_BL, scored_BL, open_BL)
     )
     if config.causal:
-        inputs_BL = autoregressive.shift_right(tokens_BL, special.eos)
+        inputs_BL = autoregressive.shift_right(tokens_BL, special.start)
     else:
         inputs_BL = jnp.where(masked_BL, special.mask, tokens_BL)
     rows_BL = guidance.branches(inputs_BL, open_BL, special.mask, scale)

@@ -5,10 +5,8 @@ is drawn is text of a model, so nothing in it may act: control characters, termi
 all shown as characters, or as U+FFFD. Letters: L canvas positions.
 """
 
-import errno
 import functools
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +21,7 @@ from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError
 from llada.files import write_atomically
 from llada.inference.replay_page import PAGE
+from llada.paths import writable_target
 
 # Violet, blue, teal, amber: ordered as viridis is, but with its ends moved to where both backgrounds give contrast.
 _ON_ANY = ("#8a63d2", "#2f86c9", "#1a9c80", "#b98516")  # at least 3:1 on black and on white
@@ -32,6 +31,7 @@ _PAGE_SHADES = 32
 
 _MASK_GLYPH, _MASK_STYLE = "░", Style(dim=True)
 _SECONDS_BETWEEN_FRAMES = 0.05
+_NO_TOKEN = -1
 
 # What could steer a terminal or turn a line around: controls but tab and newline, line separators, direction overrides.
 _STEERING = [*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -57,8 +57,9 @@ class Watch:
     nothing before.
     """
 
-    def __init__(self, tokenizer: Tokenizer, mask_id: int, total_steps: int, console: Console | None = None):
-        """`mask_id` marks open positions; `console` is standard output if not given."""
+    def __init__(self, tokenizer: Tokenizer, mask_id: int | None, total_steps: int, console: Console | None = None):
+        """`mask_id` marks open positions, None where none are; `console` is standard output if not given."""
+        mask_id = _NO_TOKEN if mask_id is None else mask_id
         self._tokenizer, self._mask_id, self._total_steps = tokenizer, mask_id, total_steps
         self._console = console or Console()
         self._moves = self._console.is_terminal and not self._console.is_dumb_terminal
@@ -149,13 +150,15 @@ def write_html(
     tokenizer: Tokenizer,
     tokens_L: np.ndarray,
     step_L: np.ndarray,
-    mask_id: int,
+    mask_id: int | None,
     facts: dict[str, str],
 ) -> None:
     """Write one page, sufficient in itself, that replays how the canvas `tokens_L` was filled; `facts` is its table.
 
-    Positions that hold `mask_id` stay masked. Raises UserError if `path` cannot be written.
+    Positions that hold `mask_id` stay masked. UserError if `path` cannot be written, DiskError where there is no room.
     """
+    target = writable_target(path, "--html")
+    mask_id = _NO_TOKEN if mask_id is None else mask_id
     units = [
         [text.translate(_VISIBLE), [int(i) for i in tokens_L[start:end]], [int(s) for s in step_L[start:end]]]
         for start, end, text in _spans(tokenizer, tokens_L)
@@ -165,10 +168,7 @@ def write_html(
     # ASCII without "<" can neither end the script element nor open a comment in it.
     encoded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     page = PAGE.replace("/*SHADES*/", _shade_rules()).replace("DATA", encoded)
-    target = Path(path).expanduser()
     try:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         write_atomically(target, page.encode())
     except OSError as error:
         raise UserError(f"--html={path} cannot be written: {error.strerror}; give a file to create") from error

@@ -7,6 +7,7 @@ Shapes: B sequences, L canvas positions, K positions of a block, Q positions com
 F forbidden ids.
 """
 
+import dataclasses
 import functools
 import math
 import time
@@ -21,7 +22,7 @@ from llada.config import ModelConfig
 from llada.errors import UserError
 from llada.inference import guidance
 from llada.inference.choice import Choice, choose, level
-from llada.inference.settings import SamplerConfig, check
+from llada.inference.settings import SamplerConfig, check, usable_temperature
 from llada.mesh import platform
 from llada.model import transformer
 from llada.model.layers import take
@@ -37,7 +38,8 @@ class Sample(NamedTuple):
 
     A pass counts once per batch, twice with guidance; a cached pass over part of the canvas counts like a whole one,
     and so does a speculative one over several canvases.
-    `seconds` of the compiled loop, and `compile_seconds` before it (about 0 where the shapes were seen before).
+    `seconds` of the compiled loop, without those its observer took, and `compile_seconds` before it (about 0 where the
+    shapes were seen before).
     """
 
     tokens_BL: np.ndarray
@@ -75,6 +77,7 @@ def reverse_process(
     if blocks_B.min() != blocks_B.max():
         raise UserError(f"rows of one batch need equally many blocks, not {blocks_B.min()} to {blocks_B.max()}")
     check(settings, int(counts_B.max()))
+    settings = dataclasses.replace(settings, temperature=usable_temperature(settings.temperature))
     more = special.ends if settings.eos == "no_logits" else ()
     forbidden_F = ids_of(forbidden_V, special.mask, *more)
     # Positions from a block's start to the canvas's end: what a pass over the prefix cache has to compute.
@@ -92,9 +95,19 @@ def timed(loop, *arguments) -> Sample:
     """The Sample of a jitted loop that returns (tokens_BL, step_BL, passes), compiled before the clock starts."""
     start = time.perf_counter()
     loop.lower(*arguments).compile()
-    compiled = time.perf_counter()
+    compiled, observed = time.perf_counter(), _observed.seconds
     tokens_BL, step_BL, passes = jax.device_get(loop(*arguments))
-    return Sample(tokens_BL, step_BL, int(passes), time.perf_counter() - compiled, compiled - start)
+    seconds = time.perf_counter() - compiled - (_observed.seconds - observed)
+    return Sample(tokens_BL, step_BL, int(passes), max(seconds, 1e-9), compiled - start)
+
+
+class _Observed:
+    """How long observers have taken so far: what they draw, and how long they wait, is not sampling."""
+
+    seconds = 0.0
+
+
+_observed = _Observed()
 
 
 def repeated(params: transformer.Parameters) -> transformer.Parameters:
@@ -102,9 +115,9 @@ def repeated(params: transformer.Parameters) -> transformer.Parameters:
     return transformer.unstacked(params) if platform() == "cpu" else params
 
 
-def ids_of(forbidden_V: np.ndarray, *more: int) -> np.ndarray:
-    """The ids marked in `forbidden_V` and some `more`, ascending."""
-    return np.union1d(np.flatnonzero(forbidden_V), more).astype(np.int32)
+def ids_of(forbidden_V: np.ndarray, *more: int | None) -> np.ndarray:
+    """The ids marked in `forbidden_V` and some `more`, ascending; None is none."""
+    return np.union1d(np.flatnonzero(forbidden_V), [token for token in more if token is not None]).astype(np.int32)
 
 
 def report(observe: Observer | None, tokens_BL: jax.Array, step_BL: jax.Array, step: jax.Array) -> None:
@@ -112,8 +125,10 @@ def report(observe: Observer | None, tokens_BL: jax.Array, step_BL: jax.Array, s
     if observe is not None:
 
         def call(*arrays):
+            start = time.perf_counter()
             tokens_L, step_L, step = map(np.asarray, arrays)
             observe(tokens_L, step_L, int(step))
+            _observed.seconds += time.perf_counter() - start
 
         jax.experimental.io_callback(call, None, tokens_BL[0], step_BL[0], step, ordered=True)
 

@@ -1,5 +1,8 @@
 """How to run the reverse process: every choice, its default, and what cannot work."""
 
+import numbers
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llada.errors import UserError
@@ -7,6 +10,13 @@ from llada.errors import UserError
 REMASKING = ("low_confidence", "random", "random_binomial")
 CACHES = ("none", "prefix", "dual")
 EOS = ("keep", "no_logits", "no_confidence")
+
+# Limits far beyond use, so that float32 holds what comes of them, and a slip of the keyboard ends at once.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30
+MOST_GUIDANCE = 1e6
+MOST_SPECULATION = 64
+
+_KINDS = {str: (str, "text"), int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +26,8 @@ class SamplerConfig:
     steps          over all blocks, a multiple of their number; each block gets as many
     block_length   open positions per block; blocks are filled left to right, later ones in view as masks. All of them
                    at once is pure diffusion, 1 is autoregressive order
-    temperature    0 takes the most likely token; else a draw from softmax(logits / temperature)
+    temperature    0 takes the most likely token, and so do numbers below 1e-30; else a draw from
+                   softmax(logits / temperature)
     cfg_scale      w of classifier-free guidance without labels: LLaDA Eq. (16); 0 is off
     remasking      which predictions a step keeps:
                      low_confidence   an equal quota per step, the most probable ones (Algorithm 5)
@@ -49,18 +60,17 @@ def check(settings: SamplerConfig, open_count: int) -> None:
         if getattr(settings, name) not in allowed:
             raise UserError(f"--{name}={getattr(settings, name)} is not one of {', '.join(allowed)}")
     check_temperature(settings.temperature)
-    if not 0 <= settings.cfg_scale < float("inf"):
-        raise UserError(f"--cfg_scale={settings.cfg_scale} must not be negative; 0 is off")
+    check_guidance(settings.cfg_scale)
     threshold = settings.confidence_threshold
     if threshold is not None and not 0 < threshold <= 1:
         raise UserError(f"--confidence_threshold={threshold} must be a probability above 0, at most 1")
     if settings.remasking != "low_confidence" and (threshold is not None or settings.eos == "no_confidence"):
         flag = "--eos=no_confidence" if threshold is None else f"--confidence_threshold={threshold}"
         raise UserError(f"{flag} ranks by confidence; --remasking={settings.remasking} does not: use low_confidence")
-    if settings.speculate < 1 or (settings.speculate > 1 and settings.cache != "none"):
-        raise UserError(
-            f"--speculate={settings.speculate} must be at least 1 (off), and 1 with --cache={settings.cache}"
-        )
+    if not 1 <= settings.speculate <= MOST_SPECULATION:
+        raise UserError(f"--speculate={settings.speculate} must be between 1 (off) and {MOST_SPECULATION}")
+    if settings.speculate > 1 and settings.cache != "none":
+        raise UserError(f"--speculate={settings.speculate} and --cache={settings.cache} exclude each other")
     if not 1 <= settings.block_length <= open_count:
         raise UserError(f"--block_length={settings.block_length} must be between 1 and the {open_count} open positions")
     blocks = -(-open_count // settings.block_length)
@@ -74,8 +84,33 @@ def check(settings: SamplerConfig, open_count: int) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    """UserError unless it is a finite number of at least 0."""
-    if not 0 <= temperature < float("inf"):
+    """UserError unless it is a number that float32 can divide by, or 0."""
+    if not 0 <= temperature <= MOST_TEMPERATURE:
         raise UserError(
-            f"--temperature={temperature} must be 0 (greedy), 1 (the model's own law) or another number >= 0"
+            f"--temperature={temperature} must be 0 (greedy), 1 (the model's own law) or another number >= 0, "
+            f"at most {MOST_TEMPERATURE:g}"
         )
+
+
+def usable_temperature(temperature: float) -> float:
+    """The same, but 0 for what float32 cannot divide logits by: no draw could tell the two apart."""
+    return 0.0 if temperature < LEAST_TEMPERATURE else temperature
+
+
+def check_guidance(cfg_scale: float) -> None:
+    """UserError unless it is a w of LLaDA Eq. (16) that float32 can multiply by."""
+    if not 0 <= cfg_scale <= MOST_GUIDANCE:
+        raise UserError(f"--cfg_scale={cfg_scale} must not be negative, and at most {MOST_GUIDANCE:g}; 0 is off")
+
+
+def check_types(values: Mapping[str, object], annotations: Mapping[str, object]) -> None:
+    """UserError for text, a whole number or a number that is something else; None is right where the annotation has it.
+
+    Annotations are types, or unions that name first what is checked.
+    """
+    for name, value in values.items():
+        allowed = typing.get_args(annotations[name]) or (annotations[name],)
+        base, word = _KINDS.get(allowed[0], (object, ""))
+        if (value is None and type(None) in allowed) or (isinstance(value, base) and not isinstance(value, bool)):
+            continue
+        raise UserError(f"--{name}={value!r} must be {word}")
