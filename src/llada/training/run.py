@@ -46,10 +46,13 @@ class Run(NamedTuple):
         return self._generated(infill=text, **options)
 
     def log_likelihood(self, prompt: str, answer: str, **options):
-        """`likelihood.LogLikelihood` of `answer` after `prompt`, in nats; options as in `LikelihoodConfig`."""
-        from llada.inference import likelihood  # sampling and scoring are not needed to train
+        """`likelihood.LogLikelihood` of `answer` after `prompt`, in nats; options as in `LikelihoodConfig`.
 
-        pair = likelihood.Pair(self.tokenizer.encode(prompt), self.tokenizer.encode(answer))
+        Spaces that end the prompt count to the answer: see `canvas.encode_pair`.
+        """
+        from llada.inference import canvas, likelihood  # sampling and scoring are not needed to train
+
+        pair = likelihood.Pair(*canvas.encode_pair(self.tokenizer, prompt, answer))
         settings = likelihood.LikelihoodConfig(**options)
         with jax.set_mesh(self.mesh):
             return likelihood.log_likelihoods(self.config.model, self.params, [pair], self.tokenizer.special, settings)[
