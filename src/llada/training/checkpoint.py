@@ -199,8 +199,11 @@ class Checkpoints:
         except Exception as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            words = " ".join(str(error).split())
-            what = f"{type(error).__name__}: {words[:200]}{'...' if words[200:] else ''}"
+            first: BaseException = error
+            while first.__cause__ is not None:  # Orbax prints the whole specification of an array around it
+                first = first.__cause__
+            words = " ".join(str(first).split())
+            what = f"{type(first).__name__}: {words[:200]}{'...' if words[200:] else ''}"
             raise run_item.unusable(self.directory, step, what) from error
 
     @contextlib.contextmanager

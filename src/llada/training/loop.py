@@ -60,9 +60,10 @@ def train(
 
     with jax.set_mesh(mesh), stop_signals() as received, workdir_lib.held(workdir):
         at = workdir_lib.claim(workdir, config, allow_rate_jump)
+        done = _summary_of(workdir) if at is not None and at >= config.steps else None
         if at is not None and at > config.steps:
             progress.say(f"{workdir} is already at step {at} of {config.steps}: nothing to do")
-            return _summary_of(workdir) or {"step": at}
+            return done or {"step": at}
         tokenizer, corpus = workdir_lib.prepare(workdir, config, progress.say, received.check)
         received.answer = "finishing this step and saving"
         with (

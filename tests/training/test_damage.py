@@ -1,0 +1,240 @@
+"""Workdirs that are not what they were: one line that says what is wrong, from training and from reading alike.
+
+What is wrong is refused before anything is written, and a workdir is as it was afterwards.
+"""
+
+import json
+import shutil
+
+import pytest
+
+import llada
+from llada.errors import DataError, UserError
+from llada.training import loop, metrics
+from llada.training import workdir as workdir_lib
+from llada.training.checkpoint import Checkpoints
+
+
+@pytest.fixture
+def copies(trained, tmp_path):
+    """`copies("llada")`: a workdir of one's own, of 12 steps with checkpoints 4, 8 and 12."""
+
+    def copy(family: str, name: str = "run"):
+        return shutil.copytree(trained[family].workdir, tmp_path / name)
+
+    return copy
+
+
+def edit(path, **changes):
+    """Keys of a JSON file set anew; a dotted key by `__`; None removes it."""
+    tree = json.loads(path.read_text())
+    for key, value in changes.items():
+        *groups, leaf = key.split("__")
+        node = tree
+        for group in groups:
+            node = node[group]
+        if value is None:
+            del node[leaf]
+        else:
+            node[leaf] = value
+    path.write_text(json.dumps(tree))
+
+
+def run_item(w, step=12):
+    return w / "checkpoints" / str(step) / "run" / "metadata"
+
+
+def cut(path, size=10):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def another_family(w, copies):
+    shutil.rmtree(w / "checkpoints")
+    shutil.copytree(copies("arm", "arm") / "checkpoints", w / "checkpoints")
+
+
+def renamed(w):
+    (w / "checkpoints" / "12").rename(w / "checkpoints" / "14")
+
+
+BOTH, TRAIN, READ = ("train", "load"), ("train",), ("load",)
+# name -> (what is done to a workdir, words of the line, which calls meet it)
+DAMAGE = {
+    "checkpoint of the other family": (
+        another_family,
+        r"config.json is not that of its checkpoint.*objective.name",
+        BOTH,
+    ),
+    "config edited": (
+        lambda w, _: edit(w / "config.json", model__rope_theta=1e4),
+        r"config.json is not that of its checkpoint of step 12 \(model.rope_theta: 500000.0 -> 10000.0\); put the old",
+        READ,
+    ),
+    "step renamed": (
+        lambda w, _: renamed(w),
+        r"step 14 .* its cursor says step 12: the directory has been renamed",
+        BOTH,
+    ),
+    "no cursor": (lambda w, _: edit(run_item(w), cursor={}), "its cursor has step='None', which is no number", BOTH),
+    "cursor a list": (lambda w, _: edit(run_item(w), cursor=[1]), r"has cursor='\[1\]', which is no dict", BOTH),
+    "meter of text": (lambda w, _: edit(run_item(w), cursor__meter={"sums": "x"}), "meter=.*no numbers", BOTH),
+    "meter of nulls": (lambda w, _: edit(run_item(w), cursor__meter__seconds=[1]), "meter=.*no numbers", BOTH),
+    "digest a number": (
+        lambda w, _: edit(run_item(w), cursor__rows_digest=3),
+        "rows_digest='3', which is no text",
+        BOTH,
+    ),
+    "format of tomorrow": (lambda w, _: edit(run_item(w), format_version=2), "format 2, .*use a newer llada", BOTH),
+    "format of nobody": (lambda w, _: edit(run_item(w), format_version="1"), "format_version='1', .* no version", BOTH),
+    "begun is text": (lambda w, _: edit(run_item(w), begun="yes"), "begun='yes', which is no bool", BOTH),
+    "config of the checkpoint": (lambda w, _: edit(run_item(w), config__model__width="x"), "width='x' is a str", BOTH),
+    "tokenizer no base64": (lambda w, _: edit(run_item(w), tokenizer="?"), "its tokenizer is no base64", BOTH),
+    "run item cut": (
+        lambda w, _: cut(run_item(w)),
+        r"metadata is not JSON: .*other steps saved: 4, 8 \(--step=8",
+        BOTH,
+    ),
+    "moments gone": (
+        lambda w, _: shutil.rmtree(w / "checkpoints" / "12" / "optimizer_state"),
+        "its optimizer_state, the moments of AdamW, is missing; other steps",
+        BOTH,
+    ),
+    "parameters gone": (
+        lambda w, _: shutil.rmtree(w / "checkpoints" / "12" / "params"),
+        "step 12 .*cannot be used",
+        BOTH,
+    ),
+    "parameters cut": (
+        lambda w, _: cut(largest(w / "checkpoints" / "12" / "params")),
+        "step 12 .*cannot be used",
+        BOTH,
+    ),
+    "moments cut": (
+        lambda w, _: cut(largest(w / "checkpoints" / "12" / "optimizer_state"), 1000),
+        "step 12 .*cannot be used",
+        TRAIN,
+    ),
+    "empty step": (lambda w, _: (w / "checkpoints" / "999").mkdir(), "step 999 .*cannot be read: No such file", BOTH),
+    "config.json cut": (lambda w, _: cut(w / "config.json"), "config.json is not JSON", BOTH),
+    "config.json a list": (
+        lambda w, _: (w / "config.json").write_text("[1]"),
+        "must hold a JSON object, not list",
+        BOTH,
+    ),
+    "config.json bytes": (lambda w, _: (w / "config.json").write_bytes(b"\xff"), "config.json is not UTF-8", BOTH),
+    "summary.json cut": (lambda w, _: cut(w / "summary.json"), "summary.json is not JSON.*; remove it", TRAIN),
+    "summary.json a list": (lambda w, _: (w / "summary.json").write_text("[]"), "must hold a JSON object", TRAIN),
+    "other tokenizer": (
+        lambda w, copies: shutil.copy(copies("arm", "arm") / "config.json", w / "tokenizer.model"),
+        "tokenizer",
+        BOTH,
+    ),
+}
+
+
+def contents(workdir):
+    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_one_line_says_what_is_wrong_and_nothing_is_written(name, tiny, copies):
+    damage, words, calls = DAMAGE[name]
+    w = copies("llada")
+    damage(w, copies)
+    before = contents(w)
+    for call in calls:
+        with pytest.raises(UserError, match=words) as raised:
+            loop.train(tiny("llada"), w) if call == "train" else llada.load(w)
+        assert "\n" not in str(raised.value)
+        assert contents(w) == before, call
+
+
+def test_an_older_step_is_read_and_continued_also_one_of_before_there_was_a_version(tiny, copies, trained):
+    w = copies("llada")
+    for step in (4, 8):
+        edit(run_item(w, step), format_version=None, begun=None, cursor__corpus_digest=None)
+    cut(run_item(w, 12))
+    assert llada.load(w, step=8).step == 8
+    shutil.rmtree(w / "checkpoints" / "12")
+    summary = loop.train(tiny("llada"), w)
+    assert summary["rows_digest"] == trained["llada"].summary["rows_digest"]
+    assert summary["eval_nats_per_token"] == trained["llada"].summary["eval_nats_per_token"]
+
+
+def test_a_lost_tokenizer_comes_back_from_the_checkpoint(tiny, copies):
+    w = copies("llada")
+    content = (w / "tokenizer.model").read_bytes()
+    (w / "tokenizer.model").unlink()
+    loop.train(tiny("llada"), w)
+    assert (w / "tokenizer.model").read_bytes() == content
+
+
+def rows_of(w):
+    opened = llada.load(w)
+    return workdir_lib.corpus_of_run(w, opened.config, opened.tokenizer, opened.step)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_goes_on_and_is_judged_with_the_rows_that_it_was_trained_on(there, tiny, copies, trained):
+    """Rows that are `there` are compared; those that have gone are made anew, and compared before they count."""
+    w, digest = copies("llada"), trained["llada"].summary["corpus_digest"]
+    if not there:
+        shutil.rmtree(w / "data")
+        with pytest.raises(
+            UserError, match="no rows of .*; llada train --workdir=.* makes them from data.source=text:"
+        ):
+            rows_of(w)
+    edit(run_item(w), cursor__corpus_digest="0" * 64)  # as if the documents had changed since
+    before = contents(w)
+    words = f"digest {digest}.* are not those that .* was trained on .digest {'0' * 64}.*--config.data.directory=DIR"
+    with pytest.raises(DataError, match=words):
+        loop.train(tiny("llada"), w)
+    assert contents(w) == before
+    if there:
+        with pytest.raises(DataError, match=words):
+            rows_of(w)
+    edit(run_item(w), cursor__corpus_digest=digest)
+    loop.train(tiny("llada"), w)
+    assert rows_of(w).metadata.digest == digest
+    assert sorted(path.name for path in (w / "data").glob("[!.]*")) == ["holdout.npy", "metadata.json", "train.npy"]
+
+
+def test_a_step_taken_away_while_it_is_read_is_looked_for_again(copies, monkeypatch):
+    """Training saves a newer one and removes the one that a reader has just chosen."""
+    w = copies("llada")
+    restore, calls = Checkpoints.restore_parameters, []
+
+    def rotated(checkpoints, config, mesh, step, *more):
+        calls.append(step)
+        if len(calls) == 1:
+            (w / "checkpoints" / "12").rename(w / "checkpoints" / "gone")
+        return restore(checkpoints, config, mesh, step, *more)
+
+    monkeypatch.setattr(Checkpoints, "restore_parameters", rotated)
+    assert llada.load(w).step == 8
+    assert calls == [12, 8]
+    calls.clear()
+    (w / "checkpoints" / "gone").rename(w / "checkpoints" / "12")
+    with pytest.raises(UserError, match="step 12 .*was removed while it was read; saved now: 4, 8.*checkpoint.keep"):
+        llada.load(w, step=12)
+
+
+def test_damaged_lines_of_metrics_go_alone_and_are_kept_beside(copies, tiny, capsys):
+    """A last line cut short, as by SIGKILL, goes without a word."""
+    w = copies("llada")
+    path = w / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [json.loads(line) for line in lines]
+    path.write_bytes(b"".join(lines) + lines[-1][:20])
+    assert metrics.read(path) == whole
+    damaged = b"".join([lines[0], b"\xff{\n", b"3\n", b'{"loss": 1}\n', *lines[1:]])
+    path.write_bytes(damaged)
+    assert metrics.read(path) == whole
+    loop.train(tiny("llada"), w)
+    assert metrics.read(path) == whole
+    assert (w / "metrics.jsonl.damaged").read_bytes() == damaged
+    assert "dropped line 2, 3, 4, damaged" in capsys.readouterr().err
