@@ -4,9 +4,11 @@ import json
 import os
 import pickle
 import random
+import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import in_process
 import numpy as np
@@ -18,16 +20,31 @@ from llada.errors import UserError
 from llada.interop import importing
 from llada.interop.export import export
 
+INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00004.safetensors"
 WTE = "model.transformer.wte.weight"
 
 
+@pytest.fixture(scope="module")
+def exported(build, tmp_path_factory):
+    """Exports in four shards: a LLaDA's and an ARM's."""
+    place = tmp_path_factory.mktemp("exported")
+    for name, causal in (("hf", False), ("arm", True)):
+        export(build(causal), place / name, shard_bytes=60_000)
+        assert (place / name / SHARD).exists()
+    return place
+
+
 @pytest.fixture
-def hf(build, tmp_path):
-    """A fresh export in four shards, to be spoilt."""
-    export(build(), tmp_path / "hf", shard_bytes=60_000)
-    assert (tmp_path / "hf" / SHARD).exists()
-    return tmp_path / "hf"
+def hf(exported, tmp_path):
+    """A LLaDA's export, to be spoilt."""
+    return Path(shutil.copytree(exported / "hf", tmp_path / "hf"))
+
+
+@pytest.fixture
+def arm(exported, tmp_path):
+    """An ARM's export, to be changed."""
+    return Path(shutil.copytree(exported / "arm", tmp_path / "hf"))
 
 
 def edit(path, change):
@@ -49,7 +66,7 @@ def config(**values):
 
 
 def index(change):
-    return lambda hf: edit(hf / "model.safetensors.index.json", lambda values: change(values["weight_map"]))
+    return lambda hf: edit(hf / INDEX, lambda values: change(values["weight_map"]))
 
 
 def truncated(hf):
@@ -61,6 +78,10 @@ def pickled(hf):
     for path in hf.glob("*.safetensors*"):
         path.unlink()
     (hf / "pytorch_model.bin").write_bytes(pickle.dumps(Canary()))
+
+
+def fifo(name):
+    return lambda hf: [(hf / name).unlink(), os.mkfifo(hf / name)]
 
 
 def header(content: bytes):
@@ -91,30 +112,77 @@ SPOILT = {
     "biases": (config(include_bias=True), ["include_bias=True", "not supported"]),
     "heads that do not divide": (config(n_heads=5), ["heads=5", "divide"]),
     "a negative width": (config(d_model=-32), ["width=-32", "positive"]),
-    "absurdly many layers": (config(n_layers=10**12), ["1000000000000 layers", "tensors"]),
+    "too many layers": (config(n_layers=10**6), ["1000000 layers", "tensors"]),
+    "absurdly many layers": (config(n_layers=10**12), ["n_layers=1000000000000", "out of range"]),
+    "a length that is no number of tokens": (config(max_sequence_length=1e30), ["max_sequence_length=1e+30", "int"]),
+    "an endless length": (config(max_sequence_length=10**30), ["max_sequence_length=1000", "out of range"]),
+    "a width beyond all memory": (config(d_model=10**12), ["d_model=1000", "out of range"]),
+    "a width beyond this memory": (config(d_model=2**30), ["wte.weight", "[320, 1073741824]"]),
+    "a vocabulary beyond this memory": (config(embedding_size=2**30), ["wte.weight", "[1073741824, 32]"]),
+    "an infinite base": (config(rope_theta=float("inf")), ["rope_theta=inf", "out of range"]),
+    "an end that is an object": (config(eos_token_id={}), ["eos_token_id={}", "token id"]),
+    "an end that is true": (config(eos_token_id=True), ["eos_token_id=True", "token id"]),
+    "an end beyond all ids": (config(eos_token_id=10**30), ["eos_token_id=1000", "token id"]),
     "another width": (config(d_model=64), ["wte.weight", "[320, 32]", "[320, 64]"]),
     "one layer too many": (config(n_layers=4), ["lacks", "blocks.3"]),
     "one layer too few": (config(n_layers=2), ["besides", "blocks.2"]),
     "ties that are not": (config(weight_tying=True), ["ties head and embedding", "ff_out.weight differs"]),
     "a mask outside": (config(mask_token_id=320), ["mask_token_id=320", "0 to 319"]),
-    "no index": (
-        lambda hf: (hf / "model.safetensors.index.json").unlink(),
-        ["neither model.safetensors.index.json nor model.safetensors"],
+    "no weights": (
+        lambda hf: [path.unlink() for path in hf.glob("*.safetensors*")],
+        ["neither model.safetensors nor model.safetensors.index.json", "00001-of-00002"],
+    ),
+    "no index and a shard missing": (
+        lambda hf: [
+            (hf / name).unlink() for name in ("model.safetensors.index.json", SHARD.replace("00001", "00003", 1))
+        ],
+        ["model-00003-of-00004.safetensors is not there"],
+    ),
+    "no index and shards of two exports": (
+        lambda hf: [
+            (hf / INDEX).unlink(),
+            shutil.copy(hf / SHARD, hf / "model-00001-of-00002.safetensors"),
+        ],
+        ["00002 and of 00004", "index"],
+    ),
+    "no index and a tensor twice": (
+        lambda hf: [
+            (hf / INDEX).unlink(),
+            shutil.copy(hf / SHARD, hf / "model-00002-of-00004.safetensors"),
+        ],
+        ["is in model-00002-of-00004", "another file"],
+    ),
+    "an index that never ends": (fifo(INDEX), ["index.json", "no regular file"]),
+    "a config that never ends": (fifo("config.json"), ["config.json", "no regular file"]),
+    "a tokenizer that never ends": (fifo("tokenizer.json"), ["tokenizer.json", "no regular file"]),
+    "a shard that never ends": (fifo(SHARD), [SHARD, "not there"]),
+    "a name too long for a file": (
+        index(lambda m: m.update({WTE: "a" * 300 + ".safetensors"})),
+        ["aaa...'", "not there"],
+    ),
+    "a name with a NUL": (index(lambda m: m.update({WTE: "a\0.safetensors"})), ["'a\\x00", "same"]),
+    "weights that are no numbers": (
+        lambda hf: retensor(hf, lambda t: t[WTE].__setitem__((7, 7), np.nan)),
+        [WTE, "NaN or infinity", "--allow_nonfinite"],
+    ),
+    "weights beyond all numbers": (
+        lambda hf: retensor(hf, lambda t: t[WTE].__setitem__((7, 7), -np.inf)),
+        [WTE, "NaN or infinity", "--allow_nonfinite"],
     ),
     "an index without a map": (
-        lambda hf: (hf / "model.safetensors.index.json").write_text('{"weight_map": []}'),
+        lambda hf: (hf / INDEX).write_text('{"weight_map": []}'),
         ["index.json", "no weight_map"],
     ),
     "an index that is no JSON": (
-        lambda hf: (hf / "model.safetensors.index.json").write_bytes(b"\xff"),
-        ["index.json", "not JSON"],
+        lambda hf: (hf / INDEX).write_bytes(b"\xff"),
+        ["index.json", "not UTF-8"],
     ),
     "a file name that is a number": (index(lambda m: m.update({WTE: 3})), ["no weight_map"]),
     "a path out of the directory": (index(lambda m: m.update({WTE: "../secret.safetensors"})), ["'../secret", "same"]),
     "an absolute path": (index(lambda m: m.update({WTE: "/etc/secret.safetensors"})), ["'/etc/secret", "same"]),
     "a shard of another format": (index(lambda m: m.update({WTE: "model.bin"})), ["'model.bin'", "safetensors"]),
     "a shard that is not there": (lambda hf: (hf / SHARD).unlink(), [SHARD, "not there"]),
-    "a name the file lacks": (index(lambda m: m.update({"ghost": SHARD})), ["lacks, the tensor ghost"]),
+    "a name the file lacks": (index(lambda m: m.update({"ghost": SHARD})), ["lacks, the tensor 'ghost'"]),
     "a name the index lacks": (index(lambda m: m.pop(WTE)), ["does not name", WTE]),
     "a truncated shard": (truncated, [SHARD, "not a whole safetensors file"]),
     "a header beyond the file": (
@@ -136,6 +204,17 @@ SPOILT = {
     ),
     "only a pickle": (pickled, ["pytorch_model.bin is a pickle", "safetensors"]),
     "no tokenizer": (lambda hf: (hf / "tokenizer.json").unlink(), ["neither tokenizer.json nor tokenizer.model"]),
+    "a tokenizer without tokens": (
+        lambda hf: edit(
+            hf / "tokenizer.json",
+            lambda v: (
+                v
+                | {"added_tokens": [], "pre_tokenizer": None, "post_processor": None}
+                | {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "x"}}
+            ),
+        ),
+        ["the tokenizer has no tokens"],
+    ),
     "a tokenizer that is none": (
         lambda hf: (hf / "tokenizer.json").write_text('{"model": 3}'),
         ["not a Hugging Face tokenizer"],
@@ -175,16 +254,17 @@ def test_a_tokenizer_larger_than_the_model_is_refused(build, tmp_path):
         (dict(attention_bias=True), ["attention_bias=True"]),
         (dict(hidden_act="gelu"), ["hidden_act='gelu'"]),
         (dict(head_dim=16), ["head_dim=16", "hidden_size=32"]),
-        (dict(sliding_window=16), ["sliding_window=16"]),
+        (dict(sliding_window="a"), ["sliding_window='a'", "must be int"]),
+        (dict(sliding_window=-4), ["max_length=-4", "positive"]),
+        (dict(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5"]),
         (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), ["rope_type='llama3'"]),
         (dict(rope_parameters=["x"]), ["rope_parameters"]),
     ],
 )
-def test_llamas_that_are_other_networks_are_refused(build, tmp_path, change, words):
-    export(build(True), tmp_path / "hf")
-    edit(tmp_path / "hf/config.json", lambda values: values.update(change))
+def test_llamas_that_are_other_networks_are_refused(arm, change, words):
+    edit(arm / "config.json", lambda values: values.update(change))
     with pytest.raises(UserError) as caught:
-        importing.open_source(tmp_path / "hf")
+        importing.open_source(arm)
     for word in words:
         assert word in str(caught.value)
 

@@ -5,14 +5,14 @@ a model card. A LLaDA brings its PyTorch code along and loads with trust_remote_
 LlamaForCausalLM (Qwen3ForCausalLM with qk-norm). Memory stays at one tensor, whatever the model's size.
 """
 
-import json
 import sys
-from pathlib import Path
 
 from absl import flags
 
+from llada import json_files
 from llada.commands import progress
 from llada.errors import UserError
+from llada.paths import user_path
 
 WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of llada train or llada import")
 OUT = flags.DEFINE_string("out", None, "directory to make")
@@ -27,14 +27,12 @@ def run() -> int:
     for flag in (WORKDIR, OUT):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing; see llada export --help")
+    workdir, out = user_path(WORKDIR.value, "--workdir"), user_path(OUT.value, "--out")
     from llada.interop.export import export
 
     with progress.bar("weights exported") as show:
-        done = export(
-            *(Path(WORKDIR.value), Path(OUT.value), STEP.value),
-            *(DTYPE.value, SHARD_BYTES.value, OVERWRITE.value, show),
-        )
-    print(json.dumps({"out": OUT.value} | done._asdict()))
+        done = export(workdir, out, STEP.value, DTYPE.value, SHARD_BYTES.value, OVERWRITE.value, show)
+    print(json_files.dumps({"out": str(out)} | done._asdict()))
     code = "" if done.architecture != "LLaDAModelLM" else ", trust_remote_code=True"
-    print(f'PyTorch: AutoModelForCausalLM.from_pretrained("{OUT.value}"{code})', file=sys.stderr)
+    print(f"PyTorch: AutoModelForCausalLM.from_pretrained({json_files.dumps(str(out))}{code})", file=sys.stderr)
     return 0

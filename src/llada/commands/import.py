@@ -6,13 +6,14 @@ run. --objective=diffusion starts a mask predictor from an ARM's weights. --conf
 not know: the corpus, the mesh, the optimizer; llada train --workdir=DIR goes on from there.
 """
 
-import json
-from pathlib import Path
+import sys
 
 from absl import flags
 
+from llada import json_files
 from llada.commands import experiment, progress
 from llada.errors import UserError
+from llada.paths import user_path
 
 SOURCE = flags.DEFINE_string("source", None, "Hugging Face directory (or workdir) to read")
 WORKDIR = flags.DEFINE_string("workdir", None, "workdir to make")
@@ -21,26 +22,32 @@ OBJECTIVE = flags.DEFINE_enum(
 )
 MASK_TOKEN = flags.DEFINE_string("mask_token", None, "token that is to mask, where the source names none")
 
+ALLOW_NONFINITE = flags.DEFINE_bool("allow_nonfinite", False, "import weights that hold NaN or infinity")
+
 
 def run(overrides: dict[str, str]) -> int:
     """Import and say what came."""
     for flag in (SOURCE, WORKDIR):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing; see llada import --help")
+    path, workdir = user_path(SOURCE.value, "--source"), user_path(WORKDIR.value, "--workdir")
     from llada import accounting
     from llada.interop import importing
 
-    source = importing.open_source(Path(SOURCE.value), OBJECTIVE.value, MASK_TOKEN.value)
+    source = importing.open_source(path, OBJECTIVE.value, MASK_TOKEN.value, ALLOW_NONFINITE.value)
+    for note in source.notes:
+        print(f"llada import: {note}", file=sys.stderr)
     config = experiment.override(source.config, overrides)
     with progress.bar("parameters imported") as show:
-        importing.write(source, config, Path(WORKDIR.value), show)
+        importing.write(source, config, workdir, show)
     facts = {
-        "workdir": WORKDIR.value,
+        "workdir": str(workdir),
         "objective": config.objective.name,
         "parameters": accounting.parameters(config.model).total,
         "vocab_size": config.model.vocab_size,
         "mask_id": source.tokenizer.mask_id,
         "eos_id": source.tokenizer.eos_id,
+        "bos_id": source.tokenizer.bos_id,
     }
-    print(json.dumps(facts))
+    print(json_files.dumps(facts))
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from llada.config import ModelConfig
 from llada.errors import UserError
-from llada.interop.schema import TRANSFORMERS_VERSION, Special, field
+from llada.interop.schema import TRANSFORMERS_VERSION, Special, field, first_ids
 
 ARCHITECTURE = "LLaDAModelLM"
 MODEL_TYPE = "llada"
@@ -64,6 +64,18 @@ _INERT = {
 }
 
 
+# What the released class takes for a field that a file leaves out; sizes must be there, as its own are GPT-2's.
+_DEFAULTS = {
+    "init_std": 0.02,
+    "max_sequence_length": 1_024,
+    "mlp_ratio": 4,
+    "qk_norm": False,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "weight_tying": True,
+}
+
+
 def to_json(model: ModelConfig, special: Special) -> dict[str, Any]:
     """`config.json`: every field of the released one, and `qk_norm` where the model has it (the release has none)."""
     values = {
@@ -95,32 +107,28 @@ def to_json(model: ModelConfig, special: Special) -> dict[str, Any]:
     return dict(sorted((values | extra | _FIXED | _INERT).items()))
 
 
-def from_json(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int | None]]:
+def from_json(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
     """(fields of ModelConfig, special ids that are given) from a `config.json`; UserError for another network."""
+    values = _FIXED | _DEFAULTS | {name: value for name, value in given.items() if value is not None}
     for name, wanted in _FIXED.items():
-        got = values.get(name, wanted)
-        # The released class has no bias in norms unless it is asked for; null means "as include_bias".
-        if got != wanted and not (name == "bias_for_layer_norm" and got is None):
-            raise UserError(f"{name}={got!r} is not supported; a LLaDA has {wanted!r}")
+        if values[name] != wanted:
+            raise UserError(f"{name}={values[name]!r} is not supported; a LLaDA has {wanted!r}")
     heads, width = field(values, "n_heads", int), field(values, "d_model", int)
-    kv_heads = field(values, "n_kv_heads", int, None)
-    if kv_heads is None:
-        kv_heads = 1 if values.get("multi_query_attention") else heads
-    vocab_size = field(values, "vocab_size", int)
-    ffn = field(values, "mlp_hidden_size", int, None)
+    if not isinstance(values.get("multi_query_attention", False), bool):
+        raise UserError(f"config.json has multi_query_attention={values['multi_query_attention']!r}; it must be bool")
     model = {
         "layers": field(values, "n_layers", int),
         "width": width,
         "heads": heads,
-        "kv_heads": kv_heads,
-        "ffn": field(values, "mlp_ratio", int, 4) * width if ffn is None else ffn,
-        "vocab_size": field(values, "embedding_size", int, None) or vocab_size,
+        "kv_heads": field(values, "n_kv_heads", int, 1 if values.get("multi_query_attention") else heads),
+        "ffn": field(values, "mlp_hidden_size", int, field(values, "mlp_ratio", int) * width),
+        "vocab_size": field(values, "embedding_size", int, field(values, "vocab_size", int)),
         "max_length": field(values, "max_sequence_length", int),
-        "tie_embeddings": field(values, "weight_tying", bool, False),
-        "qk_norm": field(values, "qk_norm", bool, False),
+        "tie_embeddings": field(values, "weight_tying", bool),
+        "qk_norm": field(values, "qk_norm", bool),
         "rope_theta": field(values, "rope_theta", float),
         "norm_eps": field(values, "rms_norm_eps", float),
-        "init_std": field(values, "init_std", float, 0.02),
+        "init_std": field(values, "init_std", float),
+        "causal": False,
     }
-    given = {role: field(values, f"{role}_token_id", int, None) for role in ("mask", "eos", "pad")}
-    return model, {role: token for role, token in given.items() if token is not None}
+    return model, first_ids(values, ("mask", "eos", "pad"))

@@ -8,7 +8,7 @@ from typing import Any
 
 from llada.config import ModelConfig
 from llada.errors import UserError
-from llada.interop.schema import TRANSFORMERS_VERSION, Special, field
+from llada.interop.schema import TRANSFORMERS_VERSION, Special, field, first_ids
 
 NAMES = {
     "embedding": "model.embed_tokens.weight",
@@ -29,11 +29,46 @@ NAMES = {
 CAUSAL = ("llama", "mistral", "qwen3")
 BIDIRECTIONAL = ("illada",)
 
+# What transformers' classes take for a field that a file leaves out: older files lack what was added since, and some
+# programs leave out what is the class's default.
+_COMMON = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "mlp_bias": False,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 32_000,
+}
+_DEFAULTS = {
+    "llama": _COMMON | {"intermediate_size": 11_008, "max_position_embeddings": 2_048},
+    "mistral": _COMMON
+    | {
+        "intermediate_size": 14_336,
+        "max_position_embeddings": 131_072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4_096,
+    },
+    "qwen3": _COMMON
+    | {"intermediate_size": 22_016, "max_position_embeddings": 32_768, "vocab_size": 151_936}
+    | {"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
+    # Its class is not part of transformers: sizes must be there.
+    "illada": {
+        name: _COMMON[name]
+        for name in ("attention_bias", "hidden_act", "initializer_range", "mlp_bias", "tie_word_embeddings")
+    },
+}
+_NULLABLE = ("head_dim", "num_key_value_heads", "sliding_window")
+
 
 def to_json(model: ModelConfig, special: Special) -> dict[str, Any]:
     """`config.json` of a LlamaForCausalLM, or of a Qwen3ForCausalLM where the model has qk-norm.
 
-    Rows of our ARM begin after an end-of-text token, which therefore is the beginning-of-text token here.
+    Rows of an ARM trained here begin after an end-of-text token, which therefore is the beginning-of-text token there.
     """
     ends = [special.eos] if special.eot is None else [special.eos, special.eot]
     values = {
@@ -56,7 +91,7 @@ def to_json(model: ModelConfig, special: Special) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_cache": True,
-        "bos_token_id": special.eos,
+        "bos_token_id": special.start,
         "eos_token_id": ends if len(ends) > 1 else special.eos,
         "pad_token_id": special.pad,
         "transformers_version": TRANSFORMERS_VERSION,
@@ -68,15 +103,23 @@ def to_json(model: ModelConfig, special: Special) -> dict[str, Any]:
     return dict(sorted(values.items()))
 
 
-def from_json(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int | None]]:
-    """(fields of ModelConfig, special ids that are given) from a `config.json`; UserError for another network."""
+def from_json(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    """(fields of ModelConfig, special ids that are given) from a `config.json`; UserError for another network.
+
+    A sliding window shortens the context to its length: up to there attention is the same.
+    """
+    # Null means the default as well, but for those of which it says that there is none.
+    told = {name: value for name, value in given.items() if value is not None or name in _NULLABLE}
+    values = _DEFAULTS[given["model_type"]] | told
     for name, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if values.get(name, wanted) != wanted:
             raise UserError(f"{name}={values[name]!r} is not supported; only {wanted!r} is")
-    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
+    if values.get("partial_rotary_factor", 1) != 1:
+        raise UserError(f"partial_rotary_factor={values['partial_rotary_factor']!r} is not supported; only 1.0 is")
+    window = field(values, "sliding_window", int, None)
     length = field(values, "max_position_embeddings", int)
-    if window is not None and window < length:
-        raise UserError(f"sliding_window={window} is not supported; attention here sees the whole context")
+    if window is not None and field(values, "use_sliding_window", bool, True):
+        length = min(length, window)
     heads, width = field(values, "num_attention_heads", int), field(values, "hidden_size", int)
     head_dim = field(values, "head_dim", int, None)
     if head_dim is not None and head_dim * heads != width:
@@ -87,23 +130,18 @@ def from_json(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int | N
         "layers": field(values, "num_hidden_layers", int),
         "width": width,
         "heads": heads,
-        "kv_heads": field(values, "num_key_value_heads", int, None) or heads,
+        "kv_heads": field(values, "num_key_value_heads", int, heads),
         "ffn": field(values, "intermediate_size", int),
         "vocab_size": field(values, "vocab_size", int),
         "max_length": length,
-        # transformers leaves it out of a file where it is its class's default.
         "tie_embeddings": field(values, "tie_word_embeddings", bool, False),
         "qk_norm": values["model_type"] == "qwen3",
         "rope_theta": _rope_theta(values),
         "norm_eps": field(values, "rms_norm_eps", float),
-        "init_std": field(values, "initializer_range", float, 0.02),
+        "init_std": field(values, "initializer_range", float),
         "causal": values["model_type"] in CAUSAL,
     }
-    given = {role: values.get(f"{role}_token_id") for role in ("mask", "eos", "pad")}
-    # Several ends: the first is that of a text, others end turns.
-    given["eos"] = given["eos"][0] if isinstance(given["eos"], list) and given["eos"] else given["eos"]
-    # Old files say -1 for none.
-    return model, {role: token for role, token in given.items() if type(token) is int and token >= 0}
+    return model, first_ids(values, ("mask", "eos", "pad", "bos"))
 
 
 def _rope_theta(values: dict[str, Any]) -> float:
@@ -114,4 +152,6 @@ def _rope_theta(values: dict[str, Any]) -> float:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default" or scaling.get("factor", 1.0) != 1.0:
         raise UserError(f"rope_type={kind!r} is not supported; only unscaled rotary embedding ('default') is")
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("partial_rotary_factor in rope_parameters is not supported; only 1.0 is")
     return field(scaling if "rope_theta" in scaling else values, "rope_theta", float)

@@ -8,6 +8,7 @@ read: pickles run code.
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from llada import json_files
 from llada.errors import UserError
 from llada.interop.layout import Tensor
 
@@ -23,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"float32": (np.dtype(np.float32), "F32"), "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16")}
 _READABLE = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -82,18 +85,20 @@ class Weights:
 
     def __init__(self, directory: Path):
         """UserError, naming the file, for anything missing, damaged, contradictory, or outside the directory."""
-        self._file_of = _weight_map(directory)
-        self._entries: dict[str, dict] = {}
+        files, weight_map = _files(directory)
         self._directory, self._start = directory, {}
-        for name in sorted(set(self._file_of.values())):
+        self._entries: dict[str, dict] = {}
+        self._file_of: dict[str, str] = {}
+        for name in files:
             entries, self._start[name] = _header(directory / name)
             for tensor in entries:
                 if tensor in self._entries:
-                    raise UserError(f"{tensor} is in {name} and in another file")
+                    raise UserError(f"{_short(tensor)} is in {name} and in another file")
             self._entries |= entries
-        for tensor in sorted(self._file_of.keys() ^ self._entries.keys()):
-            kind = "names, but its file lacks" if tensor in self._file_of else "does not name, but a file holds"
-            raise UserError(f"{INDEX} {kind}, the tensor {tensor}")
+            self._file_of |= dict.fromkeys(entries, name)
+        for tensor in sorted(weight_map.keys() ^ self._file_of.keys()) if weight_map is not None else ():
+            kind = "names, but its file lacks" if tensor in weight_map else "does not name, but a file holds"
+            raise UserError(f"{INDEX} {kind}, the tensor {_short(tensor)}")
 
     @property
     def names(self) -> set[str]:
@@ -119,7 +124,10 @@ class Weights:
         begin = self._start[self._file_of[name]] + self._entries[name]["data_offsets"][0]
         with (self._directory / self._file_of[name]).open("rb") as file:
             file.seek(begin + start * size * dtype.itemsize)
-            return np.fromfile(file, dtype, (stop - start) * size).reshape(stop - start, *rest)
+            values = np.fromfile(file, dtype, (stop - start) * size)
+        if len(values) != (stop - start) * size:
+            raise UserError(f"{self._file_of[name]} ends early: it has changed while it was read")
+        return values.reshape(stop - start, *rest)
 
 
 def _header(path: Path) -> tuple[dict[str, dict], int]:
@@ -136,36 +144,49 @@ def _header(path: Path) -> tuple[dict[str, dict], int]:
     return entries, 8 + length
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
-    """File of each tensor: from the index, or all of the single file."""
-    path = directory / INDEX
-    if not path.exists():
-        single = directory / SINGLE
-        if single.exists():
-            return dict.fromkeys(_header(single)[0], SINGLE)
-        pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
-        hint = f" ({pickles[0]} is a pickle, which can run code and is not read)" if pickles else ""
-        raise UserError(f"it has neither {INDEX} nor {SINGLE}{hint}; convert the weights to safetensors first")
-    weight_map = read_json(path).get("weight_map")
+def _files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the files that hold the weights, and what the index says, where the files need one."""
+    if (directory / SINGLE).is_file():  # transformers looks for it first, too
+        return [SINGLE], None
+    if not (directory / INDEX).exists():
+        return _shards(directory), None
+    weight_map = json_files.read(directory / INDEX, name=INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{INDEX} has no weight_map from tensor names to file names")
     for name in sorted(set(weight_map.values())):
         # A plain name may still be a link, as in the hub's own cache; only the index is distrusted.
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise UserError(f"{INDEX} names the file {name!r}; shards are safetensors files in the same directory")
-        if not (directory / name).is_file():
-            raise UserError(f"{INDEX} names {name}, which is not there; copy the missing shard")
-    return weight_map
+        if Path(name).name != name or set(name) & set("\\\0") or not name.endswith(".safetensors"):
+            raise UserError(
+                f"{INDEX} names the file {_short(name)}; shards are safetensors files in the same directory"
+            )
+        if len(name.encode(errors="replace")) > 255 or not (directory / name).is_file():
+            raise UserError(f"{INDEX} names {_short(name)}, which is not there; copy the missing shard")
+    return sorted(set(weight_map.values())), weight_map
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. UserError if it is missing, is no JSON, or is something else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path.name} cannot be read: {error.strerror}; check the directory") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path.name} is not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path.name} must hold a JSON object")
-    return values
+def _shards(directory: Path) -> list[str]:
+    """The shards of a directory without an index, all of them. UserError naming one that is missing."""
+    counts: dict[str, set[int]] = {}
+    for path in directory.iterdir():
+        if match := _SHARD.fullmatch(path.name):
+            counts.setdefault(match[2], set()).add(int(match[1]))
+    if not counts:
+        pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
+        hint = f" ({pickles[0]} is a pickle, which can run code and is not read)" if pickles else ""
+        raise UserError(
+            f"it has neither {SINGLE} nor {INDEX} nor shards such as model-00001-of-00002.safetensors{hint}; "
+            "convert the weights to safetensors first"
+        )
+    if len(counts) > 1:
+        raise UserError(
+            f"it holds shards of {' and of '.join(sorted(counts))} files, and no {INDEX} that says which count"
+        )
+    ((count, found),) = counts.items()
+    missing = next((n for n in range(1, int(count) + 1) if n not in found), None)
+    if missing is not None:
+        raise UserError(f"model-{missing:05d}-of-{count}.safetensors is not there; copy the missing shard")
+    return [f"model-{n:05d}-of-{count}.safetensors" for n in range(1, int(count) + 1)]
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 80 else f"{name[:80]}...")
