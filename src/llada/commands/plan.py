@@ -17,7 +17,7 @@ from llada.errors import UserError
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "the slice: v5e:16x16, v5p:4x4x8, v4, v6e or tpu7x likewise")
 SLICES = flags.DEFINE_integer("slices", 1, "so many equal slices, joined by the data-centre network")
-PROGRAM = flags.DEFINE_string("program", "train", "train, sample or likelihood")
+PROGRAM = flags.DEFINE_string("program", "train", "train, evaluate, sample or likelihood")
 SEARCH = flags.DEFINE_bool("search", False, "try meshes, remat and batches per chip; print the best trade-offs")
 JSON = flags.DEFINE_string("json", None, "write all figures to this file too")
 BATCH = flags.DEFINE_integer(
@@ -28,6 +28,9 @@ LENGTH = flags.DEFINE_integer("gen_length", None, "sample: tokens to write; defa
 STEPS = flags.DEFINE_integer("steps", None, "sample: steps of the reverse process; default one per token")
 BLOCK = flags.DEFINE_integer("block_length", None, "sample: positions of a block; default one block")
 CACHE = flags.DEFINE_string("cache", None, "sample: none, prefix or dual")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "evaluate, sample, likelihood: of the parameters in memory; default float32"
+)
 flags.adopt_module_key_flags(experiment)
 
 
@@ -42,7 +45,8 @@ def run(overrides: dict[str, str]) -> int:
     from llada.planning import programs, report, search, topology
 
     place = topology.describe(TOPOLOGY.value, SLICES.value)
-    request = programs.Request(BATCH.value, PROMPT.value, LENGTH.value, STEPS.value, BLOCK.value, CACHE.value)
+    sampling = (BATCH.value, PROMPT.value, LENGTH.value, STEPS.value, BLOCK.value, CACHE.value)
+    request = programs.Request(*sampling, DTYPE.value)
     if SEARCH.value:
         if PROGRAM.value != "train":
             raise UserError(f"--search is for --program=train, not {PROGRAM.value}")

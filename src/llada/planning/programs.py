@@ -1,4 +1,4 @@
-"""What is compiled: the real training step, sampler or likelihood of a config, from abstract arguments.
+"""What is compiled: the real training step, evaluation, sampler or likelihood of a config, from abstract arguments.
 
 The compiled program is the one that a TPU slice would run: same function, same mesh, same shardings. Nothing of the
 model's size is allocated.
@@ -16,6 +16,7 @@ from llada import accounting
 from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.errors import UserError
+from llada.evaluation import validation
 from llada.inference import ancestral, choice, likelihood, sampler
 from llada.inference import settings as settings_lib
 from llada.model import transformer
@@ -24,14 +25,15 @@ from llada.objectives.contract import SpecialTokens
 from llada.planning import topology
 from llada.training import step as step_lib
 
-PROGRAMS = ("train", "sample", "likelihood")
+PROGRAMS = ("train", "evaluate", "sample", "likelihood")
 Trips = Callable[[str], tuple[float, str]]
 
 
 class Request(NamedTuple):
     """What to plan besides training: `batch` rows of `prompt_length` + `gen_length` tokens, and how to fill them.
 
-    `steps` and `block_length` None are one step per token and one block, as in `llada sample`.
+    `steps` and `block_length` None are one step per token and one block, as in `llada sample`; `dtype`, of the
+    parameters in memory, is float32 where it is None.
     """
 
     batch: int | None = None
@@ -40,6 +42,7 @@ class Request(NamedTuple):
     steps: int | None = None
     block_length: int | None = None
     cache: str | None = None
+    dtype: str | None = None
 
 
 class Program(NamedTuple):
@@ -59,6 +62,11 @@ class Program(NamedTuple):
     dense: float | None
     tokens: int
 
+    @property
+    def in_half(self) -> bool:
+        """Whether the parameters are in memory at half the size that they are trained with."""
+        return jax.tree.leaves(self.arguments[0])[0].dtype == jnp.bfloat16
+
 
 class Compiled(NamedTuple):
     """What the compiler made: its text and its memory figures (bytes per device), or why it does not fit."""
@@ -74,12 +82,13 @@ def make(config: Config, mesh: jax.sharding.Mesh, name: str, request: Request) -
     if name not in PROGRAMS:
         raise UserError(f"--program={name} is not one of {', '.join(PROGRAMS)}")
     given = [key for key, value in request._asdict().items() if value]
-    allowed = {"train": (), "likelihood": ("batch",), "sample": request._fields}[name]
+    allowed = {"train": (), "evaluate": ("dtype",), "likelihood": ("batch", "dtype"), "sample": request._fields}[name]
     if wrong := [key for key in given if key not in allowed]:
         raise UserError(f"--{wrong[0]} is not for --program={name}; leave it out")
     if wrong := [key for key in given if name == "sample" and config.model.causal and key in _DIFFUSION_ONLY]:
         raise UserError(f"--{wrong[0]} needs a diffusion model; this one is an ARM, written left to right")
-    return {"train": _train, "sample": _sample, "likelihood": _likelihood}[name](config, mesh, request)
+    makers = {"train": _train, "evaluate": _evaluate, "sample": _sample, "likelihood": _likelihood}
+    return makers[name](config, mesh, request)
 
 
 _DIFFUSION_ONLY = ("steps", "block_length", "cache")
@@ -132,6 +141,28 @@ def _train(config: Config, mesh, request: Request) -> Program:
     )
 
 
+def _evaluate(config: Config, mesh, request: Request) -> Program:
+    """One batch of held-out rows, all of its draws: what the validation figure is made of."""
+    mesh_lib.check_parameters(config, mesh)
+    estimator, L = validation.estimator_for(config), config.data.sequence_length
+    B = validation.rows_at_once(config, mesh, config.evaluate.batches * config.train.batch_size)
+    rows = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=mesh_lib.placement(mesh, "BL"))
+    indices = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=mesh_lib.placement(mesh, "replicated"))
+    passes = B * L * (1 if estimator == "exact" else config.evaluate.draws)
+    per_device = B * L // mesh.devices.size
+    return Program(
+        "evaluate",
+        validation.jitted(config, special_tokens(config), mesh, estimator),
+        (_inference_parameters(config, mesh, request), rows, indices),
+        head_trips(
+            *(per_device, config.objective.head_rows or vocabulary_head.ROWS["tpu"], accounting.head_fraction(config))
+        ),
+        passes * accounting.flops_exact_per_token(config) / 3,
+        passes * accounting.flops_exact_per_token(config, dense_head=True) / 3,
+        B * L,
+    )
+
+
 def head_trips(rows: int, block_rows: int, fraction: float) -> Trips:
     """Turns of the vocabulary head's two loops: as many blocks as the rows with work on one device fill, on average."""
     sizes = vocabulary_head.block_sizes(rows, block_rows, "tpu")
@@ -161,7 +192,7 @@ def head_trips(rows: int, block_rows: int, fraction: float) -> Trips:
 def _likelihood(config: Config, mesh, request: Request) -> Program:
     L = config.model.max_length
     B = mesh_lib.local_batch(request.batch or 1, mesh)
-    params = _inference_parameters(config, mesh)
+    params = _inference_parameters(config, mesh, request)
     rows = [
         jax.ShapeDtypeStruct((B, L), dtype, sharding=mesh_lib.placement(mesh, "BL"))
         for dtype in (jnp.int32, bool, bool, bool)
@@ -190,7 +221,7 @@ def _sample(config: Config, mesh, request: Request) -> Program:
         raise UserError(
             f"--prompt_length={prompt} and --gen_length={written} are {L} tokens; the context is {m.max_length}"
         )
-    params = _inference_parameters(config, mesh)
+    params = _inference_parameters(config, mesh, request)
     rows, each = mesh_lib.placement(mesh, "BL"), mesh_lib.placement(mesh, "B")
     tokens_BL = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=rows)
     forbidden_F = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=mesh_lib.placement(mesh, "replicated"))
@@ -228,8 +259,10 @@ def _sampler_trips(settings, blocks: int, B: int, mesh) -> Trips:
     return trips
 
 
-def _inference_parameters(config: Config, mesh):
+def _inference_parameters(config: Config, mesh, request: Request):
+    dtype = jnp.dtype(request.dtype or "float32")
     abstract = transformer.abstract_parameters(config.model)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
     return _placed(abstract, mesh_lib.parameter_placements(mesh, abstract))
 
 

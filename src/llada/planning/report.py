@@ -262,7 +262,8 @@ def largest_buffers(config: Config, mesh, program: Program) -> list[tuple[str, f
     total = accounting.parameters(m).total
     width = 2 if m.dtype in ("bfloat16", "float16") else 4
     if program.name != "train":
-        return [("parameters", 4.0 * total / shard), ("vocabulary matrix", width * m.vocab_size * m.width)]
+        each = 2.0 if program.in_half else 4.0
+        return [("parameters", each * total / shard), ("vocabulary matrix", width * m.vocab_size * m.width)]
     L = config.data.sequence_length
     rows = config.train.batch_size // config.train.microbatches * L / (axes["data"] * axes["fsdp"])
     of_attention = m.head_size * (2 * m.heads + 2 * m.key_value_heads) / axes["tensor"]
@@ -287,7 +288,14 @@ def advice(config: Config, mesh, program: Program) -> str:
     """What to change, in the order in which it costs least."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if program.name != "train":
-        return "a larger --config.mesh.fsdp, a smaller --batch or a larger slice"
+        less = {"evaluate": "a larger --config.train.microbatches"}.get(program.name, "a smaller --batch")
+        helps = {
+            "a larger --config.mesh.fsdp": mesh.shape["fsdp"] < math.prod(mesh.shape.values()),
+            less: program.arguments[1].shape[0] > ways,
+            "--dtype=bfloat16": not program.in_half,
+            "a larger slice": True,
+        }
+        return "try " + " or ".join(change for change, does in helps.items() if does)
     changes = []
     per_device = config.train.batch_size // ways
     if config.model.remat not in ("full", "offload"):
