@@ -4,11 +4,9 @@ Two sources, both on the local disk: the Python standard library's own code ("st
 user's files ("text:GLOB"). Text passes through exactly as stored. Not for tokenising: see tokenizer.py and rows.py.
 """
 
-import glob
 import hashlib
 import itertools
 import os
-import re
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ from pathlib import Path
 from llada import paths
 from llada.config import DataConfig
 from llada.data import text_files
+from llada.data.patterns import Files, parts_of
 from llada.errors import UserError
 
 Remark = Callable[[str], None]
@@ -49,12 +48,10 @@ def documents(
         reason = f"this Python has no standard library sources; use {flag}=text:GLOB"
         return _refuse_empty(_stdlib(), reason)
     pattern = _pattern(source, flag)
-    files = _Files(flag)
-    for part in _parts(pattern):
+    files = Files(flag)
+    for part in parts_of(pattern):
         files.add(part)
-    if not files.found:
-        raise UserError(f"no file matches {pattern!r}; check {flag}=text:GLOB")
-    reason = f"all {len(files.found)} files matching {pattern!r} are empty; check {flag}=text:GLOB"
+    reason = f"all {len(files.found)} files matching {pattern!r} are empty or no text; check {flag}=text:GLOB"
     return _refuse_empty(_texts(files, text_key, remark or (lambda line: None)), reason)
 
 
@@ -200,93 +197,7 @@ def _pattern(source: str, flag: str) -> str:
     raise UserError(f"unknown source {source!r}; {_ALLOWED}; set {flag}")
 
 
-def _parts(pattern: str) -> list[str]:
-    """A list's patterns. Commas within braces are theirs, and what exists is one path whatever its characters."""
-    if os.path.lexists(os.path.expanduser(pattern)):
-        return [pattern]
-    parts = [part.strip() for part in re.split(r",(?![^{}]*\})", pattern)]
-    return [part for part in parts if part]
-
-
-def _alternatives(pattern: str) -> list[str]:
-    """`a{b,c}` as `ab` and `ac`, from the innermost braces out."""
-    found = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
-    if not found:
-        return [pattern]
-    return [
-        whole
-        for part in found[1].split(",")
-        for whole in _alternatives(pattern[: found.start()] + part + pattern[found.end() :])
-    ]
-
-
-class _Files:
-    """The files of a source: each once, whatever names and links it has."""
-
-    def __init__(self, flag: str):
-        self.flag = flag
-        self.found: dict[Path, bool] = {}  # path, and whether it was met in a directory
-
-    def add(self, part: str) -> None:
-        """Take one pattern's files. UserError for what is no file or directory of this machine."""
-        path = paths.user_path(part, self.flag)
-        if os.path.lexists(path):
-            self._add_path(path)
-            return
-        for pattern in _alternatives(os.fspath(path)):
-            if os.path.lexists(pattern):
-                self._add_path(Path(pattern))
-                continue
-            for match in map(Path, glob.glob(pattern, recursive=True)):
-                if match.is_file():
-                    self.found[match] = False
-
-    def _add_path(self, path: Path) -> None:
-        if path.is_dir():
-            for file in self._below(path):
-                self.found.setdefault(file, True)
-        elif path.is_file():
-            self.found[path] = False
-        else:
-            what = "is no regular file (a pipe or a device)" if path.exists() else "is a link to nothing"
-            raise UserError(f"{self.flag}: {path} {what}; give files or a directory")
-
-    def _below(self, root: Path) -> Iterator[Path]:
-        """Regular files at any depth, without hidden ones; of links that lead in a circle, each directory once."""
-
-        def refuse(error: OSError):
-            raise UserError(f"cannot read {error.filename}: {error.strerror}; check {self.flag}") from error
-
-        seen = set()
-        for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
-            identity = _identity(Path(folder))
-            if identity in seen:
-                subfolders.clear()
-                continue
-            seen.add(identity)
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            yield from (
-                Path(folder, n) for n in sorted(names) if not n.startswith(".") and os.path.isfile(Path(folder, n))
-            )
-
-    def once(self) -> tuple[list[Path], int]:
-        """The paths in order, the first name of each file, and how many other names there are."""
-        first: dict[tuple, Path] = {}
-        for path in sorted(self.found):
-            first.setdefault(_identity(path), path)
-        return list(first.values()), len(self.found) - len(first)
-
-
-def _identity(path: Path) -> tuple:
-    """The same for two names of one file or directory."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return (os.path.realpath(path),)
-    return (found.st_dev, found.st_ino) if found.st_ino else (os.path.realpath(path),)
-
-
-def _texts(files: _Files, text_key: str, remark: Remark) -> Iterator[str]:
+def _texts(files: Files, text_key: str, remark: Remark) -> Iterator[str]:
     order, links = files.once()
     if links:
         remark(f"{links} files are other names (links) of files that are read already, and left out")

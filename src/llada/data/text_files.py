@@ -145,17 +145,20 @@ def _lines(file, path: Path) -> Iterator[bytes]:
 def _characters(file, path: Path) -> Iterator[str]:
     """Text in pieces; NUL marks a binary file even where it is valid UTF-8."""
     decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
-    for chunk in itertools.chain(_chunks(file), [b""]):
+    following = file.read(_CHUNK_BYTES)
+    while chunk := following:
+        following = file.read(_CHUNK_BYTES)
         bad = NotText if offset == 0 else UserError
         zero = chunk.find(b"\0")
         if zero >= 0:
             raise bad(f"{path} is binary: NUL at byte {offset + zero}; --config.data.source takes UTF-8 text only")
         waiting = len(decoder.getstate()[0])
         try:
-            yield decoder.decode(chunk, final=not chunk)
+            piece = decoder.decode(chunk, final=not following)
         except UnicodeDecodeError as error:
             at = offset - waiting + error.start
             raise bad(f"{path} is not UTF-8: bad byte at {at}; --config.data.source takes UTF-8 text only") from error
+        yield piece
         offset += len(chunk)
 
 
