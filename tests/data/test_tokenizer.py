@@ -2,11 +2,13 @@
 
 import io
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import sentencepiece
 
+from llada.data import tokenizer_files
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer, _sample
 from llada.data.sources import documents
 from llada.errors import UserError
@@ -143,3 +145,50 @@ def test_bad_models_are_refused(tmp_path):
         SentencePieceTokenizer.load(foreign(path, control_symbols=["<mask>"], eos_id=-1))
     with pytest.raises(UserError, match="lets text spell its mask token"):
         SentencePieceTokenizer.load(foreign(path, user_defined_symbols=["<mask>"]))
+
+
+def test_a_mask_token_is_appended_as_a_control_symbol(tmp_path):
+    plain = SentencePieceTokenizer.load(foreign(tmp_path / "t.model"))
+    assert plain.mask_id is None
+    masked = tokenizer_files.fitted(plain, plain.vocab_size + 1, True, lambda line: None)
+    assert masked.mask_id == plain.vocab_size and masked.piece(masked.mask_id) == "<mask>"
+    text = "import self <mask>"
+    assert masked.encode(text) == plain.encode(text) and masked.special.eos == plain.eos_id
+    assert masked.token_bytes_V.tolist() == [*plain.token_bytes_V.tolist(), 0]
+    assert tokenizer_files.parse(masked.content, "it").sha256 == masked.sha256
+
+
+def test_damaged_models_are_refused_or_work(tokenizer):
+    """SentencePiece says what is damaged in bytes that need not be UTF-8."""
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        content = bytearray(tokenizer.content)
+        for place in rng.integers(0, len(content), 3):
+            content[place] = rng.integers(0, 256)
+        try:
+            found = SentencePieceTokenizer(bytes(content), "it")
+            found.decode(found.encode("def f(x): \u2581 \u00e9"))
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+def test_processes_that_train_at_once_share_one_model(tmp_path, capfd):
+    path = tmp_path / "t.model"
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(lambda _: SentencePieceTokenizer.train(TEXTS[:3], 400, path).sha256, range(3)))
+    assert set(made) == {SentencePieceTokenizer.load(path).sha256} and [file.name for file in tmp_path.iterdir()] == [
+        "t.model"
+    ]
+    assert f"which trains {path}" in capfd.readouterr().err
+
+
+def test_training_a_tokenizer_can_be_stopped(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop():
+        raise Stop
+
+    with pytest.raises(Stop):
+        SentencePieceTokenizer.train(TEXTS, 600, tmp_path / "t.model", check=stop)
+    assert not list(tmp_path.iterdir())

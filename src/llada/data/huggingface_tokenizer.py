@@ -48,7 +48,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._byte_fallback = bool(model.get("byte_fallback"))
         pieces = self._tokenizer.get_vocab(with_added_tokens=True)
         self._bytes = self._bytes_of({token: piece for piece, token in pieces.items() if token not in self._control})
-        super().__init__(content, pieces.values(), special)
+        super().__init__(content, name, pieces.values(), special)
 
     def with_mask(self) -> "HuggingFaceTokenizer":
         """The same tokenizer with a mask token of id vocab_size, which no token of the files has."""

@@ -46,7 +46,7 @@ class SentencePieceTokenizer(Tokenizer):
             if special[role] is not None and not self._processor.is_control(special[role]):
                 piece = self.piece(special[role])
                 raise UserError(f"tokenizer {name} lets text spell its {word} {piece}; make it a control symbol")
-        super().__init__(model, range(self._processor.get_piece_size()), special)
+        super().__init__(model, name, range(self._processor.get_piece_size()), special)
         self._space_mark_ids = [self._id_of.get(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
 
     def with_mask(self) -> "SentencePieceTokenizer":
@@ -142,7 +142,7 @@ def _parse(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # the second where its own message quotes what is damaged
         raise UserError(f"{name} is not a SentencePiece model; give a .model file") from error
     return processor
 

@@ -34,17 +34,17 @@ class Tokenizer(abc.ABC):
 
     file_name: str
 
-    def __init__(self, content: bytes, ids: Iterable[int], special: dict[str, int | None]):
+    def __init__(self, content: bytes, name: str, ids: Iterable[int], special: dict[str, int | None]):
         """Take the ids of all tokens, and in `special` those of mask, eos, pad, eot and, for imported models, bos.
 
-        pad None is eos. UserError for an id that no vocabulary has.
+        pad None is eos. UserError, calling the tokenizer `name`, for an id that no vocabulary has.
         """
         self.content = content
         self.sha256 = hashlib.sha256(content).hexdigest()
         ids = [*ids, *(token for token in special.values() if token is not None)]
         if min(ids) < 0 or max(ids) >= _MOST_IDS:
             bad = next(token for token in ids if not 0 <= token < _MOST_IDS)
-            raise UserError(f"the tokenizer has an id {bad}, outside 0..{_MOST_IDS - 1}: no vocabulary is so large")
+            raise UserError(f"tokenizer {name} has an id {bad}, outside 0..{_MOST_IDS - 1}: no vocabulary is so large")
         self.vocab_size = max(ids) + 1
         self.mask_id, self.eos_id, self.eot_id = special["mask"], special["eos"], special["eot"]
         self.bos_id = special.get("bos")
