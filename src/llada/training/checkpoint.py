@@ -7,8 +7,10 @@ has committed it.
 """
 
 import contextlib
+import functools
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +49,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int | None = None, params_handler: ocp.CheckpointHandler | None = None):
         """Open them; with `keep`, to save too, the newest so many staying."""
+        _without_closed_loops()
         self.directory = (workdir / "checkpoints").resolve()
         self.manager = ocp.CheckpointManager(
             self.directory,
@@ -236,6 +239,20 @@ def create(workdir: Path, config: Config, tokenizer: bytes) -> dict[str, Leaf]:
     checkpoints._save(0, zeros, run_item.to_json(config, {}, tokenizer, begun=False))
     checkpoints.close()
     return open_leaves(checkpoints.directory / "0" / "params", rewrite=True)
+
+
+@functools.cache
+def _without_closed_loops() -> None:
+    """Where a save fails or is given up, what tensorstore still had to do finds Orbax's event loop closed, and prints a
+    traceback each time, from threads of its own.
+    """
+    shown = sys.excepthook
+
+    def hook(kind, error, traceback) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            shown(kind, error, traceback)
+
+    sys.excepthook = hook
 
 
 def _placed(abstract, placements):

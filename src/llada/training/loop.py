@@ -53,6 +53,7 @@ def train(
     parse_schedule(config.optimizer.schedule, config.steps * config.tokens_per_step)
     mesh = mesh_lib.make(config.mesh)
     mesh_lib.check(config, mesh)
+    workdir_lib.require_source(workdir, config)
 
     def advice() -> str:
         steps = run_item.saved_steps(workdir / "checkpoints")

@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
 
 def init_state(config: Config) -> TrainState:
     """Step 0, from `config.seed` alone."""
-    params = transformer.init(config.model, jax.random.key(config.seed))
+    params = transformer.init(config.model, jax.random.key(config.seed, impl="threefry2x32"))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.make(config).init(params))
 
 

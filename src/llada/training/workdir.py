@@ -41,6 +41,17 @@ def require_same(config: Config) -> None:
             raise UserError(f"its configuration is not that of process 0 ({changed}); run the same command everywhere")
 
 
+def require_source(workdir: Path, config: Config) -> None:
+    """UserError, on all, for a new run whose documents are not there: before its workdir is made."""
+    with processes.agreement():
+        if processes.is_first() and not workdir.exists():
+            given = config.data.tokenizer
+            if given is not None:
+                tokenizer_files.load(user_path(given, "--config.data.tokenizer"))
+            if given is None or not (rows_directory(workdir, config) / "metadata.json").exists():
+                next(sources.documents(config.data.source, config.data.text_key), None)
+
+
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[None]:
     """A block in which nobody else trains in `workdir`; process 0 holds its lock. UserError, on all, where one does."""
