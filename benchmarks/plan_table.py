@@ -22,7 +22,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from llada import mesh as mesh_lib
 from llada.commands import experiment
 from llada.errors import UserError
-from llada.planning import programs, report, search, topology
+from llada.planning import fitting, programs, report, topology
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = "llada_8b,llada_1b,arm_7b,arm_1b"
@@ -92,7 +92,7 @@ def entry(model: str, name: str, remat: str, microbatches: int) -> dict:
         share = (
             found["hbm_bytes"]["peak_share"]
             if found
-            else (search.wanted_bytes(compiled.refusal) * place.chip.devices / place.chip.capacity)
+            else (fitting.wanted_bytes(compiled.refusal) * place.chip.devices / place.chip.capacity)
         )
         print(f"{model} {name}, {microbatches} microbatches: {share:.0%} of HBM", flush=True)
         per_device = batch // devices

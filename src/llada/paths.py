@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from pathlib import Path
 
 from llada.errors import UserError
@@ -70,6 +71,8 @@ def writable_target(given: str | os.PathLike, flag: str) -> Path:
             raise UserError(f"{flag}={path} cannot be written: {above} is no directory; choose another")
         if not os.access(path if path.exists() else above, os.W_OK):
             raise UserError(f"{flag}={path} cannot be written: permission denied, or a read-only disk; choose another")
+        with tempfile.TemporaryFile(dir=above):  # what root may, and a network disk says it may, need not be so
+            pass
     except OSError as error:
         raise UserError(f"{flag}={path} cannot be written: {error.strerror}; choose another") from error
     return path
@@ -91,6 +94,8 @@ def writable_directory(given: str | os.PathLike, flag: str, read_only: bool = Fa
             raise UserError(f"{flag}={path} cannot be made: {above} is no directory; choose another")
         if not read_only and not os.access(above, os.W_OK | os.X_OK):
             raise UserError(f"{flag}={path} cannot be written: permission denied, or a read-only disk; choose another")
+        with tempfile.TemporaryFile(dir=above):  # what root may, and a network disk says it may, need not be so
+            pass
     except OSError as error:
         raise UserError(f"{flag}={path} cannot be written: {error.strerror}; choose another") from error
     return path

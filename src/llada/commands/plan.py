@@ -6,12 +6,13 @@ measurement), days and chip-hours for the config's tokens. --search looks for me
 libtpu: pip install 'llada-jax[tpu]'.
 """
 
-import json
 import os
+import sys
 from pathlib import Path
 
 from absl import flags
 
+from llada import files, json_files, paths
 from llada.commands import experiment
 from llada.errors import UserError
 
@@ -38,22 +39,22 @@ def run(overrides: dict[str, str]) -> int:
     """Compile, read, report."""
     if not TOPOLOGY.value:
         raise UserError("--topology is missing; for example --topology=v5p:4x4x8")
+    if SEARCH.value and PROGRAM.value != "train":
+        raise UserError(f"--search is for --program=train, not {PROGRAM.value}")
+    target = None if JSON.value is None else paths.writable_target(JSON.value, "--json")
     config = experiment.read(experiment.CONFIG.value, overrides)
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs on what this machine has
     from llada import mesh as mesh_lib
     from llada.commands import progress
-    from llada.planning import programs, report, search, topology
+    from llada.planning import fitting, programs, report, search, topology
 
     place = topology.describe(TOPOLOGY.value, SLICES.value)
     sampling = (BATCH.value, PROMPT.value, LENGTH.value, STEPS.value, BLOCK.value, CACHE.value)
     request = programs.Request(*sampling, DTYPE.value)
     if SEARCH.value:
-        if PROGRAM.value != "train":
-            raise UserError(f"--search is for --program=train, not {PROGRAM.value}")
         with progress.line() as line:
             found = search.search(config, place, line.now, line.done)
-        _write(found.figures)
-        print(search.text(found))
+        _tell(search.text(found), found.figures, target)
         return 0
     mesh = mesh_lib.make(config.mesh, place.devices)
     program = programs.make(config, mesh, PROGRAM.value, request)
@@ -61,16 +62,15 @@ def run(overrides: dict[str, str]) -> int:
         line.now(f"compiling {PROGRAM.value} for {place.chips} chips of {place.name}")
         compiled = programs.lower_and_compile(program, mesh)
     if compiled.refusal:
-        raise UserError(report.refusal(config, place, mesh, program, compiled))
+        raise UserError(fitting.refusal(config, place, mesh, program, compiled))
     found = report.figures(config, place, mesh, program, compiled)
-    _write(found)
-    print(report.text(found))
+    _tell(report.text(found), found, target)
     return 0
 
 
-def _write(found: dict) -> None:
-    if JSON.value:
-        try:
-            Path(JSON.value).write_text(json.dumps(found, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--json={JSON.value} cannot be written: {error.strerror}") from error
+def _tell(text: str, figures: dict, target: Path | None) -> None:
+    """Print, and write what was asked for; in this order, so that a full disk takes nothing away."""
+    print(text)
+    sys.stdout.flush()
+    if target is not None:
+        files.write_atomically(target, f"{json_files.dumps(figures, indent=2)}\n".encode())

@@ -4,7 +4,6 @@ Figures are per chip and per run of the program (a step of training) unless thei
 projections, never measurements.
 """
 
-import math
 import re
 from collections import defaultdict
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from llada import accounting
 from llada.config import Config
 from llada.planning import projection, traffic
+from llada.planning.fitting import advice, gibibytes
 from llada.planning.hlo import Module
 from llada.planning.programs import Compiled, Program
 from llada.planning.topology import Slice
@@ -31,11 +31,16 @@ def figures(config: Config, place: Slice, mesh, program: Program, compiled: Comp
     moved = traffic.Traffic(module, traffic.Links(mesh, place))
     found = projection.project(module, moved, place)
     peak = place.chip.peak_flops
+    hbm = memory(place, compiled)
+    too_much = (
+        advice(config, mesh, program, place.chip, hbm["peak"] / place.chip.devices) if hbm["peak_share"] > 1 else None
+    )
     useful, dense = (None if total is None else total / place.chips for total in (program.useful, program.dense))
     return {
         **heading(config, place, mesh, program),
         "compile_seconds": compiled.seconds,
-        "hbm_bytes": memory(place, compiled),
+        "hbm_bytes": hbm,
+        "advice": too_much,
         "matrix_flops": {
             "executed": found.matrix_flops,
             "useful": useful,
@@ -168,15 +173,16 @@ def text(found: dict[str, Any]) -> str:
     slices = f"{found['slices']} slices of " if found["slices"] > 1 else ""
     batch = f", {found['batch_size']} sequences a step" if found["batch_size"] else ""
     batch += f" in {found['microbatches']} microbatches" if (found["microbatches"] or 1) > 1 else ""
+    tokens = f"{found['tokens']:,} tokens {_PER[found['program']]}"
     lines = [
         f"{found['program']} on {slices}{found['topology']}: {found['chips']} chips, {found['devices']} devices",
         f"mesh {mesh}",
-        f"{found['parameters']:,} parameters, remat {found['remat']}{batch}, {found['tokens']:,} tokens a run",
+        f"{found['parameters']:,} parameters, remat {found['remat']}{batch}, {tokens}",
         "",
         "HBM per chip",
         *(_row(kind, gibibytes(m[kind])) for kind in ("arguments", "outputs", "aliased", "temporaries", "program")),
         _row("peak", f"{gibibytes(m['peak'])} of {gibibytes(m['capacity'])}: {m['peak_share']:.1%}")
-        + (", MORE THAN THERE IS: raise --config.train.microbatches or mesh.fsdp" if m["peak_share"] > 1 else ""),
+        + (f", MORE THAN THERE IS: {found['advice']}" if m["peak_share"] > 1 else ""),
         "",
         "matrix FLOPs per chip",
         _row(
@@ -189,7 +195,9 @@ def text(found: dict[str, Any]) -> str:
             _row("head on every row", f"{f['dense_credit']:.4g}"),
         ]
     lines += [
-        _row("expected loop", f"{loop['turns']:.1f} turns, {loop['why']}") for loop in found["loops"] if loop["why"]
+        _row(f"loop over {_loop_name(loop['path'])}", f"{loop['turns']:.1f} iterations expected, {loop['why']}")
+        for loop in found["loops"]
+        if loop["why"]
     ]
     lines += ["", "collectives per chip"]
     for entry in found["collectives"][:12]:
@@ -226,93 +234,39 @@ def text(found: dict[str, Any]) -> str:
         _row("tokens/s", f"{p['tokens_per_second']:,.0f}; per chip {p['tokens_per_second_per_chip']:,.0f}"),
     ]
     if p["useful_mfu"] is not None:
-        lines.append(
-            _row("MFU", f"useful {p['useful_mfu']:.1%}, dense-credit {p['dense_credit_mfu']:.1%}; at the roofline "
-                        f"{p['roofline_useful_mfu']:.1%} useful")
-        )  # fmt: skip
+        lines += [
+            _row("MFU", f"{p['useful_mfu']:.1%} useful; at the roofline {p['roofline_useful_mfu']:.1%}"),
+            _row("  head on every row", f"{p['dense_credit_mfu']:.1%}"),
+        ]
     if "budget_days" in p:
         lines.append(
             _row(
                 f"{p['budget_tokens']:.3g} tokens",
-                f"{p['budget_days']:,.1f} days, {p['budget_chip_hours']:,.0f} chip-hours",
+                f"{_duration(p['budget_days'])}, {p['budget_chip_hours']:,.3g} chip-hours",
             )
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *LEGEND])
 
 
-def refusal(config: Config, place: Slice, mesh, program: Program, compiled: Compiled) -> str:
-    """One line for a program that does not fit: how much it wants, what is largest, what to change."""
-    fast = re.search(r"memory space vmem. (Used [\d.]+\w of [\d.]+\w)", compiled.refusal)
-    if fast:
-        return (
-            f"a kernel does not fit the on-chip memory of {place.name} ({fast[1]}): its tiles are too large there; "
-            "try other --config.train.microbatches, or smaller tiles in model/attention.py"
-        )
-    wants = re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", compiled.refusal)
-    said = f"needs {wants[1]} and has {wants[2]} a device" if wants else compiled.refusal.splitlines()[0]
-    buffers = largest_buffers(config, mesh, program)
-    named = ", ".join(f"{name} {gibibytes(size)}" for name, size in buffers[:3])
-    return f"does not fit {place.name}: {said}; largest: {named}; {advice(config, mesh, program)}"
+LEGEND = (
+    "useful: products that the method needs, each once; executed: also those done again for the backward pass, and",
+    "rows that fill blocks. MFU: useful products over the chips' peak; head on every row: the same, crediting the",
+    "vocabulary head with rows that need none. hidden: moved while other work is done. peak: the most held at once.",
+)
+_PER = {"train": "a step", "evaluate": "a batch", "sample": "written", "likelihood": "scored"}
 
 
-def largest_buffers(config: Config, mesh, program: Program) -> list[tuple[str, float]]:
-    """What a device must hold at least, by arithmetic, the largest first; bytes."""
-    m, axes = config.model, mesh.shape
-    shard = axes["fsdp"] * axes["tensor"]
-    total = accounting.parameters(m).total
-    width = 2 if m.dtype in ("bfloat16", "float16") else 4
-    if program.name != "train":
-        each = 2.0 if program.in_half else 4.0
-        return [("parameters", each * total / shard), ("vocabulary matrix", width * m.vocab_size * m.width)]
-    L = config.data.sequence_length
-    rows = config.train.batch_size // config.train.microbatches * L / (axes["data"] * axes["fsdp"])
-    of_attention = m.head_size * (2 * m.heads + 2 * m.key_value_heads) / axes["tensor"]
-    per_layer = {
-        "offload": 0,
-        "full": m.width,
-        "attention": m.width + of_attention,
-        "dots": m.width * 3 + 2 * m.ffn / axes["tensor"] + of_attention,
-    }
-    per_layer["none"] = 2 * per_layer["dots"] + 2 * m.width + m.ffn / axes["tensor"]
-    found = [
-        ("parameters and moments (float32)", 12.0 * total / shard),
-        ("gradients (float32)", 4.0 * total / shard),
-        (f"activations kept for the backward pass (remat={m.remat})", width * rows * m.layers * per_layer[m.remat]),
-        ("gradient of the vocabulary matrix (float32)", 4.0 * m.vocab_size * m.width),
-        ("vocabulary matrix", float(width * m.vocab_size * m.width)),
-    ]
-    return sorted(found, key=lambda entry: -entry[1])
+def _loop_name(path: str) -> str:
+    """`whole blocks` from "jit(train_step)/jvp(whole_blocks)/while"."""
+    names = re.findall(r"(\w+)\)*/while", path)
+    return names[-1].replace("_", " ") if names else "data"
 
 
-def advice(config: Config, mesh, program: Program) -> str:
-    """What to change, in the order in which it costs least."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if program.name != "train":
-        less = {"evaluate": "a larger --config.train.microbatches"}.get(program.name, "a smaller --batch")
-        helps = {
-            "a larger --config.mesh.fsdp": mesh.shape["fsdp"] < math.prod(mesh.shape.values()),
-            less: program.arguments[1].shape[0] > ways,
-            "--dtype=bfloat16": not program.in_half,
-            "a larger slice": True,
-        }
-        return "try " + " or ".join(change for change, does in helps.items() if does)
-    changes = []
-    per_device = config.train.batch_size // ways
-    if config.model.remat not in ("full", "offload"):
-        changes.append("--config.model.remat=full")
-    if per_device > config.train.microbatches:
-        # The next number of microbatches that divides what a device holds.
-        more = next(g for g in range(config.train.microbatches + 1, per_device + 1) if per_device % g == 0)
-        changes.append(f"--config.train.microbatches={more}")
-    if mesh.shape["fsdp"] < math.prod(mesh.shape.values()):
-        changes.append("a larger --config.mesh.fsdp")
-    changes.append("a larger slice")
-    return "try " + " or ".join(changes)
-
-
-def gibibytes(size: float) -> str:
-    """Memory: GiB, or MiB where it is little."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.2f} MiB"
+def _duration(days: float) -> str:
+    for size, unit in ((1, "days"), (1 / 24, "hours"), (1 / 1440, "minutes")):
+        if days >= 2 * size:
+            return f"{days / size:,.1f} {unit}"
+    return f"{days * 86_400:,.1f} seconds"
 
 
 def gigabytes(size: float) -> str:

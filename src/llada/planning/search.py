@@ -7,7 +7,6 @@ then compiled on the others: at minutes a compilation, all combinations would ta
 """
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from llada import mesh as mesh_lib
 from llada.config import Config, MeshConfig
 from llada.errors import UserError
 from llada.planning import programs, report
+from llada.planning.fitting import wanted_bytes
 from llada.planning.topology import GIB, Slice
 
 REMAT = ("full", "attention", "dots", "none")  # from the least memory to the most
@@ -219,12 +219,6 @@ def _compile(config: Config, place: Slice, mesh_config: MeshConfig, remat: str, 
     peak = figures["hbm_bytes"]["peak"]
     # Compiled is not yet within HBM: the compiler may allot more than there is.
     return Point(changed, sequences, peak, figures if peak <= place.chip.capacity else None)
-
-
-def wanted_bytes(refusal: str) -> float:
-    """Bytes a device would need, from the compiler's refusal; infinite where it does not say."""
-    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds", refusal)
-    return float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1) if found else float("inf")
 
 
 def _beats(other: Point, point: Point) -> bool:

@@ -55,6 +55,8 @@ CHIPS = {
 }
 DCN = 6.25e9  # bytes/s into a chip from other slices: 200 Gbit/s a host of four chips. An assumption.
 
+MOST_SLICES, MOST_CHIPS = 256, 2**16
+
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 
@@ -88,7 +90,7 @@ def parse(name: str) -> tuple[str, Chip, tuple[int, ...]]:
             f"--topology={name}: {generation!r} is no TPU generation; there are {', '.join(CHIPS)}: v5p:4x4x8"
         )
     chip = CHIPS[generation]
-    shape = tuple(int(size) for size in text.split("x")) if re.fullmatch(r"\d+(x\d+)*", text) else ()
+    shape = tuple(int(size) for size in text.split("x")) if re.fullmatch(r"[0-9]{1,5}(x[0-9]{1,5})*", text) else ()
     if chip.axes == 2:
         if text not in _FLAT:
             raise UserError(f"--topology={name}: {generation} slices are {', '.join(_FLAT)}")
@@ -105,8 +107,10 @@ def parse(name: str) -> tuple[str, Chip, tuple[int, ...]]:
 def describe(name: str, slices: int = 1) -> Slice:
     """Slices called `name` with JAX devices to compile for. UserError for a bad name, or where libtpu is missing."""
     _, chip, shape = parse(name)
-    if slices < 1:
-        raise UserError(f"--slices={slices} must be at least 1")
+    if not 1 <= slices <= MOST_SLICES:
+        raise UserError(f"--slices={slices} must be from 1 to {MOST_SLICES}")
+    if (chips := math.prod(shape) * slices) > MOST_CHIPS:
+        raise UserError(f"--slices={slices} of {name} are {chips:,} chips; a plan is for {MOST_CHIPS:,} at most")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs needs libtpu, on any machine: pip install 'llada-jax[tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks a cloud's metadata server, for minutes
@@ -128,7 +132,7 @@ def quiet() -> Iterator[None]:
     """Keep what libtpu writes to standard error, beneath Python, from the user: harmless lines about missing hosts."""
     sys.stderr.flush()
     kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         yield
