@@ -10,15 +10,22 @@ from pathlib import Path
 
 from absl import flags
 
+_flags_of: tuple = ()  # the command called last
+
 
 def llada(*arguments, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """As `subprocess.run(["llada", ...], capture_output=True, text=True)` would answer."""
-    # Every command defines flags of its own, some of one name; a process of its own would have one command's only.
-    for name in list(flags.FLAGS):
-        if str(flags.FLAGS.find_module_defining_flag(name)).startswith("llada.commands."):
-            delattr(flags.FLAGS, name)
-    for name in [name for name in sys.modules if f"{name}.".startswith("llada.commands.")]:
-        del sys.modules[name]
+    global _flags_of
+    if _flags_of != arguments[:1]:
+        # Every command defines flags of its own, some of one name; a process of its own would have one command's only.
+        for module, defined in list(flags.FLAGS.flags_by_module_dict().items()):
+            for flag in list(defined) if module.startswith("llada.commands.") else ():
+                delattr(flags.FLAGS, flag.name)
+        for name in [name for name in sys.modules if f"{name}.".startswith("llada.commands.")]:
+            del sys.modules[name]
+    _flags_of = arguments[:1]
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
     flags.FLAGS.unparse_flags()
     program = importlib.import_module("llada.commands.program")
     out, err = io.StringIO(), io.StringIO()
