@@ -3,7 +3,8 @@
 log p(answer | prompt) in nats, as JSON with its standard error. A LLaDA's is a likelihood bound (LLaDA Eq. (6), on
 masks fixed by the prompt) or a chain rule; an ARM's is exact. --requests scores a JSONL file of prompts and answers
 in batches, a line of JSON for each; --rolling scores a text longer than the context. Prompt and answer are encoded as
-one text, and spaces that end the prompt count to the answer.
+one text, and spaces that end the prompt count to the answer. --config.mesh.* and --dtype say how the model lies on the
+devices, and several processes may share it.
 """
 
 import contextlib
@@ -13,8 +14,8 @@ from typing import NamedTuple
 
 from absl import flags
 
-from llada import json_files
-from llada.commands import progress
+from llada import json_files, processes
+from llada.commands import joining, opening, progress
 from llada.errors import UserError
 from llada.paths import readable_file
 
@@ -37,6 +38,8 @@ CFG_SCALE = flags.DEFINE_float("cfg_scale", 0.0, "classifier-free guidance w of 
 ROLLING = flags.DEFINE_bool("rolling", False, "score a long answer window by window, each given what came before it")
 WINDOW = flags.DEFINE_integer("window", None, "tokens per window of --rolling; default half the context")
 BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", None, "tokens per forward pass; default by device", lower_bound=1)
+flags.adopt_module_key_flags(opening)
+flags.adopt_module_key_flags(joining)
 
 
 _FIELDS = {"prompt": str, "answer": str, "prompt_ids": list, "answer_ids": list}
@@ -51,13 +54,15 @@ class _Request(NamedTuple):
     place: str
 
 
-def run() -> int:
+def run(overrides: dict[str, str]) -> int:
     """Score and print."""
     if not WORKDIR.value:
         raise UserError("--workdir is missing; give a workdir of llada train")
     if WINDOW.value is not None and not ROLLING.value:
         raise UserError(f"--window={WINDOW.value} is for --rolling")
     requests = list(_requests())
+    mesh = opening.mesh(overrides)
+    joining.join()
     import jax
 
     from llada.inference import canvas, likelihood
@@ -74,7 +79,8 @@ def run() -> int:
     _refuse_idle_flags(model.causal)
     if ROLLING.value:
         likelihood.window_of(model, WINDOW.value)
-    opened = workdir_lib.load(WORKDIR.value, STEP.value)
+    opening.require_same([mesh, STEP.value, opening.DTYPE.value, settings, requests])
+    opened = opening.open_run(WORKDIR.value, STEP.value, mesh)
     common = (opened.tokenizer.special, settings)
     pairs = []
     for request in requests:
@@ -85,7 +91,7 @@ def run() -> int:
                 likelihood.check_pair(model, pairs[-1], opened.tokenizer.special)
             elif pairs[-1].prompt or not pairs[-1].answer:
                 raise UserError("--rolling scores a text by itself, which is not empty; put the prompt into --answer")
-    with jax.set_mesh(opened.mesh), progress.bar("rows scored") as show:
+    with jax.set_mesh(opened.mesh), processes.ending_together(UserError), progress.bar("rows scored") as show:
         if ROLLING.value:
             found = [
                 likelihood.rolling(opened.config.model, opened.params, pair.answer, *common, WINDOW.value, show)
@@ -93,7 +99,7 @@ def run() -> int:
             ]
         else:
             found = likelihood.log_likelihoods(opened.config.model, opened.params, pairs, *common, show)
-    for result in found:
+    for result in found if processes.is_first() else ():
         values = result._asdict() | {"nats_per_token": -result.log_likelihood / result.tokens}
         print(json_files.dumps({"step": opened.step, **values}, indent=None if REQUESTS.value else 2))
     return 0

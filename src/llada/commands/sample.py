@@ -2,7 +2,8 @@
 
 Text from a trained model. A LLaDA starts from masks and fills a quota of them per step; an ARM continues the prompt
 token by token. --infill fills the marks [MASK] (one token) and [MASK:N] (N tokens) anywhere in a text. --watch draws
-the masks becoming words; --html=FILE writes a page that replays it.
+the masks becoming words; --html=FILE writes a page that replays it. --config.mesh.* and --dtype say how the model
+lies on the devices, and several processes may share it.
 """
 
 import sys
@@ -10,7 +11,8 @@ import time
 
 from absl import flags
 
-from llada import json_files
+from llada import json_files, processes
+from llada.commands import joining, opening
 from llada.errors import UserError
 from llada.paths import writable_target
 
@@ -43,15 +45,19 @@ OPTIONS = (
     flags.DEFINE_float("confidence_threshold", None, "approximate: also keep every prediction at least this probable"),
 )
 
+flags.adopt_module_key_flags(opening)
+flags.adopt_module_key_flags(joining)
 
 _WATCHABLE_SECONDS = 4.0  # a small model writes faster than anybody can see
 _MOST_TEXTS = 100_000  # of one call: all are held in memory until the last is there
 
 
-def run() -> int:
+def run(overrides: dict[str, str]) -> int:
     """Sample and print."""
     if not WORKDIR.value:
         raise UserError("--workdir is missing; give a workdir of llada train")
+    mesh = opening.mesh(overrides)
+    joining.join()
     import jax
 
     from llada.inference import generation, replay
@@ -70,9 +76,12 @@ def run() -> int:
         generation.check(config, generation.Request(**what, **options))
     seeds = range(SEED.value, SEED.value + SAMPLES.value)
     requests = [generation.Request(**what, **options, seed=seed) for what in asked for seed in seeds]
-    opened = workdir_lib.load(WORKDIR.value, STEP.value)
+    if WATCH.value and processes.count() > 1:
+        raise UserError(f"--watch shows what one process does; there are {processes.count()}")
+    opening.require_same([mesh, STEP.value, opening.DTYPE.value, requests])
+    opened = opening.open_run(WORKDIR.value, STEP.value, mesh)
     model = (opened.config, opened.params, opened.tokenizer)
-    with jax.set_mesh(opened.mesh):
+    with jax.set_mesh(opened.mesh), processes.ending_together(UserError):
         if WATCH.value:
             steps = generation.total_steps(opened.config, opened.tokenizer, requests[0])
             console = _console()
@@ -80,6 +89,8 @@ def run() -> int:
                 texts = generation.generate(*model, requests, _paced(watch, steps) if console.is_terminal else watch)
         else:
             texts = generation.generate(*model, requests)
+    if not processes.is_first():
+        return 0
     for number, generated in enumerate(texts, 1):
         if JSON.value:
             print(json_files.dumps(generated._asdict()))

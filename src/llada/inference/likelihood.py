@@ -120,7 +120,7 @@ def log_likelihoods(
         batch = _Rows.empty(len(index), L)
         for b, i in enumerate(index):
             batch.put(b, pairs[owner[i]], plans[owner[i]].masked_RA[row_of[i]], plans[owner[i]].scored_RA[row_of[i]])
-        nats[index] = np.asarray(run(params, *batch.placed()))[: len(index)]
+        nats[index] = mesh_lib.on_host(run(params, *batch.placed()))[: len(index)]
         done += len(index)
         if progress is not None:
             progress(done, len(owner))
@@ -359,7 +359,8 @@ def _confidence_ordered(config, params, pairs, special, settings, progress) -> l
             whole = np.ones(len(pairs[i].answer), bool)
             batch.put(b, pairs[i], whole, whole)
         tokens_BL, masked_BL, _, _, lengths_B = batch.placed()
-        nats_B = np.asarray(_order_nats(config, special, settings.cfg_scale, params, tokens_BL, masked_BL, lengths_B))
+        run = functools.partial(_order_nats, config, special, settings.cfg_scale)
+        nats_B = mesh_lib.on_host(run(params, tokens_BL, masked_BL, lengths_B))
         for b, i in enumerate(index):
             A = len(pairs[i].answer)
             found[i] = LogLikelihood(float(-nats_B[b]), 0.0, A, settings.estimator, 0, A)

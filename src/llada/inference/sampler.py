@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llada import mesh as mesh_lib
 from llada.config import ModelConfig
 from llada.errors import UserError
 from llada.inference import guidance
 from llada.inference.choice import Choice, choose, level
 from llada.inference.settings import SamplerConfig, check, usable_temperature
-from llada.mesh import platform
 from llada.model import transformer
 from llada.model.layers import take
 from llada.objectives import noise as noise_lib
@@ -96,7 +96,7 @@ def timed(loop, *arguments) -> Sample:
     start = time.perf_counter()
     loop.lower(*arguments).compile()
     compiled, observed = time.perf_counter(), _observed.seconds
-    tokens_BL, step_BL, passes = jax.device_get(loop(*arguments))
+    tokens_BL, step_BL, passes = mesh_lib.on_host(loop(*arguments))
     seconds = time.perf_counter() - compiled - (_observed.seconds - observed)
     return Sample(tokens_BL, step_BL, int(passes), max(seconds, 1e-9), compiled - start)
 
@@ -112,7 +112,7 @@ _observed = _Observed()
 
 def repeated(params: transformer.Parameters) -> transformer.Parameters:
     """The parameters as many passes of one compiled loop read them best on the device there is."""
-    return transformer.unstacked(params) if platform() == "cpu" else params
+    return transformer.unstacked(params) if mesh_lib.platform() == "cpu" else params
 
 
 def ids_of(forbidden_V: np.ndarray, *more: int | None) -> np.ndarray:
