@@ -9,7 +9,7 @@ sys.modules |= dict.fromkeys(("jax", "flax", "llada", "sentencepiece"))  # as if
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline  # noqa: E402
 
 TEXT = "the cat é sees the\n    dog"
 
@@ -42,6 +42,12 @@ def main(place: Path, out: Path, names: list[str]) -> None:
         length = {"max_new_tokens": 12, "do_sample": False} if "ARM" in name else {"gen_length": 12}
         ids = model.generate(**given, **length)[0]
         facts["texts"][name] = ids.tolist()
+        if name in ("MHA", "tied"):
+            spoken = pipeline("text-generation", model=directory, trust_remote_code=True)
+            wanted = tokenizer.decode(ids[given["input_ids"].shape[1] :], skip_special_tokens=True)
+            assert spoken(TEXT, max_new_tokens=12, return_full_text=False)[0]["generated_text"] == wanted
+            assert len(spoken(TEXT)[0]["generated_text"]) > len(TEXT)
+            assert model.generate(**given, steps=1).shape == model.generate(**given, steps=1, max_length=64).shape
         facts["decoded"][name] = tokenizer.decode(ids, skip_special_tokens=True)
         facts["tokenizers"][name] = {
             "ids": tokenizer(TEXT, add_special_tokens=False)["input_ids"],

@@ -20,6 +20,7 @@ import pytest
 import scipy.stats
 import torch
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from llada.config import ModelConfig
 from llada.inference import sampler
@@ -413,12 +414,85 @@ def test_neither_the_mask_nor_suppressed_ids_nor_rows_past_the_vocabulary_are_wr
         (dict(cache="dual"), ValueError, "cache='dual' is not one of none, prefix"),
         (dict(eos="no_confidence", remasking="random"), ValueError, "ranks by confidence"),
         (dict(gen_length=40), ValueError, "the canvas has 49 tokens, more than max_sequence_length=48"),
-        (dict(do_sample=True, num_beams=4), TypeError, "does not take do_sample, num_beams.*gen_length"),
+        (dict(num_beams=4, top_k=5), TypeError, "does not take num_beams, top_k.*gen_length"),
+        (dict(streamer=object()), TypeError, "does not take streamer"),
+        (dict(return_dict_in_generate=True), TypeError, "does not take return_dict_in_generate"),
+        (dict(generation_config=GenerationConfig(num_beams=4)), TypeError, "does not take num_beams"),
+        (dict(do_sample=False, temperature=0.5), ValueError, "do_sample=False and temperature=0.5 contradict"),
+        (dict(max_length=9), ValueError, "gen_length=0 must be at least 1"),
+        (dict(max_new_tokens=40), ValueError, "max_sequence_length=48; shorten the prompt or gen_length=40"),
     ],
 )
 def test_bad_settings_are_refused(model, prompt_BL, settings, error, message):
     with pytest.raises(error, match=message):
         model.generate(torch.tensor(prompt_BL), **settings)
+
+
+@pytest.mark.parametrize(
+    "options, length",
+    [
+        ({}, 39),
+        (dict(do_sample=False, pad_token_id=0, eos_token_id=1, use_cache=True, num_beams=1, top_p=1.0), 39),
+        (dict(max_length=14), 5),
+        (dict(max_new_tokens=4, max_length=14), 4),
+        (dict(generation_config=GenerationConfig(max_new_tokens=6)), 6),
+        (dict(generation_config=GenerationConfig(max_new_tokens=90)), 39),
+        (dict(generation_config=GenerationConfig(max_new_tokens=6), max_length=14), 5),
+        (dict(generation_config=GenerationConfig(max_new_tokens=6), gen_length=7), 7),
+    ],
+)
+def test_what_transformers_callers_pass_is_read(model, prompt_BL, options, length):
+    """Lengths, and nothing but the most likely tokens while nobody asks to sample."""
+    tokens_BL = torch.tensor(prompt_BL[:1])
+    got = model.generate(tokens_BL, **options)
+    assert got.shape == (1, 9 + length)
+    assert (got == model.generate(tokens_BL, gen_length=length)).all()
+
+
+def test_sampling_is_asked_for_as_in_transformers(model, prompt_BL):
+    tokens_BL, wanted = torch.tensor(prompt_BL), {}
+    for temperature in (0.7, 1.0):
+        generator = torch.Generator().manual_seed(0)
+        wanted[temperature] = model.generate(tokens_BL, gen_length=8, temperature=temperature, generator=generator)
+    assert (wanted[0.7] != wanted[1.0]).any()
+    for temperature, options in (
+        (1.0, dict(do_sample=True)),
+        (0.7, dict(do_sample=True, temperature=0.7)),
+        (0.7, dict(generation_config=GenerationConfig(do_sample=True, temperature=0.7))),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        got = model.generate(tokens_BL, gen_length=8, generator=generator, **options)
+        assert (got == wanted[temperature]).all()
+
+
+def test_an_offloaded_model_works_where_its_input_is(prompt_BL):
+    """Accelerate keeps weights on the meta device, and brings those of a module in for its forward."""
+    _, _, model = build("grouped, tied, qk-norm")
+    tokens_BL = torch.tensor(prompt_BL)
+    wanted = model.generate(tokens_BL, gen_length=8, steps=2)
+
+    def bring(module, _):
+        for name, weight in module.away.items():
+            module._parameters[name] = weight
+
+    def take_away(module, *_):
+        module.away = {name: weight for name, weight in module._parameters.items() if weight is not None}
+        for name, weight in module.away.items():
+            module._parameters[name] = torch.nn.Parameter(weight.to("meta"))
+
+    for module in model.modules():
+        if module._parameters:
+            take_away(module)
+            module.register_forward_pre_hook(bring)
+            module.register_forward_hook(take_away)
+    assert model.device.type == "meta"
+    assert (model.generate(tokens_BL, gen_length=8, steps=2) == wanted).all()
+
+
+def test_a_prompt_may_be_empty_but_not_fill_the_context(model):
+    assert model.generate(None, max_new_tokens=4).shape == (1, 4)  # as the pipeline passes an empty text
+    with pytest.raises(ValueError, match="fills all of max_sequence_length=48; gen_length has no room"):
+        model.generate(torch.full((1, 48), 5))
 
 
 def test_bad_inputs_are_refused(model, prompt_BL):
@@ -669,4 +743,4 @@ def test_the_files_need_no_more_than_python_39_torch_and_transformers():
         names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
         froms = {"." * node.level + node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         found = {name if name.startswith(".") else name.split(".")[0] for name in names | froms}
-        assert found <= {"torch", "transformers", "math", "__future__", ".configuration_llada"}
+        assert found <= {"torch", "transformers", "copy", "math", "__future__", ".configuration_llada"}

@@ -185,3 +185,77 @@ class LLaDASampling:
                 f"of {most} tokens, and at most {blocks * length}"
             )
         return length, steps // blocks
+
+
+class LLaDAOptions:
+    """What callers of transformers' `generate`, and its pipeline, pass along: what means something here, and the rest.
+
+    settings    keywords for LLaDASampling
+    gen_length  tokens to write; None: as many as the context leaves, but `at_most`, which a config may say
+    ends        ids that end a text, or None
+    """
+
+    WITHOUT_EFFECT = "bos_token_id custom_generate pad_token_id synced_gpus token_type_ids tokenizer use_cache".split()
+    # What is not done here may be passed where it asks for nothing.
+    NOTHING = {
+        "length_penalty": (1.0,),
+        "no_repeat_ngram_size": (0,),
+        "min_length": (0,),
+        "min_new_tokens": (0,),
+        "num_beam_groups": (1,),
+        "num_beams": (1,),
+        "num_return_sequences": (1,),
+        "repetition_penalty": (1.0,),
+        "top_k": (0,),
+        "top_p": (1.0,),
+        "typical_p": (1.0,),
+        "epsilon_cutoff": (0.0,),
+        "eta_cutoff": (0.0,),
+        "diversity_penalty": (0.0,),
+        "encoder_repetition_penalty": (1.0,),
+    }
+
+    def __init__(self, gen_length, prompt_length, options, own_config):
+        config = options.pop("generation_config", None)
+        for name in self.WITHOUT_EFFECT:
+            options.pop(name, None)
+        refused = [name for name, value in options.items() if not self._is_known(name, value)]
+        if config is not None:
+            # 50 is what transformers 4 fills in for a top_k that nobody asked for.
+            given = {(name, getattr(config, name, None)) for name in self.NOTHING} - {("top_k", 50)}
+            refused += [name for name, value in given if not self._is_known(name, value)]
+        if refused:
+            raise TypeError(
+                f"LLaDA does not take {', '.join(sorted(refused))}. Its reverse process takes gen_length (or "
+                f"max_new_tokens), {', '.join(LLaDASampling.NAMES)}; it samples where temperature > 0 and always "
+                "writes gen_length tokens"
+            )
+        self.settings = {name: value for name, value in options.items() if name in LLaDASampling.NAMES}
+        self.settings["temperature"] = self._temperature(options, config)
+        self.at_most = getattr(config, "max_new_tokens", None) or own_config.max_new_tokens or 64
+        most = options.get("max_length")
+        if most is None and config is not None and config.max_new_tokens is None and config.max_length != 20:
+            most = config.max_length  # transformers 4 fills in 20
+        gen_length = options.get("max_new_tokens") if gen_length is None else gen_length
+        if gen_length is None and most is not None:
+            gen_length = most - prompt_length
+        self.gen_length = gen_length
+        if self.gen_length is not None and self.gen_length < 1:
+            raise ValueError(f"gen_length={self.gen_length} must be at least 1")
+        self.ends = options.get("eos_token_id", getattr(config, "eos_token_id", None))
+
+    def _is_known(self, name, value):
+        if name in LLaDASampling.NAMES or name in ("do_sample", "eos_token_id", "max_length", "max_new_tokens"):
+            return True
+        return value is None or value is False or (value is not True and value in self.NOTHING.get(name, ()))
+
+    @staticmethod
+    def _temperature(options, config):
+        """0 is greedy. One that is passed counts, else that of the config where it says do_sample."""
+        sample, temperature = options.get("do_sample"), options.get("temperature")
+        if sample is not None and temperature is not None and bool(sample) != (temperature > 0):
+            raise ValueError(f"do_sample={sample} and temperature={temperature} contradict each other; leave out one")
+        if temperature is not None:
+            return temperature
+        sample = getattr(config, "do_sample", False) if sample is None else sample
+        return (getattr(config, "temperature", None) or 1.0) if sample else 0.0

@@ -133,8 +133,10 @@ def _small_files(
         "suppress_tokens": sorted({*forbidden} | ({tokenizer.mask_id} - {None})),
         "transformers_version": TRANSFORMERS_VERSION,
     }
-    if not config.model.causal and special.eot is not None:
-        generation["eos_token_id"] = [special.eos, special.eot]
+    if not config.model.causal:
+        # Said here, as transformers' pipeline has other wishes where a model has none.
+        generation |= {"do_sample": False, "max_new_tokens": 64}
+        generation |= {} if special.eot is None else {"eos_token_id": [special.eos, special.eot]}
     if config.model.causal:
         generation["bos_token_id"] = special.start
     files = {"config.json": _json(values), "generation_config.json": _json(generation)}

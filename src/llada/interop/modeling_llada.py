@@ -11,6 +11,7 @@ K key/value heads, C channels per head, V vocabulary; in the reverse process L i
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .configuration_llada import LLaDAConfig, LLaDASampling
+from .configuration_llada import LLaDAConfig, LLaDAOptions, LLaDASampling
 
 ROWS = 256  # positions that meet the vocabulary at once, so that a long canvas never holds all of its logits
 
@@ -139,6 +140,8 @@ class LLaDATransformer(nn.Module):
         if not self.config.weight_tying:
             return self.transformer.ff_out(hidden_BLD)
         table_VD = self.transformer.wte.weight
+        if table_VD.device.type == "meta":  # offloaded: only the module itself has it
+            table_VD = self.transformer.wte(torch.arange(self.config.embedding_size, device=hidden_BLD.device))
         return F.linear(hidden_BLD.to(table_VD.device), table_VD)  # of a model on several devices, wte is on the first
 
 
@@ -229,28 +232,12 @@ class LLaDAModelLM(LLaDAPreTrainedModel, GenerationMixin):
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
-    def generate(
-        self,
-        input_ids,
-        attention_mask=None,
-        *,
-        gen_length=128,
-        max_new_tokens=None,
-        steps=None,
-        block_length=None,
-        temperature=0.0,
-        cfg_scale=0.0,
-        remasking="low_confidence",
-        eos="keep",
-        cache="none",
-        generator=None,
-        token_type_ids=None,
-        **unknown,
-    ):
+    def generate(self, input_ids=None, attention_mask=None, *, gen_length=None, **options):
         """Tokens (B, L + gen_length): the prompts and what the reverse process writes behind them.
 
         attention_mask  (B, L): 0 where a prompt is padding, on whichever side
-        gen_length      tokens to write, all of them; max_new_tokens, where given, is the same
+        gen_length      tokens to write, all of them; None: what the context leaves, at most 64. max_new_tokens is the
+                        same, and max_length counts the prompt too
         steps           over all blocks, a multiple of their number; None: one per token
         block_length    blocks are filled from left to right, later ones in view as masks; None: one block
         temperature     0: the most likely tokens; else draws from softmax(logits / temperature)
@@ -260,13 +247,17 @@ class LLaDAModelLM(LLaDAPreTrainedModel, GenerationMixin):
         cache           none; prefix: in a block, earlier positions keep the keys and values of the block's first pass
                         (Fast-dLLM), which is faster and approximate
         generator       a torch.Generator of all random numbers
-        Neither the mask token nor ids in `generation_config.suppress_tokens` are ever written.
+        Neither the mask token nor ids in `generation_config.suppress_tokens` are ever written. LLaDAOptions reads the
+        other options that transformers has.
         """
-        how = LLaDASampling(steps, block_length, temperature, cfg_scale, remasking, eos, cache, generator, **unknown)
-        gen_length = gen_length if max_new_tokens is None else max_new_tokens
-        if gen_length < 1:
-            raise ValueError(f"gen_length={gen_length} must be at least 1")
-        return _ReverseProcess(self, how).run(input_ids, attention_mask, gen_length)
+        if input_ids is None:  # an empty prompt, as the pipeline passes it
+            input_ids, attention_mask = torch.zeros((1, 0), dtype=torch.long, device=self.device), None
+        asked = LLaDAOptions(gen_length, torch.as_tensor(input_ids).shape[-1], options, self.generation_config)
+        process = _ReverseProcess(self, LLaDASampling(**asked.settings), input_ids, asked.ends)
+        return process.run(input_ids, attention_mask, asked.gen_length, asked.at_most)
+
+    def _prepare_generation_config(self, *_, **__):  # the pipeline of transformers 4 would have us sample
+        return copy.deepcopy(self.generation_config), {}
 
     @torch.no_grad()
     def fill(self, input_ids, attention_mask=None, **settings):
@@ -275,17 +266,20 @@ class LLaDAModelLM(LLaDAPreTrainedModel, GenerationMixin):
         Settings are those of `generate` from `steps` to `generator`. Rows must have masks for equally many blocks;
         with cache="prefix" the prefix ends where the first row's block begins.
         """
-        return _ReverseProcess(self, LLaDASampling(**settings)).run(input_ids, attention_mask)
+        return _ReverseProcess(self, LLaDASampling(**settings), input_ids).run(input_ids, attention_mask, 0)
 
 
 class _ReverseProcess:
     """From masks to tokens, block by block; steps need not ask the device how many masks remain: it is arithmetic."""
 
-    def __init__(self, model, settings):
+    def __init__(self, model, settings, input_ids, ends=None):
         config, generation, self.device = model.config, model.generation_config, model.device
+        if self.device.type == "meta":  # offloaded: accelerate brings weights in module by module
+            self.device = torch.as_tensor(input_ids).device
         if config.mask_token_id is None:
             raise ValueError("config.mask_token_id is missing; without it there is nothing to fill")
-        ends = config.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
+        ends = generation.eos_token_id if ends is None else ends
+        ends = config.eos_token_id if ends is None else ends
         if ends is None and settings.eos != "keep":
             raise ValueError(f"eos={settings.eos!r} needs eos_token_id in the generation_config or the config")
         self.model, self.mask_id, self.settings = model, config.mask_token_id, settings
@@ -295,22 +289,28 @@ class _ReverseProcess:
         if settings.eos == "no_logits":
             self.forbidden_V[self.ends] = True
 
-    def run(self, input_ids, attention_mask, gen_length=0):
-        """`input_ids` and `gen_length` masks, all masks replaced."""
+    def run(self, input_ids, attention_mask, gen_length, at_most=None):
+        """`input_ids` and `gen_length` masks (None: as many as fit, but `at_most`), all masks replaced."""
         tokens_BL = torch.as_tensor(input_ids, dtype=torch.long, device=self.device)
         allowed_BL = torch.ones_like(tokens_BL) if attention_mask is None else torch.as_tensor(attention_mask)
         allowed_BL = allowed_BL.to(self.device).bool()
         if tokens_BL.dim() != 2 or allowed_BL.shape != tokens_BL.shape:
             raise ValueError(f"not both (rows, tokens): input_ids {tokens_BL.shape}, attention_mask {allowed_BL.shape}")
+        longest = self.model.config.max_sequence_length
+        if gen_length is None:
+            left = longest - int(allowed_BL.sum(dim=1).max())
+            gen_length = min(at_most, left)
+            if left < 1:
+                raise ValueError(f"the prompt fills all of max_sequence_length={longest}; gen_length has no room")
         if gen_length and ((tokens_BL == self.mask_id) & allowed_BL).any():
             raise ValueError(f"the prompt holds mask_token_id={self.mask_id}; use fill() to write there")
         canvas_BL = F.pad(tokens_BL, (0, gen_length), value=self.mask_id)
         allowed_BL = F.pad(allowed_BL, (0, gen_length), value=True)
         self.open_BL, self.mask_B11L, self.position_BL = (canvas_BL == self.mask_id) & allowed_BL, None, None
         lengths, counts = torch.stack([allowed_BL.sum(dim=1), self.open_BL.sum(dim=1)]).tolist()
-        longest = self.model.config.max_sequence_length
         if max(lengths) > longest:
-            raise ValueError(f"the canvas has {max(lengths)} tokens, more than max_sequence_length={longest}")
+            what = f"more than max_sequence_length={longest}; shorten the prompt or gen_length={gen_length}"
+            raise ValueError(f"the canvas has {max(lengths)} tokens, {what}")
         block_length, steps = self.settings.plan(counts)
         if min(lengths) < canvas_BL.shape[1]:
             # Counted without padding: a row gets the very angles that it would have alone.
