@@ -66,13 +66,13 @@ def bound_draws(
     shift_B = noise_lib.uniform(noise_lib.Noise(_SEED, 0, row_B, B), noise_lib.EVALUATION_TIME)
 
     def draw(_, m):
-        u_B = (shift_B + m / draws) % 1.0
+        u_B = (shift_B + m.astype(jnp.float32) / draws) % 1.0
         uniform_BL = noise_lib.uniform(noise_lib.Noise(_SEED, m, row_B, B), noise_lib.EVALUATION_MASK, (L,))
         corruption = diffusion.corrupt(x0_BL, u_B, uniform_BL, jnp.ones((B, L), bool), mask_id, estimator)
         _, nats_BL = diffusion.bound_terms(predict, head_VD, x0_BL, None, corruption, head_rows)
         return None, corruption.weight_B * jnp.sum(nats_BL, axis=1)
 
-    return jax.lax.scan(draw, None, jnp.arange(draws))[1]
+    return jax.lax.scan(draw, None, jnp.arange(draws, dtype=jnp.int32))[1]
 
 
 class Validator:

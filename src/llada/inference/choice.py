@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llada.mesh import ACTIVATIONS, on_each_device, platform
+from llada.objectives import noise as noise_lib
 
 
 def block_rows(platform: str) -> tuple[int, ...]:
@@ -103,7 +104,9 @@ def _rows(hidden_RD, head_VD, forbidden_F, temperature, data_R2):
 
     def gumbel(data):
         # mode="high": noise made of one float32 uniform cannot be large, which cuts the tail off (arXiv 2409.02908).
-        return jax.random.gumbel(jax.random.wrap_key_data(data), logits_VR.shape[:1], mode="high")
+        return jax.random.gumbel(
+            jax.random.wrap_key_data(data, impl=noise_lib.GENERATOR), logits_VR.shape[:1], jnp.float32, mode="high"
+        )
 
     _, token_R = _max_and_argmax(logits_VR / temperature + jax.vmap(gumbel, out_axes=1)(data_R2))
     return token_R, jnp.take_along_axis(logits_VR, token_R[None], axis=0)[0] - log_z_R

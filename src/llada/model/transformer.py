@@ -315,4 +315,4 @@ def unembed(hidden_BLD: jax.Array, head_VD: jax.Array) -> jax.Array:
 @functools.cache
 def abstract_parameters(config: ModelConfig) -> Parameters:
     """Shapes and dtypes of `init(config, key)`, with nothing allocated."""
-    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    return jax.eval_shape(functools.partial(init, config), jax.random.key(0, impl="threefry2x32"))

@@ -32,15 +32,26 @@ class Noise(NamedTuple):
     batch_size: int
 
 
+# JAX's default, by name: another that a user sets for all of JAX has other bits, and under vmap the first key's only.
+GENERATOR = "threefry2x32"
+
+
+def root_key(seed) -> jax.Array:
+    """The key of a seed."""
+    return jax.random.key(seed, impl=GENERATOR)
+
+
 def step_key(seed, step, purpose: int) -> jax.Array:
     """The key that all sequences of a step share for one purpose."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+    return jax.random.fold_in(jax.random.fold_in(root_key(seed), purpose), step)
 
 
 def uniform(noise: Noise, purpose: int, shape: tuple[int, ...] = ()) -> jax.Array:
     """Uniform [0, 1) float32 of shape (B, *shape), each sequence from its own key."""
     key = step_key(noise.seed, noise.step, purpose)
-    return jax.vmap(lambda index: jax.random.uniform(jax.random.fold_in(key, index), shape))(noise.sequence_B)
+    return jax.vmap(lambda index: jax.random.uniform(jax.random.fold_in(key, index), shape, jnp.float32))(
+        noise.sequence_B
+    )
 
 
 def times(noise: Noise, sampling: str) -> jax.Array:
@@ -52,13 +63,13 @@ def times(noise: Noise, sampling: str) -> jax.Array:
     """
     n = noise.batch_size
     shift_key, draw_key = step_key(noise.seed, noise.step, TIME), step_key(noise.seed, noise.step, TIME_DRAW)
-    point_n = (jax.random.uniform(shift_key) + (_scattered_ranks(n) / n).astype(np.float32)) % 1.0
+    point_n = (jax.random.uniform(shift_key, (), jnp.float32) + (_scattered_ranks(n) / n).astype(np.float32)) % 1.0
     # Folded, the grid's ends meet: an even part of it has the mean of the whole, wherever it begins.
     t_n = jnp.minimum(jnp.abs(2 * point_n - 1), jnp.float32(1 - 2**-24))
     if sampling == "iid":
         # Independent draws in the order of those times. Who gets which does not depend on the data, so for a batch of
         # exchangeable sequences nothing differs from each its own draw.
-        t_n = jnp.sort(jax.random.uniform(draw_key, (n,)))[jnp.argsort(jnp.argsort(t_n))]
+        t_n = jnp.sort(jax.random.uniform(draw_key, (n,), jnp.float32))[jnp.argsort(jnp.argsort(t_n))]
     return t_n[noise.sequence_B]
 
 

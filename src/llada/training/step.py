@@ -12,7 +12,7 @@ from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.model import transformer
 from llada.objectives.contract import LossTerms, SpecialTokens, Unfinished, segments
-from llada.objectives.noise import Noise
+from llada.objectives.noise import Noise, root_key
 from llada.objectives.objective import LOSSES
 from llada.training import optimizer
 
@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
 
 def init_state(config: Config) -> TrainState:
     """Step 0, from `config.seed` alone."""
-    params = transformer.init(config.model, jax.random.key(config.seed, impl="threefry2x32"))
+    params = transformer.init(config.model, root_key(config.seed))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.make(config).init(params))
 
 
