@@ -1,8 +1,9 @@
 """llada compare --llada=DIR --arm=DIR --out=DIR [--prompt=TEXT] [--infill=TEXT]
 
 A LLaDA and its ARM twin side by side: a table of sizes, FLOPs and held-out figures, loss against FLOPs in
-OUT/curves.png, samples of both, all in OUT/report.md. Refuses runs that did not read the same rows in the same order, and
+OUT/curves.png, samples of both, all in OUT/report.md. Refuses runs that read other rows, or in another order, and
 figures of other held-out rows. Where both runs have an evaluation of the same rows by llada evaluate, that counts.
+--config.mesh.fsdp=N and --dtype open models that one device does not hold.
 """
 
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from llada import paths
+from llada.commands import opening
 from llada.errors import UserError
 
 LLADA = flags.DEFINE_string("llada", None, "workdir of the finished LLaDA run")
@@ -23,10 +25,12 @@ GEN_LENGTH = flags.DEFINE_integer(
     "gen_length", None, "tokens after the prompt; default what the context leaves, at most 64"
 )
 TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "of the samples; 0 is greedy")
+flags.adopt_module_key_flags(opening)
 
 
-def run() -> int:
+def run(overrides: dict[str, str]) -> int:
     """Write the report and print its table."""
+    mesh = opening.mesh(overrides)
     out, places = _paths()
     from rich.console import Console
     from rich.table import Table
@@ -47,7 +51,7 @@ def run() -> int:
     for name, _, request in requests:
         generation.check(next(run.config for run in runs if run.name == name), request)
 
-    samples = _samples(runs, requests)
+    samples = _samples(runs, requests, mesh)
     write_atomically(out / "curves.png", comparison.draw_curves(runs))
     text = comparison.report(runs, samples, out, remarks)
     write_atomically(out / "report.md", text.encode("utf-8", "backslashreplace"))
@@ -90,15 +94,14 @@ def _requests(request) -> list[tuple]:
     ]
 
 
-def _samples(runs, requests) -> list:
+def _samples(runs, requests, mesh) -> list:
     """What the two models write, of the steps that their figures are of."""
     import jax
 
     from llada.inference.generation import generate
     from llada.scaling.comparison import Sampled
-    from llada.training import workdir as workdir_lib
 
-    opened = {run.name: workdir_lib.load(run.workdir, run.summary["step"]) for run in runs}
+    opened = {run.name: opening.open_run(run.workdir, run.summary["step"], mesh) for run in runs}
     samples = []
     for name, title, request in requests:
         model = opened[name]

@@ -6,7 +6,7 @@ matplotlib (extra `plots`) is imported where it is used, so that everything else
 import io
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,24 @@ def shades(colour: str, number: int) -> list[np.ndarray]:
         return [base]
     steps = np.linspace(-0.55, 0.45, number)
     return [base + (1 - base) * -s if s < 0 else base * (1 - s) for s in steps]
+
+
+def around(values: Iterable[float], share: float, log: bool = False) -> tuple[float, float] | None:
+    """Limits of an axis: the ends of what was found and `share` of their distance beyond, in logs twofold at least.
+
+    None where there is nothing. Laws through little may go anywhere; the axes stay with the data.
+    """
+    there = [math.log(v) if log else v for v in values if math.isfinite(v) and (v > 0 or not log)]
+    if not there:
+        return None
+    low, high = min(there), max(there)
+    pad = max(share * (high - low), math.log(2) if log else 0.05 * abs(high), 1e-9)
+    return (math.exp(low - pad), math.exp(high + pad)) if log else (low - pad, high + pad)
+
+
+def within(value: float, limits: tuple[float, float]) -> float:
+    """The value, or the nearest place on the axis."""
+    return min(max(value, limits[0]), limits[1])
 
 
 def log_ticks(axis, show: Callable[[float], str]) -> None:

@@ -4,6 +4,7 @@ Units as in `laws`: FLOPs, parameters without embeddings, tokens, nats per token
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llada.scaling.study import Study
@@ -87,6 +88,12 @@ def predictions(study: Study, family: str, budget: float) -> dict[str, dict[str,
 def largest_budget(study: Study) -> float | None:
     """FLOPs, over all families."""
     return max((budget for budgets in study.budgets.values() for budget in budgets), default=None)
+
+
+def interval(estimate: dict[str, Any], show: Callable[[float], str] = "{:.3f}".format) -> str:
+    """An estimate of `Study` as '0.512 (0.480 to 0.544)'; what is not finite is 'unbounded'."""
+    value, low, high = ("unbounded" if estimate[k] is None else show(estimate[k]) for k in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
 
 
 def flops(value: float) -> str:

@@ -5,9 +5,8 @@ the study's intervals. Needs matplotlib (extra `plots`). What is not there is no
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from llada.scaling.results import FAILED, Result, points
 from llada.scaling.study import Study
 
 COLOURS = {"diffusion": "#c8553d", "autoregressive": "#2a6f97"}
+FARTHEST = 1e4  # times the largest budget: what laws say beyond is not drawn
 BOUND = "LLaDA: upper bound on its NLL; ARM: exact NLL."
 
 
@@ -125,12 +125,14 @@ def frontier(
     if any(findings.law_of(study, family, "loss") == "parametric_loss" for family in NAMES):
         subtitle += " Laws by L(N, D), as the minima give none."
     if any(r.measured and not r.annealed for r in results):
-        subtitle += f" Thin lines: one run each, before annealing{_corrected(annealing_gain)}."
+        told = f", {annealing_gain:.2%} taken off" if annealing_gain else ""
+        subtitle += f" Thin lines: one run each, before annealing{told}."
     figure, (ax,) = canvas.figure(1, _frontier_title(gap, study), subtitle)
     ax.set(xscale="log", xlabel=_flops_label(results), ylabel="held-out nats per token")
-    end = gap.value * gap.budget if gap and math.isfinite(gap.value) else 0.0
-    at = max(findings.largest_budget(study) or 0.0, end, predict or 0.0)  # where the laws' lines end
-    entries = []
+    largest = findings.largest_budget(study) or 0.0
+    end = gap.value * gap.budget if gap and gap.value * gap.budget <= FARTHEST * largest else 0.0
+    at = max(largest, end, predict or 0.0)  # where the laws' lines end
+    entries, seen = [], [r.nats_per_token for r in results if r.measured and not r.annealed]
     for family, colour in COLOURS.items():
         budgets = study.budgets.get(family, [])
         _checkpoints(ax, results, family, annealing_gain)
@@ -138,14 +140,16 @@ def frontier(
         for m in minima:
             ax.errorbar(m.budget, m.loss, 2 * m.loss_stderr, color=colour, marker="o", capsize=3, linestyle="",
                         markerfacecolor=colour if m.inside else "white", zorder=4)  # fmt: skip
+            seen += [m.loss, m.loss - 2 * m.loss_stderr, m.loss + 2 * m.loss_stderr]
         if law := gap.law if gap else findings.law_of(study, family, "loss"):
             _law(ax, study, family, law, min(budgets), max(budgets), at, colour)
             if predict:
                 _prediction(ax, study, family, law, predict, colour)
             text = f"{NAMES[family]}" + (" (bound)" if family == "diffusion" else "")
             entries.append((at, float(study.laws[family][law][0](at)), text, colour))
+            seen += [float(study.laws[family][law][0](budget)) for budget in (min(budgets), at)]
         elif minima or any(r.measured and r.objective == family for r in results):
-            ax.plot([], [], "o", color=colour, label=NAMES[family] + ", no law")
+            ax.plot([], [], " ", color=colour, label=NAMES[family] + ", no law")
     if predict and entries:
         ax.axvline(predict, color="0.6", linewidth=1, linestyle=":", zorder=1)
         beyond = predict / findings.largest_budget(study)
@@ -153,12 +157,13 @@ def frontier(
     if not ax.has_data():
         canvas.say(ax, "no minimum and no law to show")
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, loc="lower left")
-    if ax.has_data():
+        ax.legend(frameon=False, loc="lower left", labelcolor="linecolor")
+    if (across := canvas.around([r.budget for r in results] + [at] * bool(entries), 0.05, log=True)) and seen:
+        ax.set(xlim=across, ylim=canvas.around(seen, 0.08))
         canvas.log_ticks(ax.xaxis, flops)
     if end:
         _gap_arrow(ax, gap)
-    canvas.labels_right(ax, entries)
+    canvas.labels_right(ax, [(x, canvas.within(y, ax.get_ylim()), *rest) for x, y, *rest in entries])
     canvas.save(figure, path)
 
 
@@ -174,10 +179,6 @@ def _frontier_title(gap: findings.Gap | None, study: Study) -> str:
         f"Compute-optimal: LLaDA needs {times(gap.value)} the FLOPs of an ARM at the same loss "
         f"({times(gap.low)} to {times(gap.high)}{told})"
     )
-
-
-def _corrected(annealing_gain: float) -> str:
-    return f", {annealing_gain:.2%} taken off" if annealing_gain else ""
 
 
 def _checkpoints(ax, results: Sequence[Result], family: str, annealing_gain: float) -> None:
@@ -217,8 +218,9 @@ def _prediction(ax, study: Study, family: str, law: str, budget: float, colour: 
     value = study.estimate(float(best(budget)), draws(budget))
     y = value["value"]
     ends = [[y - (value["low"] or y)], [(value["high"] or y) - y]]
+    told = findings.interval(value, "{:.2f}".format)
     ax.errorbar(budget, y, np.maximum(ends, 0), color=colour, marker="D", markerfacecolor="white", capsize=4, zorder=5,
-                linestyle="", label=f"{NAMES[family]} predicted: {_interval(value)}")  # fmt: skip
+                linestyle="", label=f"{NAMES[family]} predicted: {told}")  # fmt: skip
 
 
 def _gap_arrow(ax, gap: findings.Gap) -> None:
@@ -251,23 +253,33 @@ def allocation(results: Sequence[Result], study: Study, path: Path) -> None:
             continue
         low, high = budgets[0] / 2, budgets[-1] * 2
         entries = _published(ax, quantity, low, high)
+        key = {"parameters": "non_embedding_parameters", "tokens": "tokens"}[quantity]
+        own = [float(getattr(r, key)) for r in results]
+        ends = canvas.around([*own, *(y for _, y, *_ in entries)], 0.1, log=True)
         for family, colour in COLOURS.items():
             minima = study.minima.get(family, [])
             for m in minima:
-                y, factor = getattr(m, quantity), math.exp(min(2 * m.log_parameters_stderr, 3.0))
+                y, factor = canvas.within(getattr(m, quantity), ends), math.exp(min(2 * m.log_parameters_stderr, 3.0))
                 ax.errorbar(m.budget, y, [[y - y / factor], [y * factor - y]], color=colour, marker="o", capsize=3,
                             markerfacecolor=colour if m.inside else "white", zorder=4)  # fmt: skip
             if law := findings.law_of(study, family, quantity):
                 _law(ax, study, family, law, low, high, high, colour)
                 best = study.laws[family][law][0]
-                entries.append((high, float(best(high)), f"{NAMES[family]} $C^{{{best.exponent:.2f}}}$", colour))
+                entries.append(
+                    (
+                        high,
+                        canvas.within(float(best(high)), ends),
+                        f"{NAMES[family]} $C^{{{best.exponent:.2f}}}$",
+                        colour,
+                    )
+                )
             elif minima:
-                ax.plot([], [], "o", color=colour, label=f"{NAMES[family]}, no law")
-        ax.set_xlim(low, high)
+                ax.plot([], [], " ", color=colour, label=f"{NAMES[family]}, no law")
+        ax.set(xlim=(low, high), ylim=ends)
         canvas.log_ticks(ax.xaxis, flops)
         canvas.log_ticks(ax.yaxis, short)
         if ax.get_legend_handles_labels()[0]:
-            ax.legend(frameon=False, loc="lower right")
+            ax.legend(frameon=False, loc="lower right", labelcolor="linecolor")
         canvas.labels_right(ax, entries)
     canvas.save(figure, path)
 
@@ -295,7 +307,7 @@ def _allocation_texts(study: Study) -> tuple[str, str]:
     if not found:
         return "No law of the best size yet", ""
     title = " and ".join(f"$C^{{{e['value']:.2f}}}$ ({name})" for name, e in found.items())
-    exponents = ", ".join(f"{name} {_interval(e)}" for name, e in found.items())
+    exponents = ", ".join(f"{name} {findings.interval(e, '{:.2f}'.format)}" for name, e in found.items())
     return f"Compute-optimal: the best size grows as {title}", f"Exponents of N*: {exponents}."
 
 
@@ -384,9 +396,3 @@ def _flops_label(results: Sequence[Result]) -> str:
     kinds = {"6nd": "6ND", "exact": "all matrix products"}
     matched = {kinds.get(r.matching, r.matching) for r in results}
     return "training FLOPs C" + (f" ({matched.pop()})" if len(matched) == 1 else "")
-
-
-def _interval(estimate: dict[str, Any], show: Callable[[float], str] = "{:.2f}".format) -> str:
-    """'0.51 (0.48 to 0.54)'."""
-    value, low, high = ("unbounded" if estimate[k] is None else show(estimate[k]) for k in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"

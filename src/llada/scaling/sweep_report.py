@@ -6,13 +6,13 @@ Units: FLOPs, parameters without embeddings, tokens, nats per token.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llada.scaling import findings
 from llada.scaling.caveats import caveats, lost_runs
 from llada.scaling.comparison import markdown_table
-from llada.scaling.findings import NAMES, count, flops, three, times
+from llada.scaling.findings import NAMES, count, flops, interval, three, times
 from llada.scaling.isoflop import Minimum
 from llada.scaling.published import PUBLISHED, SMDM_GAP
 from llada.scaling.repetition import crossovers, is_data_limited, unpaired
@@ -122,12 +122,6 @@ def _fitted_sentences(study: Study) -> list[str]:
             exponent = study.constants(family, law)["exponent"]
             said.append(f"The best size of {name} grows as C^{interval(exponent)}.")
     return said
-
-
-def interval(estimate: dict[str, Any], show: Callable[[float], str] = "{:.3f}".format) -> str:
-    """An estimate of `Study` as '0.512 (0.480 to 0.544)'; what is not finite is 'unbounded'."""
-    value, low, high = ("unbounded" if estimate[k] is None else show(estimate[k]) for k in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
 
 
 def _minima(results: Sequence[Result], study: Study) -> str:
