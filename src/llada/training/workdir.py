@@ -42,13 +42,14 @@ def require_same(config: Config) -> None:
 
 
 def require_source(workdir: Path, config: Config) -> None:
-    """UserError, on all, for a new run whose documents are not there: before its workdir is made."""
+    """UserError, on all, for paths that are none, and a new run whose documents are not there: before its workdir is."""
     with processes.agreement():
+        rows_made = (rows_directory(workdir, config) / "metadata.json").exists()
         if processes.is_first() and not workdir.exists():
             given = config.data.tokenizer
             if given is not None:
                 tokenizer_files.load(user_path(given, "--config.data.tokenizer"))
-            if given is None or not (rows_directory(workdir, config) / "metadata.json").exists():
+            if given is None or not rows_made:
                 next(sources.documents(config.data.source, config.data.text_key), None)
 
 
