@@ -16,8 +16,8 @@ SOURCE = ROOT / "src" / "llada"
 
 # Rooms from the ground up; a file imports from its own room or from rooms below, and objectives never see the model.
 ROOMS = (
-    "errors json_files paths files processes knobs config accounting mesh fsdp model objectives data inference evaluation "
-    "training scaling interop planning commands __main__"
+    "errors json_files paths files processes knobs config accounting mesh fsdp model objectives data inference "
+    "evaluation training scaling interop planning commands __main__"
 ).split()
 
 
