@@ -4,10 +4,12 @@
 # TYPE is generation:topology as in llada plan (v5p:4x4x8, v6e:16x16), IMAGE a container with llada and jax[tpu]
 # (launch/Dockerfile). OPTIONS: --dry_run prints and calls nothing; --slices=N; --spot; --restarts=N; --project=P;
 # --storage=NAME:DIR is where the workdir lies: a storage that xpk has attached at DIR, or the volume claim to mount there.
-# A preempted or crashed run starts again on all hosts and goes on from its checkpoint; after a mistake (2) it does not.
+# A preempted or crashed run starts again on all hosts and goes on from its checkpoint, up to --restarts times; where it
+# would end the same way (2 a mistake, 3 diverged, 4 its data) it does not.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/say.sh
+give_help "$@"
 jobset="" spot="" slices=1 restarts=100 project="" storage=""
 take_options "dry_run jobset spot" "slices restarts project storage" "$@"
 set -- ${words[@]+"${words[@]}"}
@@ -15,15 +17,32 @@ set -- ${words[@]+"${words[@]}"}
 name="$1" cluster="$2" zone="$3" type="$4" image="$5"
 shift 5
 [[ "$name" =~ ^[a-z]([-a-z0-9]{0,26}[a-z0-9])?$ ]] || refuse "NAME $name must be a-z, 0-9 and -, 28 characters at most"
-[[ "$type" =~ ^(v4|v5e|v5p|v6e|tpu7x):([0-9]+)x([0-9]+)(x([0-9]+))?$ ]] ||
+size="([1-9][0-9]{0,4})"
+[[ "$type" =~ ^(v4|v5e|v5p|v6e|tpu7x):${size}x${size}(x${size})?$ ]] ||
   refuse "TYPE $type must be GENERATION:TOPOLOGY, with v4, v5e, v5p, v6e or tpu7x, like v5p:4x4x8"
 generation="${type%%:*}" topology="${type#*:}"
-chips=$((BASH_REMATCH[2] * BASH_REMATCH[3] * ${BASH_REMATCH[5]:-1}))
+a="${BASH_REMATCH[2]}" b="${BASH_REMATCH[3]}" c="${BASH_REMATCH[5]:-1}"
+chips=$((a * b * c))
+# The slices that there are, as in src/llada/planning/topology.py.
+case "$generation" in
+  v5e | v6e) slices_there="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16" largest=0 ;;
+  v4) slices_there="2x2x1 2x2x2 2x2x4 2x4x4" largest=4096 ;;
+  v5p) slices_there="2x2x1 2x2x2 2x2x4 2x4x4" largest=8960 ;;
+  tpu7x) slices_there="2x2x1 2x2x2 2x2x4 2x4x4" largest=9216 ;;
+esac
+if [[ " $slices_there " != *" $topology "* ]] && {
+  [ "$chips" -gt "$largest" ] || [ "$a" -gt "$b" ] || [ "$b" -gt "$c" ] || [ $((a % 4 + b % 4 + c % 4)) -ne 0 ]
+}; then
+  [ "$largest" -eq 0 ] || slices_there+=", or AxBxC with A <= B <= C, all multiples of 4, up to $largest chips"
+  refuse "TYPE $type: $generation slices are $slices_there"
+fi
 for number in "slices=$slices" "restarts=$restarts"; do
   [[ "$number" =~ =[1-9][0-9]*$ ]] || refuse "--$number must be a number from 1 on"
 done
 [ -z "$storage" ] || [[ "$storage" =~ ^[-a-z0-9.]+:/.+ ]] || refuse "--storage=$storage must be NAME:/DIR"
 read_training "$@"
+check_experiment
+ask_llada "$@"
 
 # Slices of several hosts have four chips on each.
 hosts=$(((chips + 3) / 4))
@@ -33,10 +52,10 @@ chips_a_host=$((chips < 4 ? chips : 4))
 run_xpk() {
   local prefix="$generation"
   [ "$generation" != v5e ] || prefix=v5litepod
-  # exec: signals reach llada, which saves. 1 is the status of those whose peers have died.
+  # exec: signals reach llada, which saves. 1 is the status of those whose peers have died, 5 that of a full disk.
   say xpk workload create --workload="$name" --cluster="$cluster" --zone="$zone" --tpu-type="$prefix-$topology" \
     --num-slices="$slices" --docker-image="$image" --command="exec llada train $(typed "$@")" \
-    --max-restarts="$restarts" --restart-on-exit-codes=1 --termination-grace-period-seconds=120 \
+    --max-restarts="$restarts" --restart-on-exit-codes=1,"$disk" --termination-grace-period-seconds=120 \
     ${spot:+--spot} ${project:+--project="$project"} ${storage:+--storage="${storage%%:*}"}
 }
 
@@ -59,7 +78,7 @@ render_jobset() {
   esac
   for word in llada train "$@"; do arguments+="${arguments:+, }$(quoted "$word")"; done
   cat << YAML
-# One Job a slice, one Pod a host. Any Pod's end restarts all of them, up to maxRestarts; status 2 ends them.
+# One Job a slice, one Pod a host. Any Pod's end restarts all of them, up to maxRestarts; what would end the same way ends them.
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
@@ -85,7 +104,7 @@ spec:
           podFailurePolicy:
             rules:
               - action: FailJob
-                onExitCodes: {containerName: llada, operator: In, values: [2]}
+                onExitCodes: {containerName: llada, operator: In, values: [$(printf '%s, ' "${no_use[@]}" | sed 's/, $//')]}
           template:
             spec:
               restartPolicy: Never

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Runs a training command, and again whenever it dies: it goes on from its newest checkpoint.
 # Usage: bash launch/keep_training.sh COMMAND ... --workdir=DIR ...
-# Not again after its end (0), a mistake in what it was told (2), Ctrl-C (130), or once this script has had a SIGTERM itself.
-# After five deaths in a row without a new checkpoint it gives up, with the last status.
+# Not again after its end (0), where it would end the same way (2 a mistake, 3 diverged, 4 its data), after Ctrl-C (130), or
+# once this script has had a SIGTERM itself. A full disk (5) gets longer pauses. After five deaths in a row without a new
+# checkpoint (six of the disk) it gives up, with the last status.
 set -uo pipefail
 # shellcheck source=launch/say.sh
 source "$(dirname "$0")/say.sh"
+give_help "$@"
 patience=5
 pause="${PAUSE_SECONDS:-10}"
 for word in "$@"; do
@@ -21,18 +23,20 @@ before=$(newest_checkpoint "$workdir")
 while :; do
   "$@" &
   wait_for $!
-  case "$status" in 0 | 2 | 130) exit "$status" ;; esac
+  if has_ended "$status"; then exit "$status"; fi
   [ -z "$stop" ] || exit "$status"
   now=$(newest_checkpoint "$workdir")
   [ "$now" = "$before" ] || deaths=0
   before="$now"
   deaths=$((deaths + 1))
-  if [ "$deaths" -ge "$patience" ]; then
-    echo "status $status, $deaths times without a new checkpoint: giving up" >&2
+  wait_seconds="$pause" most="$patience"
+  if [ "$status" -eq "$disk" ]; then wait_seconds="$disk_pause" most="$disk_patience"; fi
+  if [ "$deaths" -ge "$most" ]; then
+    echo "status $status, $deaths times without a new checkpoint: giving up ($(meaning "$status"))" >&2
     exit "$status"
   fi
-  echo "status $status; again in $pause seconds, from step ${now:-0}" >&2
-  sleep "$pause" &
+  echo "status $status; again in $wait_seconds seconds, from step ${now:-0} ($(meaning "$status"))" >&2
+  sleep "$wait_seconds" &
   wait $!
   [ -z "$stop" ] || exit "$status"
 done

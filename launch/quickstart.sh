@@ -3,7 +3,11 @@
 # exports the LLaDA for PyTorch.
 # Usage: bash launch/quickstart.sh [RUN_DIR]      Ctrl-C and a second call continue where it stopped.
 set -euo pipefail
+source "$(dirname "$0")/say.sh"
+give_help "$@"
+one_directory "$@"
 run_dir="${1:-runs/quickstart}"
+run_dir="${run_dir/#\~\//$HOME/}"
 case "$run_dir" in /*) ;; *) run_dir="$PWD/$run_dir" ;; esac
 cd "$(dirname "$0")/.."
 source launch/setup.sh

@@ -2,7 +2,11 @@
 # Scaling laws of LLaDA beside ARM on two CPU cores: trains the grid of experiments/isoflop.py:quick, fits, draws, reports.
 # Usage: bash launch/quickstart_sweep.sh [SWEEP_DIR]      Ctrl-C and a second call continue where it stopped.
 set -euo pipefail
+source "$(dirname "$0")/say.sh"
+give_help "$@"
+one_directory "$@"
 sweep_dir="${1:-runs/isoflop}"
+sweep_dir="${sweep_dir/#\~\//$HOME/}"
 checkout="$(cd "$(dirname "$0")/.." && pwd)"
 # Relative to where it was called; in the checkout as it was typed, for the report quotes it.
 case "$sweep_dir" in /*) ;; *) [ "$PWD" = "$checkout" ] || sweep_dir="$PWD/$sweep_dir" ;; esac

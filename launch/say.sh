@@ -1,12 +1,35 @@
 #!/usr/bin/env bash
-# Sourced by the launchers: printing what is run, options, and what llada train has to be told.
-# Usage: source launch/say.sh
+# Sourced by the launchers: printing what is run, options, what llada has to be told, and what its exit status means.
+# Usage: source launch/say.sh; give_help "$@"
 
 dry_run=""   # with any value: say prints and calls nothing
 workdir=""   # set by read_training
+config=""    # likewise
 words=()     # set by take_options
 status=0     # set by wait_for
 heard=""     # set by a trap during wait_for
+
+# Exit statuses of llada (src/llada/errors.py). After these the same command would end the same way: it is not run again.
+no_use=(2 3 4)
+disk=5                                     # worth another try, once there may be room
+disk_pause="${DISK_PAUSE_SECONDS:-600}"
+disk_patience=6                            # tries in a row without a new checkpoint
+
+# A status in words.
+meaning() {
+  case "$1" in
+    0) echo "done" ;;
+    2) echo "a mistake in what it was told" ;;
+    3) echo "training diverged" ;;
+    4) echo "data damaged, or not those that the run was trained on" ;;
+    5) echo "the disk is full or fails" ;;
+    129 | 130 | 143) echo "stopped by a signal" ;;
+    *) echo "it died" ;;
+  esac
+}
+
+# Whether that was its end: done, no use, or Ctrl-C.
+has_ended() { [[ " 0 ${no_use[*]} 130 " == *" $1 "* ]]; }
 
 # Words as one would type them: 'in quotes' where a shell would split or expand them.
 typed() {
@@ -33,6 +56,25 @@ refuse() {
   exit 2
 }
 
+# Prints the head of the launcher where it is asked for help.
+give_help() {
+  case "${1:-}" in
+    --help | -h)
+      sed -n -e 2,20p "$0" | sed -n -e '/^#/!q' -e '/^#SBATCH/d' -e 's/^# \{0,1\}//p'
+      exit 0
+      ;;
+  esac
+}
+
+# Refuses arguments of a script that takes one directory at most.
+one_directory() {
+  [ $# -le 1 ] || refuse "one directory at most, not $*"
+  case "${1:-}" in
+    -*) refuse "$1 is no option here; give a directory, or nothing (--help says more)" ;;
+    *://*) refuse "$1 is no directory; mount the bucket (gcsfuse), and give the path" ;;
+  esac
+}
+
 # take_options "dry_run spot" "slices" "$@": --dry_run sets $dry_run, --slices=2 sets $slices; what follows goes to $words.
 take_options() {
   local flags=" $1 " values=" $2 " name allowed=()
@@ -55,14 +97,15 @@ take_options() {
   words=("$@")
 }
 
-# Flags of llada train, of which a launcher needs the workdir.
+# Flags of llada train or sweep, of which a launcher needs the workdir and the experiment.
 read_training() {
   local word
   for word in "$@"; do
     case "$word" in
       --workdir=*) workdir="${word#--workdir=}" ;;
+      --config=*) config="${word#--config=}" ;;
       --?*) ;;
-      *) refuse "$word is no flag of llada train; flags look like --name=value" ;;
+      *) refuse "$word is no flag of llada; flags look like --name=value" ;;
     esac
   done
   case "$workdir" in
@@ -71,6 +114,36 @@ read_training() {
     /*) ;;
     *) refuse "--workdir=$workdir must begin with /: hosts have working directories of their own" ;;
   esac
+}
+
+# Refuses, before a machine is made, an experiment file that is not there; with "shipped" also one that is not committed as
+# it is, for hosts get the committed checkout.
+check_experiment() {
+  local file="$config" changed
+  if [ -z "$config" ]; then
+    # A workdir that holds a run, or an imported model, needs none; seen from here only where it is mounted.
+    if [ -e "$workdir/config.json" ] || [ -e "$workdir/sweep.json" ]; then return; fi
+    refuse "--config=FILE is missing: an experiment file of the checkout, such as experiments/llada_1b.py"
+  fi
+  if [ ! -f "$file" ]; then file="${config%:*}"; fi
+  case "$config" in *://*) refuse "--config=$config is no file of the checkout" ;; esac
+  case "$file" in
+    /*)
+      if [ -n "${1:-}" ]; then echo "# $file must be there on every host"; fi
+      return
+      ;;
+  esac
+  [ -f "$file" ] || refuse "--config=$config: there is no file $file in $PWD"
+  if [ -z "${1:-}" ] || ! git rev-parse --is-inside-work-tree > /dev/null 2>&1; then return; fi
+  changed=$(git status --porcelain --ignored -- "$file")
+  [ -z "$changed" ] || refuse "--config=$config: $file is not committed as it is, and hosts get what is: git add, git commit"
+  changed=$(git status --porcelain | grep -c '' || true)
+  if [ "$changed" -gt 0 ]; then echo "# what is not committed stays here: $changed files (git status)"; fi
+}
+
+# Asks llada train itself what is wrong with its flags, where it is installed here and more than printing is meant.
+ask_llada() {
+  if [ -z "$dry_run" ] && [ -x .venv/bin/llada ]; then .venv/bin/llada train "$@" --print_config > /dev/null || exit 2; fi
 }
 
 # The step of the newest checkpoint of a workdir, or nothing.

@@ -8,12 +8,14 @@
 # Usage: bash launch/slurm.sh [--dry_run] [--sbatch='--partition=P --time=24:00:00'] NODES GPUS_A_NODE --config=... --workdir=/shared/run
 # GPUS_A_NODE 0: one task a node, on its CPU. Checkout and workdir lie on a file system that all nodes share. Prints what it
 # runs. Three minutes before the time limit the run saves and goes back to the queue, as it does when preempted; after a
-# crash it goes back only if it has saved since it began; after a mistake (2) or scancel, not.
+# crash it goes back only if it has saved since it began, after a full disk (5) also some minutes later; where it would end
+# the same way (2 a mistake, 3 diverged, 4 its data), or after scancel, not.
 set -euo pipefail
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
   cd "$(dirname "$0")/.."
   source launch/say.sh
+  give_help "$@"
   sbatch=""
   take_options "dry_run" "sbatch" "$@"
   set -- ${words[@]+"${words[@]}"}
@@ -24,6 +26,8 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   [ "$2" -gt 0 ] || resources=(--nodes="$1" --ntasks-per-node=1)
   shift 2
   read_training "$@"
+  check_experiment
+  ask_llada "$@"
   read -r -a more <<< "$sbatch"
   say sbatch "${resources[@]}" ${more[@]+"${more[@]}"} launch/slurm.sh "$@"
   exit
@@ -45,10 +49,16 @@ trap 'heard=yes again=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 show srun --kill-on-bad-exit=1 llada train "$@"
 srun --kill-on-bad-exit=1 llada train "$@" &
 wait_for $!
-case "$status" in
-  0 | 2 | 130) again="" ;;
-  143) ;;
-  *) if [ "$(newest_checkpoint "$workdir")" != "$before" ]; then again=yes; fi ;;
-esac
+saved=""
+if [ "$(newest_checkpoint "$workdir")" != "$before" ]; then saved=yes; fi
+if has_ended "$status"; then
+  again=""
+elif [ "$status" -eq "$disk" ] && { [ -n "$saved" ] || [ "${SLURM_RESTART_COUNT:-0}" -lt "$disk_patience" ]; }; then
+  echo "$(meaning "$status"): back to the queue in $disk_pause seconds"
+  sleep "$disk_pause"
+  again=yes
+elif [ "$status" -ne 143 ] && [ -n "$saved" ]; then
+  again=yes
+fi
 if [ -n "$again" ]; then say scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"

@@ -2,6 +2,8 @@
 # Job I of N of a sweep on this machine, in the environment it makes; on a TPU host with JAX's TPU support.
 # Usage: bash launch/sweep_job.sh I N --config=... --workdir=DIR_THAT_ALL_JOBS_SEE [flags of llada sweep]
 set -euo pipefail
+source "$(dirname "$0")/say.sh"
+give_help "$@"
 if [ $# -lt 3 ]; then
   echo "usage: bash launch/sweep_job.sh I N --config=... --workdir=..." >&2
   exit 2

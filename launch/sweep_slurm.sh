@@ -8,6 +8,7 @@
 # Usage: sbatch --array=1-8 --gres=gpu:1 launch/sweep_slurm.sh --config=experiments/isoflop.py:smdm --workdir=/shared/smdm
 # A preempted task is queued again and goes on from its checkpoints. Run it from the checkout.
 set -euo pipefail
+case "${1:-}" in --help | -h) sed -n '2,12s/^# //p' "$0" && exit 0 ;; esac
 if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
   echo "this is a Slurm array job: sbatch --array=1-8 $0 --config=... --workdir=..." >&2
   exit 2

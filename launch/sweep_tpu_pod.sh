@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/say.sh
+give_help "$@"
 take_options "dry_run" "" "$@"
 set -- ${words[@]+"${words[@]}"}
 if [ $# -lt 5 ] || ! [[ "$3" =~ ^[1-9][0-9]*$ ]]; then
@@ -13,6 +14,8 @@ if [ $# -lt 5 ] || ! [[ "$3" =~ ^[1-9][0-9]*$ ]]; then
 fi
 name="$1" zone="$2" hosts="$3"
 shift 3
+read_training "$@"
+check_experiment shipped
 
 archive=$(mktemp -t llada.XXXXXX.tar.gz)
 trap 'rm -f "$archive"' EXIT

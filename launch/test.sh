@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests in .venv, installing what they need first. Usage: bash launch/test.sh [pytest arguments]
 set -euo pipefail
+source "$(dirname "$0")/say.sh"
+give_help "$@"
 cd "$(dirname "$0")/.."
 source launch/setup.sh
 make_environment requirements.txt requirements-plots.txt requirements-hf.txt requirements-test.txt

@@ -47,7 +47,6 @@ look() {
 train_on_hosts() {
   local archive host="bash llada/launch/tpu_host.sh" workers=() status
   local unpack="if flock --shared --nonblock training.lock true; then mkdir -p llada && tar -xzf llada.tar.gz -C llada; fi"
-  if [ -z "$dry_run" ] && ! git diff --quiet HEAD; then echo "# what is not committed stays here"; fi
   archive=$(mktemp -t llada.XXXXXX.tar.gz)
   say git archive --format=tar.gz --output="$archive" HEAD &&
     gcloud_tpus scp "$archive" "$name:llada.tar.gz" "${all[@]}" &&
@@ -94,7 +93,7 @@ keep_on_hosts() {
         had=yes failed=0 began="$SECONDS"
         train_on_hosts "$@" || true
         if [ -n "$ended" ]; then
-          echo "# training ended with status $ended; $name is still there, and is deleted with:"
+          echo "# training ended with status $ended ($(meaning "$ended")); $name is still there, and is deleted with:"
           show_tpus delete "$name" "${delete[@]}"
           exit "$ended"
         fi

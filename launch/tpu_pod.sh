@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/say.sh
+give_help "$@"
 spot="" reserved="" slices=1 runtime="" setup=""
 take_options "dry_run spot reserved" "slices runtime setup" "$@"
 set -- ${words[@]+"${words[@]}"}
@@ -20,6 +21,8 @@ read_tpu_type
 [[ "$slices" =~ ^[1-9][0-9]*$ ]] || refuse "--slices=$slices must be a number from 1 on"
 [ -z "$spot" ] || [ -z "$reserved" ] || refuse "--spot and --reserved exclude each other"
 read_training "$@"
+check_experiment shipped
+ask_llada "$@"
 nodes=(--node-id="$name")
 if [ "$slices" -gt 1 ]; then nodes=(--node-count="$slices" --node-prefix="$name"); fi
 

@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/say.sh
+give_help "$@"
 spot="" runtime="" setup=""
 take_options "dry_run spot" "runtime setup" "$@"
 set -- ${words[@]+"${words[@]}"}
@@ -17,6 +18,8 @@ shift 3
 source launch/tpu_hosts.sh
 read_tpu_type
 read_training "$@"
+check_experiment shipped
+ask_llada "$@"
 
 request() {
   gcloud_tpus create "$name" --accelerator-type="$type" --version="$runtime" ${spot:+--spot}

@@ -2,6 +2,8 @@
 # llada train on this machine, in the environment it makes.
 # Usage: bash launch/train_job.sh --config=... --workdir=... [flags of llada train]
 set -euo pipefail
+source "$(dirname "$0")/say.sh"
+give_help "$@"
 if [ $# -lt 1 ]; then
   echo "usage: bash launch/train_job.sh --config=... --workdir=..." >&2
   exit 2

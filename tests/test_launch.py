@@ -13,8 +13,12 @@ import pytest
 import yaml
 from launch_rules import XPK, check_jobset, read_gcloud, read_sbatch
 
+from llada.errors import DataError, DiskError, Diverged, UserError
+from llada.planning import topology
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+NO_USE = sorted({UserError.status, Diverged.status, DataError.status})  # the same command would end the same way
 SOURCED = {"say.sh", "setup.sh", "tpu_hosts.sh"}  # have no arguments of their own
 SWEEP = ["--config=experiments/isoflop.py:smdm", "--workdir=/shared/a b"]
 TRAIN = ["--config=experiments/llada_8b.py", "--workdir=/shared/a 'b'"]
@@ -51,6 +55,52 @@ def test_it_parses_and_says_what_it_is_for(script):
     lines = script.read_text().splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
     assert any("Usage: " in line for line in lines)
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.name not in SOURCED], ids=lambda path: path.name)
+def test_help_is_its_head(script):
+    done = run(script.name, "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert f"launch/{script.name}" in done.stdout and "Usage: " in done.stdout and "set -" not in done.stdout
+
+
+def test_launchers_know_the_statuses_of_the_program():
+    script = 'source launch/say.sh; echo "${no_use[@]} $disk"; '
+    script += "for s in 0 1 2 3 4 5 13 130 143; do has_ended $s && echo $s; done"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == [*map(str, NO_USE), str(DiskError.status), "0", *map(str, NO_USE), "130"]
+
+
+def test_gke_has_the_slices_that_plans_are_made_for(programs):
+    names = [
+        f"{kind}:{shape}" for kind in topology.CHIPS for shape in ("4x4", "3x3", "4x4x12", "4x4x6", "8x4x4", "2x4x4")
+    ]
+    for name in [*names, "v5p:16x16x36", "v5p:16x20x28"]:
+        try:
+            wanted = bool(topology.parse(name))
+        except UserError:
+            wanted = False
+        done = run("gke.sh", "--dry_run", *GKE[:3], name, "image", *TRAIN, path=programs)
+        assert (done.returncode == 0) == wanted, name
+
+
+def test_an_experiment_that_is_not_committed_is_not_taken_to_hosts(programs, tmp_path):
+    checkout = tmp_path / "check out"
+    (checkout / "experiments").mkdir(parents=True)
+    (checkout / "launch").symlink_to(ROOT / "launch")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for name in ("old.py", "changed.py"):
+        (checkout / "experiments" / name).write_text("1\n")
+    for words in (["init", "-q"], ["add", "experiments"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *words], cwd=checkout, check=True)
+    (checkout / "experiments" / "changed.py").write_text("2\n")
+    (checkout / "experiments" / "new.py").write_text("1\n")
+    for name, status in (("old.py:x", 0), ("changed.py", 2), ("new.py", 2)):
+        command = ["bash", checkout / "launch" / "tpu_vm.sh", "--dry_run", *POD[:2], "v6e-8"]
+        command += [f"--config=experiments/{name}", "--workdir=/shared/run"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert ("not committed" in done.stderr) == (status == 2)
 
 
 def test_every_host_of_a_pod_gets_its_share(programs):
@@ -133,6 +183,7 @@ def test_xpk_gets_what_it_understands(programs):
     assert (read.workload, read.tpu_type, read.num_slices, read.storage) == ("run", "v5p-4x4x8", "2", "filestore")
     assert read.docker_image == GKE[-1] and int(read.max_restarts) > 0 and read.spot
     assert shlex.split(read.command) == ["exec", "llada", "train", *TRAIN]
+    assert not set(map(str, NO_USE)) & set(read.restart_on_exit_codes.split(","))
     run("gke.sh", *options, *GKE, *TRAIN, path=programs)
     assert calls(programs) == [words]
     five_e = shown(run("gke.sh", "--dry_run", "a", "b", "c", "v5e:16x16", "i", *TRAIN, path=programs))[0]
@@ -176,9 +227,9 @@ def test_a_jobset_is_what_kubernetes_takes(programs, type_, accelerator, hosts, 
     assert container["command"] == ["llada", "train", *TRAIN] and container["image"] == image
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
     assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "claim"}
-    # Mistakes end it, anything else starts it again.
+    # What would end the same way ends it, anything else starts it again.
     assert tree["spec"]["failurePolicy"]["maxRestarts"] > 0
-    assert job["template"]["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+    assert job["template"]["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == NO_USE
     commands = [line[:2] for line in shown(done)]
     assert commands == [["gcloud", "container"], ["kubectl", "apply"], ["kubectl", "logs"], ["kubectl", "delete"]]
     run("gke.sh", *arguments, path=programs)
@@ -289,6 +340,20 @@ def test_shellcheck_finds_nothing():
         ("gke.sh", [*GKE[:3], "v5p-256", "image", *TRAIN]),
         ("gke.sh", [*GKE[:3], "v5p:3x1x2", "image", *TRAIN]),
         ("gke.sh", ["Run", *GKE[1:], *TRAIN]),
+        ("gke.sh", [*GKE[:3], "v5p:4x4x7", "image", *TRAIN]),
+        ("gke.sh", [*GKE[:3], "v5p:08x8x8", "image", *TRAIN]),
+        ("gke.sh", [*GKE, TRAIN[1]]),
+        ("gke.sh", [*GKE, "--config=experiments/nope.py", TRAIN[1]]),
+        ("tpu_vm.sh", ["--dry_run", *POD, "--config=experiments/nope.py", TRAIN[1]]),
+        ("tpu_pod.sh", [*POD, TRAIN[1]]),
+        ("tpu_pod.sh", [*POD, "--config=gs://bucket/x.py", TRAIN[1]]),
+        ("tpu_pod.sh", [*POD, *TRAIN, "--config.model.widht=3"]),
+        ("sweep_tpu_pod.sh", ["pod", "zone", "2", "--config=nope.py:smdm", SWEEP[1]]),
+        ("slurm.sh", ["4", "8", "--config=experiments/nope.py", TRAIN[1]]),
+        ("quickstart.sh", ["--dry_run"]),
+        ("quickstart.sh", ["runs/a", "runs/b"]),
+        ("quickstart.sh", ["gs://bucket/run"]),
+        ("quickstart_sweep.sh", ["--dry-run"]),
         ("gke.sh", ["--storage=claim", *GKE, *TRAIN]),
         ("gke.sh", ["--restarts=many", *GKE, *TRAIN]),
         ("slurm.sh", ["four", "8", *TRAIN]),

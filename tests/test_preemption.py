@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIG = "--config=experiments/llada_1b.py"  # launchers look whether it is there
 
 # Ends with the next of the statuses in $STORY; `save` saves first, `wait` waits for a SIGTERM, `hang` for SIGKILL.
 TRAINER = """#!/usr/bin/env bash
@@ -53,6 +54,7 @@ class Story:
         self.path = folder / "story"
         self.path.write_text("".join(f"{call}\n" for call in calls))
         self.environment = os.environ | {"STORY": str(self.path), "PAUSE_SECONDS": "0", "POLL_SECONDS": "0"}
+        self.environment |= {"DISK_PAUSE_SECONDS": "0", "SLURM_RESTART_COUNT": "6"}
 
     def told(self) -> list[str]:
         path = self.path.with_name("story.told")
@@ -81,6 +83,10 @@ def keep(tmp_path, workdir, story):
         (["save 143", "0"], 0, 2),  # preempted, then done
         (["save 137", "save 1", "save 134", "0"], 0, 4),
         (["2", "0"], 2, 1),  # a mistake stays one
+        (["save 3", "0"], 3, 1),  # it would diverge again
+        (["4", "0"], 4, 1),  # so would damaged data be
+        (["5"] * 9, 5, 6),  # the disk stays full
+        (["5"] * 5 + ["save 5", "0"], 0, 7),  # there is room again
         (["0", "0"], 0, 1),
         (["130", "0"], 130, 1),  # Ctrl-C
         (["1"] * 9, 1, 5),  # no way forward
@@ -191,11 +197,11 @@ def test_a_preempted_tpu_is_asked_for_again_and_training_goes_on(tmp_path, workd
     story = Story(tmp_path, "save hang", "0")
     states = [*first, up, *(["SUSPENDING"] if script == "tpu_pod.sh" else []), lost, "NONE", up]
     cloud = Cloud(tmp_path, story, *states, loses="machine")
-    assert cloud.train(script, "--config=x", f"--workdir={workdir}") == 0, cloud.said
+    assert cloud.train(script, CONFIG, f"--workdir={workdir}") == 0, cloud.said
     created = ["create"] if first else []
     assert cloud.calls() == [*created, *HOST, "delete", "create", *HOST]
     assert [line.rpartition(" from ")[2] for line in story.told()] == ["0", "10"]
-    assert story.told()[0] == f"llada train --config=x --workdir={workdir} from 0"
+    assert story.told()[0] == f"llada train {CONFIG} --workdir={workdir} from 0"
     assert f"tpu is {lost}" in cloud.said and "training ended with status 0" in cloud.said
 
 
@@ -204,7 +210,7 @@ def test_a_lost_connection_disturbs_nobody(tmp_path, workdir):
     story = Story(tmp_path, "save 1", "wait", "0")
     cloud = Cloud(tmp_path, story, "READY", loses="connection")
     with subprocess.Popen(
-        ["bash", ROOT / "launch" / "tpu_vm.sh", "tpu", "zone-a", "v6e-8", "--config=x", f"--workdir={workdir}"],
+        ["bash", ROOT / "launch" / "tpu_vm.sh", "tpu", "zone-a", "v6e-8", CONFIG, f"--workdir={workdir}"],
         env=cloud.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -223,7 +229,7 @@ def test_a_lost_connection_disturbs_nobody(tmp_path, workdir):
 def test_a_mistake_on_the_host_is_the_answer(tmp_path, workdir):
     story = Story(tmp_path, "2", "0")
     cloud = Cloud(tmp_path, story, "READY")
-    assert cloud.train("tpu_vm.sh", "--config=x", f"--workdir={workdir}") == 2, cloud.said
+    assert cloud.train("tpu_vm.sh", CONFIG, f"--workdir={workdir}") == 2, cloud.said
     assert len(story.told()) == 1
 
 
@@ -237,7 +243,7 @@ def test_a_mistake_on_the_host_is_the_answer(tmp_path, workdir):
 def test_what_never_comes_up_is_given_up(tmp_path, workdir, states, said):
     cloud = Cloud(tmp_path, Story(tmp_path), *states)
     write(tmp_path / "bin" / "git", "#!/bin/sh\nexit 1\n")  # nothing to ship: a host that cannot be used
-    assert cloud.train("tpu_pod.sh", "--config=x", f"--workdir={workdir}") == 1
+    assert cloud.train("tpu_pod.sh", CONFIG, f"--workdir={workdir}") == 1
     assert said in cloud.said
 
 
@@ -267,7 +273,10 @@ def job(node, workdir, story):
 
 @pytest.mark.parametrize(
     ("call", "status", "requeued"),
-    [("0", 0, False), ("2", 2, False), ("save 1", 1, True), ("1", 1, False), ("143", 143, False)],
+    [
+        *[("0", 0, False), ("2", 2, False), ("save 3", 3, False), ("save 4", 4, False), ("143", 143, False)],
+        *[("save 1", 1, True), ("1", 1, False), ("save 5", 5, True), ("5", 5, False)],
+    ],
 )
 def test_a_job_goes_back_to_the_queue_where_that_helps(tmp_path, node, workdir, call, status, requeued):
     story = Story(tmp_path, call)
