@@ -155,7 +155,8 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(tiny
 def test_a_workdir_of_another_experiment_is_refused_and_left_alone(tiny, trained):
     workdir = trained["llada"].workdir
     before = (workdir / "config.json").read_bytes()
-    with pytest.raises(UserError, match=r"another experiment \(model\.layers: 2 -> 3\)"):
+    words = r"another experiment \(model\.layers: 2 -> 3\); give a new --workdir or the old values\. To go on from its "
+    with pytest.raises(UserError, match=words + "weights .*llada import --source=.*another --config.seed"):
         loop.train(tiny("llada", {"model.layers": 3}), workdir)
     assert (workdir / "config.json").read_bytes() == before
 
