@@ -338,7 +338,7 @@ REFUSED = {
     "missing": ([], ["--topology is missing"]),
     "mesh": (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], ["mesh.fsdp=3", "4 device(s)"]),
     "batch": (["--topology=v5e:4x4", "--config.mesh.fsdp=16", "--config.train.batch_size=8"], ["batch_size=8", "16"]),
-    "program": (["--topology=v5e:2x2", "--program=chat"], ["--program=chat", "train, ", "sample, likelihood"]),
+    "program": (["--topology=v5e:2x2", "--program=chat"], ["--program=chat", "train|evaluate|sample|likelihood"]),
     "sampling flag": (["--topology=v5e:2x2", "--steps=4"], ["--steps", "--program=train"]),
     "slices": (["--topology=v5e:2x2", "--slices=2", "--config.mesh.fsdp=8"], ["2 slices", "--config.mesh.fsdp"]),
     "search": (["--topology=v5e:2x2", "--search", "--program=sample"], ["--search", "sample"]),

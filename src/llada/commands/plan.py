@@ -18,7 +18,7 @@ from llada.errors import UserError
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "the slice: v5e:16x16, v5p:4x4x8, v4, v6e or tpu7x likewise")
 SLICES = flags.DEFINE_integer("slices", 1, "so many equal slices, joined by the data-centre network")
-PROGRAM = flags.DEFINE_string("program", "train", "train, evaluate, sample or likelihood")
+PROGRAM = flags.DEFINE_enum("program", "train", ["train", "evaluate", "sample", "likelihood"], "what is compiled")
 SEARCH = flags.DEFINE_bool("search", False, "try meshes, remat and batches per chip; print the best trade-offs")
 JSON = flags.DEFINE_string("json", None, "write all figures to this file too")
 BATCH = flags.DEFINE_integer(

@@ -70,15 +70,15 @@ def _call(name: str, command, words: list[str]) -> int:
     if any(word in _HELP for word in words):
         print(f"{command.__doc__}\n\nflags:{flags.FLAGS.module_help(command)}")
         return 0
-    if takes_overrides and "--help_config" in words:
-        print(experiment.help_config(_groups(name)))
-        return 0
     words, overrides = experiment.take_overrides(words)
     _check_flags(words, flags.FLAGS, name, takes_overrides)
     try:
         flags.FLAGS([f"llada {name}", *words])
     except flags.Error as error:
         raise UserError(str(error)) from error
+    if experiment.HELP_CONFIG.value:
+        print(experiment.help_config(_groups(name)))
+        return 0
     if overrides and not takes_overrides:
         raise UserError(f"--config.{next(iter(overrides))} belongs to llada train; a workdir keeps its own config")
     environment.settle()
@@ -144,10 +144,10 @@ def _groups(name: str) -> dict[str, type]:
     """The dataclasses whose keys a command's --config.KEY can set, by what comes before their names."""
     from llada.config import Config, MeshConfig
 
-    if name in ("evaluate", "sample", "likelihood", "compare"):
-        return {"mesh.": MeshConfig}
-    if name != "sweep":
+    if name in ("train", "import", "plan"):
         return {"": Config}
+    if name != "sweep":
+        return {"mesh.": MeshConfig}
     from llada.scaling.grid import SweepConfig
 
     return {"": Config, "sweep.": SweepConfig}
