@@ -96,7 +96,9 @@ def bring_in(source: Path, out: Path) -> float:
 
 def peak_bytes() -> int:
     """The most memory this process has held; `ru_maxrss` would begin with that of the process it was forked from."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 

@@ -107,7 +107,7 @@ def same(mine, theirs) -> dict[str, float]:
 
 def resident(key: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at most since it was reset."""
-    return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
 
 
 def extra_bytes(run) -> int:
@@ -115,7 +115,7 @@ def extra_bytes(run) -> int:
     run()
     time.sleep(1)  # threads of the runtime may hold a buffer of the first run a moment longer
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the first run freed goes back, or it would hide in the baseline
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
     before = resident("VmRSS")
     run()
     return resident("VmHWM") - before
