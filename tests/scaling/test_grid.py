@@ -1,15 +1,21 @@
 """The grid: every number of a run that a rule makes, and what cannot be planned."""
 
+import copy
+import dataclasses
+import functools
 import math
+import re
 from pathlib import Path
 
 import pytest
 
-from llada import accounting
+from llada import accounting, knobs
+from llada import config as config_lib
 from llada.commands import experiment
-from llada.config import ModelConfig
+from llada.config import Config, ModelConfig, TrainConfig
 from llada.errors import UserError
 from llada.scaling import grid
+from llada.scaling import sweep as sweep_lib
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,6 +148,148 @@ def test_what_cannot_be_planned_is_refused_in_words(overrides, said):
         planned("quick", **overrides)
 
 
+FAR = 1e41
+NO_NUMBERS = ["x", None, math.nan, math.inf, -1, True, [1], {}, FAR]
+NO_LISTS = [5, None, "x", (), ("x",), (None,), ([1],), ({},)]
+BAD_VALUES = {
+    "mode": ["both", None, 5, ["isoflop"]],
+    "matching": ["flops", None, 5],
+    "budgets": [*NO_LISTS, (0,), (-1e9,), (math.nan,), (math.inf,), (True, 1e12), (2e12, 1e12), (1e12, FAR)],
+    "sizes": [*NO_LISTS, ({},) * 3, (dict(width=64),) * 3],
+    "objectives": [*NO_LISTS, ("arm",), ("diffusion", "diffusion")],
+    "seeds": [*NO_LISTS, (0, 0), (-1,), (0.5,), (2**31,), (True,), (math.nan,)],
+    "tokens_per_parameter": [
+        10, None, "x", (1, 2), {"arm": (1, 2)}, *({"diffusion": w} for w in (
+            10, None, "10,20", (), (1,), (1, 2, 3), (2, 1), (1, 1), (-1, 2), ("a", "b"), (math.nan, 2), (0, math.inf)))
+    ],
+    "sizes_per_budget": ["x", 0, -3, 2, 3.5, math.nan, [5], 10**9],
+    "unique_tokens": [(1000,)],  # of another mode
+    "epochs": [(1, 2)],
+    "max_epochs": [*NO_NUMBERS, 0],
+    "reference_width": [*NO_NUMBERS, 0, 2.5],
+    "learning_rate_exponent": ["x", None, math.nan, math.inf, [1], 99],
+    "reference_tokens": [*NO_NUMBERS, 0],
+    "batch_exponent": ["x", None, math.nan, math.inf, [1], 99],
+    "largest_batch": [*NO_NUMBERS, 0, 2.5],
+    "warmup_fraction": [*NO_NUMBERS, 1.0],
+    "warmup_steps": [*NO_NUMBERS, 1.5],
+    "decay": [5, None, ["100%:1"], "soon", "100%", "50%:1 20%:0", "100%:-1", "100%:nan"],
+    "evaluation_rows": [*NO_NUMBERS, 0, 100, 2.5],
+    "annealing_gain": [*NO_NUMBERS, 1.0],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quick_group():
+    return experiment.read_sweep(f"{ROOT / 'experiments' / 'isoflop.py'}:quick", {})
+
+
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(grid.SweepConfig)])
+def test_no_key_of_a_sweep_takes_what_it_cannot_be(key, quick_group, tmp_path):
+    base, group = quick_group
+    for bad in BAD_VALUES[key]:
+        with pytest.raises(UserError, match=rf"sweep\.{key}\b|sweep\.sizes"):
+            sweep_lib.make(tmp_path, base, group | {key: bad}, in_file=True)
+            pytest.fail(f"{key}={bad!r} was taken")
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ({"objective": "difusion"}, "its objective must be one of diffusion, autoregressive"),
+        ({"widht": 3}, "'widht' is none of name, objective, peak_learning_rate, layers"),
+        ({"name": "../x"}, "without slashes"),
+        ({"name": 5}, "without slashes"),
+        ({"peak_learning_rate": "high"}, "must be a positive number"),
+        ({"peak_learning_rate": math.nan}, "must be a positive number"),
+        ({"causal": True}, "objective='autoregressive'"),
+        ({"vocab_size": 99}, "config.model.vocab_size"),
+        ({"heads": 5}, "model.heads=5"),
+        ({"width": "64"}, "model.width"),
+    ],
+)
+def test_a_size_that_is_none_is_refused(size, said, quick_group):
+    base, group = quick_group
+    sizes = (group["sizes"][0] | size, *group["sizes"][1:])
+    with pytest.raises(UserError, match=said):
+        grid.plan(base, grid.parse(group | {"sizes": sizes}), Path("sweep"))
+
+
+def test_every_key_that_rules_overwrite_is_refused(quick_group, tmp_path):
+    """Found by comparing: whatever no run has as it was given, from the file or the command line."""
+    base, group = quick_group
+    own = {
+        "seed": 7, "objective.name": "autoregressive", "model.causal": True, "model.width": 999, "model.layers": 99,
+        "model.heads": 99, "model.ffn": 99, "data.directory": "d", "train.steps": 10, "train.tokens": 10**6,
+        "optimizer.schedule": "0:1", "evaluate.every": 10, "evaluate.at": "50%", "evaluate.batches": 99,
+    }  # fmt: skip
+    planned = [config_lib.to_dict(run.config) for run in grid.plan(base, grid.parse(group), tmp_path)]
+    default = config_lib.to_dict(Config(train=TrainConfig()))
+    made = {
+        key.name
+        for key in knobs.keys(Config)
+        if all(grid._at(tree, key.name) != grid._at(base, key.name) for tree in planned)
+    }
+    # These start the rules, are written out in full, or have no value to give.
+    assert made - {"optimizer.peak_learning_rate", "data.tokenizer"} <= own.keys()
+    for key, value in own.items():
+        tree = copy.deepcopy(base)
+        *groups, leaf = key.split(".")
+        functools.reduce(dict.__getitem__, groups, tree)[leaf] = value
+        with pytest.raises(UserError, match=f"--config.{key}=.* would do nothing in a sweep"):
+            sweep_lib.make(tmp_path, tree, group, in_file=True)
+        same = grid._at(default, key)
+        if same is not None and any(grid._at(tree, key) != same for tree in planned):  # the default, typed
+            with pytest.raises(UserError, match=f"--config.{key}=.* would do nothing in a sweep"):
+                sweep_lib.make(tmp_path, base, group, typed=[key])
+        sweep_lib.make(tmp_path, tree, group)  # as an older sweep.json may say
+    with pytest.raises(UserError, match="evaluate.draws=1 tells no Monte Carlo error"):
+        tree = copy.deepcopy(base)
+        tree["evaluate"]["draws"] = 1
+        sweep_lib.make(tmp_path, tree, group, in_file=True)
+
+
+def test_a_size_may_have_its_own_rate_and_a_family_needs_a_size(quick_group):
+    base, group = quick_group
+    first, *others = group["sizes"]
+    sizes = (first | {"peak_learning_rate": 1e-4}, *others)
+    runs = grid.plan(base, grid.parse(group | {"sizes": sizes}), Path("x"))
+    rates = {run.size: run.config.optimizer.peak_learning_rate for run in runs}
+    assert rates["L2-d16"] == 1e-4 and rates["L2-d24"] == pytest.approx(5e-3 * (192 / 24) ** 0.5)
+    one_family = tuple(size | {"objective": "diffusion"} for size in group["sizes"])
+    repeat = {"mode": "repeat", "unique_tokens": (20_000,), "epochs": (1, 2), "sizes": one_family}
+    checkpoints = {"mode": "checkpoints", "budgets": (1e12,), "sizes": one_family}
+    for values in (repeat, checkpoints):
+        with pytest.raises(UserError, match=r"sizes=\(0 of autoregressive\): add a size of that family"):
+            grid.parse(values)
+        assert grid.plan(base, grid.parse(values | {"objectives": ("diffusion",)}), Path("x"))
+    with pytest.raises(UserError, match="are the same step"):
+        grid.plan(base, grid.parse(repeat | {"epochs": (1, 1.0001), "objectives": ("diffusion",)}), Path("x"))
+    twins = (first, *(first | {"name": f"again{i}"} for i in range(2)))
+    with pytest.raises(UserError, match="leaves 1 sizes"):
+        grid.plan(base, grid.parse(group | {"sizes": twins}), Path("x"))
+
+
+def test_what_a_grid_leaves_out_is_named(quick_group, tmp_path):
+    base, group = quick_group
+    sweep = sweep_lib.make(tmp_path, base, group)
+    said = sweep_lib.remarks(sweep)
+    planned = {(run.objective, run.readings[0].budget, run.size) for run in sweep.runs}
+    assert len(said) == 8
+    for text in said:
+        objective, budget, names = re.match(r"left out: (\w+) at (\S+) FLOPs: (.*) \(", text).groups()
+        left = names.split(", ")
+        there = [size for o, b, size in planned if (o, b) == (objective, float(budget))]
+        assert not set(left) & set(there) and len(left) + len(there) == 9
+
+
+def test_rows_and_tokenizer_are_named_in_full(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for run in planned("quick", Path("sweep"), **{"data.tokenizer": "t.model"})[1][:1]:
+        assert run.config.data.directory == str(tmp_path / "sweep" / "data")
+        assert run.config.data.tokenizer == str(tmp_path / "t.model")
+
+
 def test_a_grid_of_one_size_is_refused(tmp_path):
     path = tmp_path / "one.py"
     path.write_text(
@@ -160,7 +308,7 @@ def test_a_grid_of_one_size_is_refused(tmp_path):
         experiment.read_sweep(str(ROOT / "experiments" / "quickstart.py"), {})
 
 
-@pytest.mark.parametrize("only", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+@pytest.mark.parametrize("only", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "²/3", "1/9999999999", "1/2/3", ""])
 def test_a_share_that_is_none_is_refused(only):
     with pytest.raises(UserError, match="--only="):
         grid.share([], only)

@@ -193,8 +193,9 @@ def check_used(
         if key.name == "optimizer.peak_learning_rate" and not own_rates:
             continue
         planned = [_at(tree, key.name) for tree in trees]
-        # A size, or a family, may have its own; the rest have what was given.
-        changed = any if key.name in RULED else all
+        # Some sizes, or a family, may have their own; the rest have what was given.
+        of_sizes = key.name.startswith("model.") and all(key.name.removeprefix("model.") in s for s in sweep.sizes)
+        changed = any if key.name in RULED or of_sizes else all
         if changed(own != value for own in planned):
             instead = RULED.get(key.name) or (
                 "the sizes have their own" if key.name.startswith(("model.", "optimizer.")) else "no run would have it"

@@ -255,8 +255,8 @@ def run_all(
             continue
         try:
             loop.train(run.config, workdir, progress(run))
-        except Locked as locked:
-            ended(run, f"left to another process, which has it: {locked.holder}")
+        except Locked:
+            ended(run, "left to another process, which has it")
             continue
         except Diverged as error:
             write_failure(workdir, error)
