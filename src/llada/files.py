@@ -170,9 +170,11 @@ def new_directory(path: Path, flag: str, replace: bool = False) -> Iterator[Path
     `replace` an existing `path` gives way at the last moment; the caller says whether it may. UserError naming `flag`
     if `path` exists otherwise, or cannot be made; DiskError where there is no room.
     """
-    path = path.absolute()
+    path = path.resolve() if path.exists() else path.absolute()  # behind a link lies what is to be made
 
     def refuse_what_is_there() -> None:
+        if os.path.ismount(path):
+            raise UserError(f"{flag}={path} is where a disk is mounted and cannot be renamed; give a directory in it")
         if os.path.lexists(path) and not replace and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{flag}={path} exists already; choose another, or remove it first")
 

@@ -31,6 +31,8 @@ def run(overrides: dict[str, str]) -> int:
         if not flag.value:
             raise UserError(f"--{flag.name} is missing; see llada import --help")
     path, workdir = user_path(SOURCE.value, "--source"), user_path(WORKDIR.value, "--workdir")
+    if workdir.resolve().is_relative_to(path.resolve()):
+        raise UserError(f"--workdir={workdir} is --source={path} or in it; choose a directory elsewhere")
     from llada import accounting
     from llada.interop import importing
 

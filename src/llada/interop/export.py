@@ -200,6 +200,9 @@ def _check_replaceable(out: Path) -> None:
     strange = sorted(n for n in names - known if not (n.startswith("model-") and n.endswith(".safetensors")))
     if strange:
         raise UserError(f"--out={out} holds {strange[0]}, which no export wrote; choose another directory")
+    card = out / "README.md"
+    if names and not (card.exists() and model_card.ORIGIN in json_files.read_text(card)):
+        raise UserError(f"--out={out} holds a model that llada export did not write; choose another directory")
 
 
 def _json(values: dict[str, Any]) -> bytes:

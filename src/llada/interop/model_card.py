@@ -37,6 +37,8 @@ print(tokenizer.decode(ids[0], skip_special_tokens=True))
 {begun}
 """
 
+ORIGIN = "trained with llada in JAX and exported for PyTorch"  # by which exports are known again
+
 
 def text(config: Config, workdir: Path, step: int, dtype: str, architecture: str, tokenizer: Tokenizer) -> str:
     """The card in Markdown; facts come from the run's own files, and a fact that is not there is not told."""
@@ -85,7 +87,7 @@ def text(config: Config, workdir: Path, step: int, dtype: str, architecture: str
 
 # {workdir.resolve().name}
 
-{kind}, trained with llada in JAX and exported for PyTorch. The fields `license`, `language` and `datasets` above are
+{kind}, {ORIGIN}. The fields `license`, `language` and `datasets` above are
 for you to fill in before you publish it.
 
 | | |
