@@ -11,7 +11,7 @@ import jax
 import pytest
 
 import llada
-from llada.commands import endings, environment, memory
+from llada.commands import endings, environment, memory, progress
 from llada.errors import DataError, DiskError, UserError
 
 PROGRAM = f"{sys.executable} -m llada"
@@ -188,3 +188,17 @@ def test_where_no_process_can_be_begun_anew_it_goes_on(monkeypatch):
     memory.use_huge_pages()
     monkeypatch.setattr(sys, "executable", "")
     memory.use_huge_pages()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_told_in_lines_where_nothing_can_be_drawn(terminal, monkeypatch, capfd):
+    monkeypatch.setattr(progress, "_QUIET_SECONDS", 0)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with progress.bar("weights exported") as show:
+        show(1, 4)
+        show(4, 4)
+    with progress.line() as line:
+        line.now("compiling")
+        line.done("first")
+    assert capfd.readouterr().err.splitlines() == ["weights exported: 25%", "weights exported: 100%", "first"]

@@ -1,17 +1,29 @@
-"""A bar on standard error while something long goes on, where someone is looking."""
+"""How far something long is, on standard error: drawn where someone is looking, else a plain line now and then."""
 
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+from llada import processes
+
+_QUIET_SECONDS = 20  # between lines in a log
+
+
+def _is_drawn() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 @contextlib.contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a function of (done, total) that draws, or None where nobody would see it."""
-    if not sys.stderr.isatty():
+    """Yield a function of (done, total) that shows how far it is; None on all processes but the first."""
+    if not processes.is_first():
         yield None
+        return
+    if not _is_drawn():
+        yield _lines(title)
         return
     from rich.console import Console
     from rich.progress import Progress
@@ -19,6 +31,18 @@ def bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(console=Console(stderr=True), transient=True) as drawn:
         task = drawn.add_task(title)
         yield lambda done, total: drawn.update(task, completed=done, total=total)
+
+
+def _lines(title: str) -> Callable[[int, int], None]:
+    told = time.monotonic()
+
+    def say(done: int, total: int) -> None:
+        nonlocal told
+        if (now := time.monotonic()) - told >= _QUIET_SECONDS:
+            told = now
+            print(f"{title}: {done / max(total, 1):.0%}", file=sys.stderr, flush=True)
+
+    return say
 
 
 class Line(NamedTuple):
@@ -32,8 +56,8 @@ class Line(NamedTuple):
 def line() -> Iterator[Line]:
     """A spinner with its text, and finished lines above it."""
     # Not standard error itself: libtpu's chatter there is kept away while it compiles.
-    with os.fdopen(os.dup(2), "w") as stream:
-        if not sys.stderr.isatty():
+    with os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace") as stream:
+        if not _is_drawn():
             yield Line(lambda text: None, lambda text: print(text, file=stream, flush=True))
             return
         from rich.console import Console
