@@ -45,8 +45,15 @@ def flops_exact_per_token(config: Config, dense_head: bool = False) -> float:
 
 
 def head_fraction(config: Config) -> float:
-    """Expected share of positions that meet the vocabulary head: E[p] = (1 + eps) / 2 for the diffusion objective."""
-    return 1.0 if config.objective.name == "autoregressive" else (1 + config.objective.eps) / 2
+    """Expected share of positions that meet the vocabulary head: E[p] = (1 + eps) / 2 for the diffusion objective.
+
+    ValueError for an objective that is not known here: its share is to be worked out, not guessed.
+    """
+    if config.objective.name == "autoregressive":
+        return 1.0
+    if config.objective.name == "diffusion":
+        return (1 + config.objective.eps) / 2
+    raise ValueError(f"accounting.head_fraction does not know objective.name={config.objective.name!r}; add its share")
 
 
 # Dense bf16 peak FLOP/s of one device, by the name JAX gives it (JAX's own table for TPUs; vendors' sheets for GPUs).

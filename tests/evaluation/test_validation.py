@@ -1,14 +1,25 @@
-"""Errors of the held-out figure: what draws add, told apart from what rows add."""
+"""The held-out figure: of which rows, with which errors (what draws add, told apart from what rows add), in parts."""
 
 import dataclasses
+import json
+import math
+import shutil
+from types import SimpleNamespace
 
+import in_process
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llada import json_files
 from llada import mesh as mesh_lib
 from llada.config import MeshConfig
+from llada.errors import DataError
+from llada.evaluation import validation
 from llada.evaluation.validation import Validator, stratified_variance
+from llada.objectives.autoregressive import shift_right
+from llada.objectives.contract import SpecialTokens
 from llada.training import workdir as workdir_lib
 
 
@@ -51,3 +62,108 @@ def test_the_monte_carlo_error_covers_what_more_draws_would_change(trained, open
     exact, same = figure(opened["arm"], trained["arm"].workdir, 4, mesh)
     assert exact.monte_carlo_stderr == 0 and same == digest  # both families are read on the same rows
     assert digest == trained["llada"].summary["eval_rows_digest"] == trained["arm"].summary["eval_rows_digest"]
+
+
+def with_values(config, **groups):
+    """The config with other values: `with_values(config, train={"microbatches": 2})`."""
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in groups.items()}
+    )
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_figures_are_those_of_each_row_once(trained, opened, microbatches):
+    """Five rows, four or two at a time, so that the last batch is filled up; against all logits of the ARM.
+
+    The tokenizer of an ARM needs no mask token.
+    """
+    run, mesh = opened["arm"], mesh_lib.make(MeshConfig())
+    rows_RL = workdir_lib.corpus_for(trained["arm"].workdir, run.config, run.tokenizer).holdout_NL[:5]
+    config = with_values(run.config, train={"batch_size": 4, "microbatches": microbatches}, evaluate={"batches": 2})
+    bytes_V = run.tokenizer.token_bytes_V
+    with jax.set_mesh(mesh):
+        validator = Validator(config, SpecialTokens(None, run.tokenizer.special.eos), bytes_V, rows_RL, mesh)
+        found = validator(run.params)
+        log_p = jax.nn.log_softmax(run.logits(shift_right(jnp.asarray(rows_RL, jnp.int32), run.tokenizer.special.eos)))
+    nats_RL = -np.take_along_axis(np.asarray(log_p, np.float64), rows_RL[..., None].astype(int), axis=-1)[..., 0]
+    R, L = rows_RL.shape
+    assert validator.batch == 4 // microbatches
+    assert (found.rows, found.tokens, found.draws, found.kind, found.estimator) == (R, R * L, 1, "NLL", "exact")
+    assert found.nats_per_token == pytest.approx(nats_RL.mean(), rel=1e-5)
+    assert found.stderr == pytest.approx(nats_RL.sum(axis=1).std(ddof=1) / math.sqrt(R) / L, rel=1e-4)
+    text_bytes = sum(int(bytes_V[i]) for row_L in rows_RL for i in row_L)
+    assert found.bits_per_byte * text_bytes * math.log(2) == pytest.approx(nats_RL.sum(), rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(nats_RL.mean()), rel=1e-5)
+    assert found.eval_rows_digest == validator.rows_digest
+
+
+def test_rows_are_spread_over_the_whole_side_on_any_mesh_in_any_parts(tiny):
+    """Shapes only: the same rows whatever goes through the model at once."""
+    mesh = mesh_lib.make(MeshConfig())
+    side_NL = np.arange(22 * 32).reshape(22, 32) % 300
+    rows = []
+    for microbatches in (1, 4):
+        config = with_values(tiny("llada"), train={"microbatches": microbatches})
+        for devices in (mesh, SimpleNamespace(shape={"data": 3, "fsdp": 2, "tensor": 1})):
+            made = object.__new__(Validator)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(validation, "jitted", lambda *given: None)
+                made.__init__(config, SpecialTokens(3, 1), np.ones(300), side_NL, devices)
+            rows.append(made.rows_NL)
+    for found in rows:
+        np.testing.assert_array_equal(found, side_NL[[0, 1, 2, 4, 5, 7, 8, 9, 11, 12, 14, 15, 16, 18, 19, 21]])
+    four = SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 2})
+    assert [mesh_lib.local_batch(n, four) for n in (1, 4, 5, 8)] == [4, 4, 8, 8]
+    assert [validation.rows_at_once(config, four, rows) for rows in (100, 1)] == [4, 4]
+    assert validation.rows_at_once(with_values(config, train={"microbatches": 64}), mesh, 100) == 1
+    with pytest.raises(DataError, match="id 301, and the tokenizer 300"):
+        Validator(config, SpecialTokens(3, 1), np.ones(300), side_NL + 2, mesh)
+    with pytest.raises(DataError, match="no held-out rows"):
+        Validator(config, SpecialTokens(3, 1), np.ones(300), side_NL[:0], mesh)
+
+
+def test_numbers_that_do_not_exist_are_null():
+    assert validation.perplexity(709.0) < math.inf and validation.perplexity(711.0) == math.inf
+    assert math.isnan(validation.perplexity(math.nan))
+    assert (
+        json_files.dumps([validation.perplexity(1e4), float(stratified_variance(jnp.ones((1, 1)))[0])])
+        == "[null, null]"
+    )
+
+
+def test_the_command_prints_before_it_keeps(trained, tmp_path, monkeypatch):
+    """Fewer rows than asked for are said; a disk that takes nothing costs the file, not the figures."""
+    workdir = tmp_path / "arm"
+    shutil.copytree(trained["arm"].workdir, workdir)
+
+    def full(path, content):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr("llada.files.write_atomically", full)
+    done = in_process.llada("evaluate", f"--workdir={workdir}", "--batches=10000", "--draws=1", "--microbatches=2")
+    assert done.returncode == 0
+    found = json.loads(done.stdout, parse_constant=lambda word: pytest.fail(word))
+    assert {"rows", "draws", "eval_rows_digest", "estimator", "kind", "dtype", "step"} <= found.keys()
+    few, kept = done.stderr.strip().splitlines()
+    assert f"are 80,000 rows; the held-out side has {found['rows']:,}" in few
+    assert "evaluation.json could not be kept: Read-only file system" in kept
+
+
+MISTAKES = {
+    "--config.mesh.tensor=2": "mesh.tensor=2 does not make the 1 device(s)",
+    "--config.mesh.fdsp=2": "did you mean --config.mesh.fsdp?",
+    "--config.train.microbatches=2": "--config.train.microbatches belongs to llada train",
+    "--config=quickstart.py": "--config=quickstart.py belongs to llada train",
+    "--dtype=float16": "float32|bfloat16",
+    "--estimator=bernoulli": "this ARM's likelihood is exact",
+    "--processes=2": "--coordinator and --process_id missing",
+    "--microbatches=0": "--microbatches",
+}
+
+
+@pytest.mark.parametrize("flag", MISTAKES)
+def test_what_cannot_be_opened_is_refused_in_one_line(trained, flag):
+    done = in_process.llada("evaluate", f"--workdir={trained['arm'].workdir}", flag)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert MISTAKES[flag] in line

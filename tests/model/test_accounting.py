@@ -196,6 +196,9 @@ def test_published_flops_per_token():
     # Masked positions alone meet the head: E[p] = (1 + eps) / 2 of them.
     assert accounting.head_fraction(llada_1b) == (1 + 1e-3) / 2
     assert accounting.head_fraction(arm_7b) == 1
+    other = dataclasses.replace(arm_7b, objective=ObjectiveConfig(name="next but one"))
+    with pytest.raises(ValueError, match="does not know objective.name='next but one'"):
+        accounting.flops_exact_per_token(other)
     with_full_head = accounting.flops_exact_per_token(llada_1b) + head_flops(llada_1b) * (1 - (1 + 1e-3) / 2)
     assert with_full_head == pytest.approx(9.584e9, rel=5e-4)
     # Where eps is 1 every position is masked; attention grows with the sequence, and a causal model needs half of it.

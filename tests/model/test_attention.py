@@ -16,7 +16,7 @@ SEGMENTS = jnp.array(np.sort(np.random.default_rng(1).integers(0, 3, (B, L)), ax
 CASES = {  # name -> causal, lengths_B, segments_BL
     "plain": (False, None, None),
     "lengths": (False, LENGTHS, None),
-    "segments": (False, None, SEGMENTS),
+    "lengths segments": (False, LENGTHS, SEGMENTS),
     "causal lengths segments": (True, LENGTHS, SEGMENTS),
 }
 WAYS = {
@@ -75,6 +75,10 @@ def test_segments_are_attended_to_as_sequences_of_their_own(causal):
     packed = attend(q, k, v, causal, None, segments_BL=segments)
     alone = attend(q[:, cut:], k[:, cut:], v[:, cut:], causal, None)
     np.testing.assert_allclose(packed[:, cut:], alone, atol=1e-5)
+    # A length that cuts the second document short, too.
+    shorter = attend(q, k, v, causal, LENGTHS, segments_BL=segments)
+    alone = attend(*(x[:1, cut : LENGTHS[0]] for x in (q, k, v)), causal, None)
+    np.testing.assert_allclose(shorter[:1, cut : LENGTHS[0]], alone, atol=1e-5)
     at = jnp.array([[150, 3, 71], [70, 69, L]])  # the last is padding
     some = attend(q[jnp.arange(B)[:, None], at], k, v, causal, None, at, segments)
     np.testing.assert_allclose(some[:, :2], packed[jnp.arange(B)[:, None], at[:, :2]], atol=1e-5)

@@ -53,7 +53,11 @@ def test_seeds_steps_sequences_and_purposes_share_no_noise():
     """Four uniform numbers for each of 2 x 3 x 6 x 16 combinations: all rows differ, and jointly look independent."""
     draw = jax.jit(lambda seed, step, purpose: noise_lib.uniform(Noise(seed, step, jnp.arange(16), 16), purpose, (4,)))
     rows = np.array([draw(*which) for which in itertools.product((0, 1), (0, 1, 2), PURPOSES)]).reshape(-1, 4)
-    assert len(set(PURPOSES)) == len(PURPOSES) == len([n for n in vars(noise_lib) if n.isupper()])
+    assert (
+        len(set(PURPOSES))
+        == len(PURPOSES)
+        == len([n for n, value in vars(noise_lib).items() if n.isupper() and isinstance(value, int)])
+    )
     assert len(np.unique(rows, axis=0)) == 2 * 3 * len(PURPOSES) * 16
     assert uniform_distance(rows.ravel()) < 1.95 / math.sqrt(rows.size)
     correlation = np.corrcoef(rows.T)[np.triu_indices(4, 1)]
@@ -61,6 +65,22 @@ def test_seeds_steps_sequences_and_purposes_share_no_noise():
     # The shift that stratified times share comes from the step's own key, unlike every sequence's.
     shift = jax.random.uniform(noise_lib.step_key(0, 0, noise_lib.TIME))
     assert shift not in rows
+
+
+@pytest.mark.parametrize(("name", "value"), [("jax_default_prng_impl", "rbg"), ("jax_enable_x64", True)])
+def test_what_a_user_has_set_for_jax_changes_no_bit(name, value):
+    def drawn():
+        noise = Noise(3, jnp.int32(1), jnp.arange(4), 4)
+        draws = [noise_lib.times(noise, kind) for kind in ("iid", "stratified")]
+        return [np.asarray(x) for x in (*draws, noise_lib.uniform(noise, noise_lib.MASK, (2,)))]
+
+    usual, before = drawn(), getattr(jax.config, name)
+    try:
+        jax.config.update(name, value)
+        for got, want in zip(drawn(), usual, strict=True):
+            assert got.dtype == want.dtype and np.array_equal(got, want)
+    finally:
+        jax.config.update(name, before)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

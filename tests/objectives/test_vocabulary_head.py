@@ -49,8 +49,9 @@ def weights_of(kind: str, B: int, L: int) -> jax.Array:
     return jnp.array(drawn[kind], jnp.float32)
 
 
-# 14 rows: one row per block, blocks that do not divide 14, one that does, blocks larger than everything; one row only.
-BLOCKS = [(2, 7, 1), (2, 7, 4), (2, 7, 7), (2, 7, 8), (2, 7, 512), (1, 1, 4)]
+# 14 rows: one row per block, blocks whose smallest divides 14, one that divides it, one whose smallest does not (the
+# last is filled up), blocks larger than everything; one row only.
+BLOCKS = [(2, 7, 1), (2, 7, 4), (2, 7, 7), (2, 7, 12), (2, 7, 512), (1, 1, 4)]
 
 
 # What is left after whole blocks takes another way on accelerators: up to three blocks of one size.

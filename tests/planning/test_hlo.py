@@ -1,10 +1,13 @@
-"""The reader of compiled programs against programs whose products and turns are known by hand."""
+"""The reader of compiled programs against programs whose products and turns are known by hand; seconds made of them."""
+
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from llada.planning import hlo, kernels, projection
+from llada.planning import hlo, kernels, projection, topology, traffic
 
 
 def module(function, *shapes, trips=None):
@@ -93,6 +96,36 @@ def test_turns_are_read_from_start_limit_and_step():
     assert [(loop.turns, loop.counted) for loop in read.loops] == [(6, True)]
     assert flops(read) == 6 * 2 * 8 * 128 * 128
     assert read.cycles(read.entry) == 6 * (10 + 90)
+
+
+def test_a_limit_may_be_inclusive():
+    text = LOOP.replace("direction=LT", "direction=LE").replace("constant(11)", "constant(10)")
+    assert [loop.turns for loop in hlo.Module(text).loops] == [6]  # 0, 2 ... 10
+
+
+def test_bytes_cycles_and_link_seconds_are_those_of_every_turn():
+    """Of six turns: a counter, an input, a result and a matrix through HBM; of one, the counter's first value."""
+    turn = 2 * 4 + 2 * (8 * 128 * 2) + 128 * 128 * 2
+    read = hlo.Module(LOOP)
+    assert projection.hbm_bytes(read) == 6 * turn + 2 * 4
+
+    place = topology.Slice("v5e:2x2", topology.CHIPS["v5e"], (2, 2), 1, [None] * 4)
+    links = SimpleNamespace(
+        slice=place, mesh=SimpleNamespace(devices=np.arange(4)), axes=lambda group: ("fsdp",), rate=lambda group: 1e9
+    )
+    summed = LOOP.replace("convolution(%x, %w), dim_labels=bf_io->bf, ", "all-reduce(%x), replica_groups={{0,1,2,3}}, ")
+    moved = traffic.Traffic(hlo.Module(summed), links)
+    seconds = 6 * 2 * 3 / 4 * (8 * 128 * 2) / 1e9  # each enters a device twice, but for its own part; nothing hides it
+    assert moved.exposed_seconds == moved.ici_seconds == pytest.approx(seconds) and moved.dcn_seconds == 0
+
+    found = projection.project(read, moved, place)
+    chip = place.chip
+    assert found.matrix_flops == 6 * 2 * 8 * 128 * 128
+    assert found.math_seconds == pytest.approx(found.matrix_flops / (0.8 * 197e12))
+    assert found.hbm_seconds == pytest.approx(found.hbm_bytes / (0.9 * chip.hbm))
+    assert found.roofline_seconds == max(found.math_seconds, found.hbm_seconds, found.ici_seconds)
+    assert found.compiler_seconds == pytest.approx(6 * (10 + 90) / chip.clock + seconds)
+    assert found.binding == "ICI" and found.seconds == found.compiler_seconds
 
 
 @pytest.mark.parametrize(
