@@ -191,7 +191,11 @@ def new_directory(path: Path, flag: str, replace: bool = False) -> Iterator[Path
                 refuse_what_is_there()
                 _take_place(partial, path)
             except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
+                for _ in range(20):  # a library's threads may still be writing there
+                    shutil.rmtree(partial, ignore_errors=True)
+                    if not partial.exists():
+                        break
+                    time.sleep(0.05)
                 raise
     except OSError as error:
         if full := disk_error(error, f"writing {flag}={path}"):
