@@ -1,6 +1,8 @@
 """A sweep as a whole: every run once, whatever interrupts it; what it leaves behind; what it refuses."""
 
+import errno
 import json
+import math
 import signal
 import sys
 from pathlib import Path
@@ -10,8 +12,8 @@ import jax
 import pytest
 
 from llada import config as config_lib
-from llada.errors import UserError
-from llada.scaling import results
+from llada.errors import DataError, DiskError, Diverged, UserError
+from llada.scaling import outcome, results
 from llada.scaling import sweep as sweep_lib
 from llada.training import loop, metrics
 
@@ -147,25 +149,135 @@ def test_jobs_share_a_directory_and_an_interrupted_run_goes_on(swept, experiment
     assert figures(tmp_path) == figures(swept)
 
 
-def test_a_diverged_run_is_reported_and_the_rest_goes_on(experiment, tmp_path, monkeypatch, capsys):
-    train = loop.train
+@pytest.fixture
+def quick_runs(monkeypatch):
+    """`quick_runs(fails)`: runs that train nothing and end with figures of a made-up law, where `fails` raises nothing.
 
-    def some_diverge(config, workdir, progress=None):
-        if config.model.width == 24:
-            raise loop.Diverged("step 3 is not finite")
-        return train(config, workdir, progress)
+    `fails` is called with the config. No pictures. Returns the names of the workdirs, in order.
+    """
+    begun = []
+    monkeypatch.setattr(outcome, "draw", lambda *_: {})
 
-    monkeypatch.setattr(loop, "train", some_diverge)
+    def make(fails=lambda config: None):
+        def train(config, workdir, progress=None):
+            begun.append(workdir.name)
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / "config.json").write_text(json.dumps(config_lib.to_dict(config)))
+            fails(config)
+            width, step = config.model.width, config.steps
+            loss = 3 + 0.3 * math.log(width / 24) ** 2 + 1e-3 * config.seed
+            figures = {"nats_per_token": loss, "stderr": 0.1, "monte_carlo_stderr": 0.01, "bits_per_byte": 1.0}
+            at = [round(float(w) / config.tokens_per_step) for w in config.evaluate.at.split()]
+            (workdir / "metrics.jsonl").write_text(
+                "".join(
+                    json.dumps({"step": s} | {f"eval/{k}": v for k, v in figures.items()}) + "\n" for s in (*at, step)
+                )
+            )
+            summary = {"step": step, "tokens_per_second": None, "seconds": 7.0, "rows_digest": str(config.seed)}
+            (workdir / "summary.json").write_text(json.dumps(summary | {"eval_rows_digest": "e"}))
+
+        monkeypatch.setattr(loop, "train", train)
+        return begun
+
+    return make
+
+
+def test_a_diverged_run_is_reported_and_the_rest_goes_on(experiment, tmp_path, quick_runs, capsys):
+    def some_diverge(config):
+        if config.model.width == 24 and config.optimizer.peak_learning_rate > 4e-3:
+            raise Diverged("step 3 is not finite")
+
+    begun = quick_runs(some_diverge)
     common = (f"--config={experiment}", f"--workdir={tmp_path}")
-    assert sweep(*common) == 1
+    assert sweep(*common) == 3
     rows = {row.run: row for row in results.read_csv(tmp_path / "results.csv")}
     assert sorted(row.status for row in rows.values()) == ["failed"] * 2 + ["finished"] * 4
     assert "diverged: step 3" in rows["arm_L1-d24_C2e08"].reason
     assert "diverged: step 3" in (tmp_path / "report.md").read_text()
     assert "arm_L1-d24_C2e08 failed" in capsys.readouterr().err
-    monkeypatch.setattr(loop, "train", train)
-    assert sweep(*common) == 1  # a failed run is not tried again by itself
-    assert sweep(*common, "--retry_failed") == 0
+    # A failed run is not tried again by itself, and is not finished.
+    begun.clear()
+    assert sweep(*common) == 3 and begun == []
+    assert "4 of them finished, 2 failed" in capsys.readouterr().out
+    # The same rate diverges again; another is on record wherever the run is, and the grid still knows it.
+    assert sweep(*common, "--retry_failed") == 3 and begun == ["llada_L1-d24_C2e08", "arm_L1-d24_C2e08"]
+    assert "begun again at the rate at which it diverged; --retry_rate=0.5" in capsys.readouterr().err
+    assert sweep(*common, "--retry_rate=0.5") == 3
+    assert sweep(f"--workdir={tmp_path}", "--retry_rate=0.5") == 0
+    for more in ([], ["--dry_run"], [f"--config={experiment}"]):
+        begun.clear()
+        assert sweep(f"--workdir={tmp_path}", *more) == 0 and begun == []
+        assert "6 of them finished;" in capsys.readouterr().out
+    rows = {row.run: row for row in results.read_csv(tmp_path / "results.csv")}
+    assert rows["arm_L1-d24_C2e08"].peak_learning_rate == 0.0025 and rows["arm_L1-d16_C2e08"].retried is None
+    report = (tmp_path / "report.md").read_text()
+    line = next(line for line in report.splitlines() if line.startswith("- arm_L1-d24_C2e08: "))
+    assert "peak rate 0.0025 and not 0.01: at 0.01 it diverged, step 3" in line and "; at 0.005 it diverged" in line
+    assert "2 runs had failed and were trained at a lower rate" in report
+    assert len(list(tmp_path.glob("failed/arm_L1-d24_C2e08-*/failed.json"))) == 2
+
+
+def test_seeds_added_to_a_finished_sweep_are_all_that_is_trained(experiment, tmp_path, quick_runs, capsys):
+    begun = quick_runs()
+    common = (f"--config={experiment}", f"--workdir={tmp_path}")
+    assert sweep(*common) == 0 and len(begun) == 6
+    for seeds in ("0,5", "5,0", "0", "5"):
+        begun.clear()
+        assert sweep(*common, f"--config.sweep.seeds={seeds}") == 0
+        assert begun == ([f"{r}_s5" for r in names(tmp_path) if not r.endswith("_s5")] if seeds == "0,5" else [])
+    assert "left out: 6 runs in" in capsys.readouterr().out  # of the seed that the last grids do not have
+    # As an earlier version named the runs of two seeds.
+    for run in tmp_path.glob("runs/*C2e08"):
+        run.rename(f"{run}_s0")
+    assert sweep(*common, "--config.sweep.seeds=0,5") == 0 and begun == []
+
+
+def names(directory):
+    return [r.run for r in results.read_csv(directory / "results.csv")]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "goes_on"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 5, False),
+        (DiskError("no room"), 5, False),
+        (DataError("damaged rows"), 4, False),
+        (UserError("a mistake"), 2, False),
+        (Diverged("at step 3"), 3, True),
+        (MemoryError("RESOURCE_EXHAUSTED: Out of memory"), 1, True),
+    ],
+)
+def test_what_would_meet_the_next_run_too_ends_the_sweep(error, status, goes_on, experiment, tmp_path, quick_runs):
+    def fails(config):
+        if config.model.width == 16 and config.objective.name == "diffusion":
+            raise error
+
+    begun = quick_runs(fails)
+    assert sweep(f"--config={experiment}", f"--workdir={tmp_path}") == status
+    assert len(begun) == (6 if goes_on else 1)
+    assert len(list(tmp_path.glob("runs/*/failed.json"))) == goes_on
+
+
+def test_what_changes_how_runs_are_read_is_refused_before_any_run(experiment, tmp_path, quick_runs, capsys):
+    begun = quick_runs()
+    common = (f"--config={experiment}", f"--workdir={tmp_path}")
+    assert sweep(*common) == 0
+    begun.clear()
+    for key in ("evaluate.draws=4", "sweep.evaluation_rows=32", "optimizer.peak_learning_rate=1e-3"):
+        assert sweep(*common, f"--config.{key}", "--config.sweep.seeds=0,1") == 2
+        assert "was planned by other rules" in capsys.readouterr().err
+    first = next(tmp_path.glob("runs/*"))
+    for name in ("summary.json", "failed.json", "config.json", "retry.json"):
+        path = first / name
+        held = path.read_bytes() if path.exists() else None
+        path.write_text("{,}")
+        assert sweep(*common) == 2 and str(path) in capsys.readouterr().err
+        path.unlink() if held is None else path.write_bytes(held)
+    (tmp_path / "sweep.json").write_text("[]")
+    assert sweep(f"--workdir={tmp_path}") == 2 and "sweep.json" in capsys.readouterr().err
+    assert sweep(f"--config={experiment}", f"--workdir={first}") == 2
+    assert "is a run or a model, not a sweep" in capsys.readouterr().err
+    assert begun == []
 
 
 def test_a_run_that_another_process_has_is_left_to_it(experiment, tmp_path):
@@ -246,7 +358,17 @@ def test_a_table_survives_its_file(swept, tmp_path):
         (["--config=experiments/isoflop.py", "--workdir=w", "--only=5/4"], "--only=5/4"),
         (["--config=experiments/isoflop.py", "--workdir=w", "--machine=v9", "--dry_run"], "TPU v5p"),
         (["--config=experiments/isoflop.py", "--workdir=w", "--predict=-1"], "--predict=-1"),
-        (["--results=nothing.csv", "--workdir=w"], "cannot be read"),
+        (["--results=nothing.csv", "--workdir=w"], "--results=nothing.csv does not exist"),
+        (["--results=experiments", "--workdir=w"], "--results=experiments is a directory"),
+        (["--config=experiments/isoflop.py", "--workdir=README.md"], "--workdir=README.md is no directory"),
+        (["--config=experiments/isoflop.py", "--workdir=w", "--retry_rate=2"], "--retry_rate=2.0 must be between"),
+        (["--config=experiments/isoflop.py", "--workdir=w", "--retry_rate=.5", "--retry_failed"], "give one"),
+        (["--config=experiments/isoflop.py", "--workdir=w", "--config.train.steps=10"], "would do nothing"),
+        (["--config=experiments/isoflop.py", "--workdir=w", "--config.sweep.epochs=2"], "does nothing in mode isoflop"),
+        (["--config=experiments/isoflop.py", "--workdir=w", "--config.sweep.seeds=0,0"], "each once"),
+        (["--config=experiments/isoflop.py", "--workdir=w", "--predict=1e300"], "up to 1e+40"),
+        (["--results=docs/isoflop/results.csv", "--workdir=w", "--config.train.steps=2"], "trains nothing"),
+        (["--results=docs/isoflop/results.csv", "--workdir=w", "--only=1/2"], "trains nothing"),
     ],
 )
 def test_bad_input_gets_one_line_and_status_2(arguments, said, capsys, monkeypatch):
