@@ -181,6 +181,15 @@ def test_ids_that_are_none_are_refused(given, words):
     assert words in str(caught.value) and "--prompt_ids" in str(caught.value) and len(str(caught.value)) < 200
 
 
+def test_what_is_no_text_and_no_end_is_never_written():
+    """Padding, unknown, mask, and the rows of the model past the tokenizer's last id."""
+    own = MAKERS["trained here"]()
+    pad, eos, unknown, mask = 0, 1, 2, 3
+    assert (own.pad_id, own.eos_id, own.mask_id) == (pad, eos, mask)
+    forbidden = np.flatnonzero(canvas.forbidden_ids(own, own.vocab_size + 3))
+    assert forbidden.tolist() == [pad, unknown, mask, *range(own.vocab_size, own.vocab_size + 3)]
+
+
 def test_ids_in_any_spelling():
     for given in ("12,7, 99", [12, 7, 99], np.array([12, 7, 99]), (np.int64(12), 7, 99)):
         assert canvas.parse_ids("--prompt_ids", given, 320) == [12, 7, 99]

@@ -23,7 +23,7 @@ from llada.objectives import diffusion
 from llada.objectives.autoregressive import shift_right
 from llada.objectives.contract import SpecialTokens
 
-V, MASK, EOS = 5, 3, 2
+V, MASK, EOS, BOS = 5, 3, 2, 0
 ORDINARY = (0, 1, 2, 4)
 SPECIAL = SpecialTokens(mask=MASK, eos=EOS)
 # Wide parameters make predictions far from uniform: a wrong weight or a wrong mask then shows.
@@ -342,10 +342,10 @@ def test_masks_depend_on_the_prompt_and_the_length_of_the_answer_only():
     assert len({key, *map(likelihood._mask_key, others)}) == 5
 
 
-def read_causally(params, pair) -> float:
+def read_causally(params, pair, start=EOS) -> float:
     """LLaDA Eq. (1) of the answer: each token from the end-of-text token and all tokens before it, unpadded."""
     row = np.array([[*pair.prompt, *pair.answer]], np.int32)
-    log_p = log_laws(CAUSAL, params, shift_right(row, EOS))[0]
+    log_p = log_laws(CAUSAL, params, shift_right(row, start))[0]
     assert log_p.shape[0] == row.shape[1]
     return sum(log_p[i, row[0, i]] for i in range(len(pair.prompt), row.shape[1]))
 
@@ -361,21 +361,25 @@ def test_an_arms_likelihood_is_the_sum_over_its_answer_of_the_causal_laws(params
 
 
 def test_an_arms_rolling_likelihood_is_the_sum_over_windows_in_context(params):
-    """Three and a half windows of four tokens, each given the three before it that a context of seven has room for."""
+    """Three and a half windows of four tokens, each given the three before it that a context of seven has room for.
+
+    The model is one that was imported: its texts begin with a token of their own, and it has no mask token.
+    """
+    special = SpecialTokens(mask=None, eos=EOS, bos=BOS)
     config = dataclasses.replace(CAUSAL, max_length=7)
     text = random_ids(np.random.default_rng(3), 14)
     windows = [Pair(text[first:start], text[start : start + 4]) for first, start in ((0, 0), (1, 4), (5, 8), (9, 12))]
-    found = likelihood.rolling(config, params, text, SPECIAL, window=4)
-    by_hand = sum(read_causally(params, pair) for pair in windows)
+    found = likelihood.rolling(config, params, text, special, window=4)
+    by_hand = sum(read_causally(params, pair, BOS) for pair in windows)
     np.testing.assert_allclose(found.log_likelihood, by_hand, rtol=1e-4)
     assert found[1:] == (0.0, 14, "exact", 0, 4)
-    assert likelihood.rolling(config, params, text, SPECIAL).rows == 5  # half the context is three
+    assert likelihood.rolling(config, params, text, special).rows == 5  # half the context is three
     # One window, and three that see all that came before them: both are the text's own likelihood.
     for length, window in ((4, 4), (5, 2)):
-        found = likelihood.rolling(config, params, text[:length], SPECIAL, window=window)
-        whole = likelihood.log_likelihoods(config, params, [Pair([], text[:length])], SPECIAL)[0].log_likelihood
+        found = likelihood.rolling(config, params, text[:length], special, window=window)
+        whole = likelihood.log_likelihoods(config, params, [Pair([], text[:length])], special)[0].log_likelihood
         np.testing.assert_allclose(found.log_likelihood, whole, rtol=1e-4)
-        np.testing.assert_allclose(found.log_likelihood, read_causally(params, Pair([], text[:length])), rtol=1e-4)
+        np.testing.assert_allclose(found.log_likelihood, read_causally(params, Pair([], text[:length]), BOS), rtol=1e-4)
 
 
 def test_rolling_adds_the_bounds_of_windows_and_their_variances(params):
@@ -417,6 +421,13 @@ GOOD = Pair([0, 1], [4, 4])
         (Pair([0, MASK], [1]), {}, "mask token 3 stands in the text"),
         (Pair([0], [1, MASK]), {}, "mask token 3 stands in the text"),
         (GOOD, {"draws": 0}, "--draws=0 must be at least 1"),
+        (GOOD, {"draws": 65_537}, "--draws=65537 must be .* at most 65536"),
+        (GOOD, {"draws": 2.5}, "--draws=2.5 must be a whole number"),
+        (GOOD, {"draws": True}, "--draws=True must be a whole number"),
+        (GOOD, {"batch_tokens": 0}, "--batch_tokens=0 must be at least 1"),
+        (GOOD, {"estimator": None}, "--estimator=None must be text"),
+        (GOOD, {"cfg_scale": "1"}, "--cfg_scale='1' must be a number"),
+        (GOOD, {"cfg_scale": 1e39}, "--cfg_scale=1e[+]39 must not be negative, and at most"),
         (GOOD, {"cfg_scale": -0.5}, "--cfg_scale=-0.5 must not be negative"),
         (GOOD, {"cfg_scale": math.nan}, "--cfg_scale=nan must not be negative"),
         (GOOD, {"estimator": "exact"}, "--estimator=exact is not one of l_of_L, bernoulli, chain_rule, conf"),
@@ -435,7 +446,9 @@ def test_what_cannot_be_scored_is_refused_before_anything_is(params, pair, chang
             config, params, [FULL, GOOD, pair], SPECIAL, settings, lambda *call: calls.append(call)
         )
     assert not calls
-    likelihood.check(config, [FULL, GOOD], SPECIAL, LikelihoodConfig())  # it was the one thing wrong
+    likelihood.check_settings(config, LikelihoodConfig())
+    for good in (FULL, GOOD):  # it was the one thing wrong
+        likelihood.check_pair(config, good, SPECIAL)
 
 
 @pytest.mark.parametrize("window", [0, -4, 49])

@@ -1,6 +1,7 @@
 """The compiled samplers against a plain step-by-step reading of the algorithm, and what they must never do."""
 
 import dataclasses
+import time
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from llada.config import ModelConfig
 from llada.errors import UserError
-from llada.inference import sampler
+from llada.inference import choice, sampler
 from llada.inference import settings as settings_lib
 from llada.inference.ancestral import ancestral
 from llada.inference.settings import SamplerConfig
@@ -16,7 +17,7 @@ from llada.model import transformer
 from llada.objectives.autoregressive import shift_right
 from llada.objectives.contract import SpecialTokens
 
-V, MASK, EOS = 12, 3, 1
+V, MASK, EOS, BOS = 12, 3, 1, 6
 SPECIAL = SpecialTokens(mask=MASK, eos=EOS, eot=4)
 MODEL = ModelConfig(layers=2, width=16, heads=2, ffn=24, vocab_size=V, max_length=24, init_std=0.5, dtype="float32")
 # One layer: keys and values depend on a position's own token only, so no cache is stale before its position changes.
@@ -116,6 +117,44 @@ def test_the_end_token_rules_change_this_models_texts(params, canvas_BL):
     hot = SamplerConfig(steps=10, block_length=5, eos="no_logits", temperature=5.0)
     got = sampler.reverse_process(MODEL, params, np.repeat(canvas_BL, 20, 0), hot, SPECIAL, FORBIDDEN)
     assert not np.isin(got.tokens_BL[np.repeat(canvas_BL, 20, 0) == MASK], SPECIAL.ends).any()
+
+
+def test_temperatures_that_float32_cannot_divide_by_are_zero(params, canvas_BL):
+    """The least and the largest that it can divide by are used: no noise is seen, and nothing but noise."""
+    for temperature in (1e-38, 1e-320, 1e-31):
+        cold = dataclasses.replace(PLAIN["one token a step"], temperature=temperature)
+        got = sampler.reverse_process(MODEL, params, canvas_BL, cold, SPECIAL, FORBIDDEN)
+        greedy = sampler.reverse_process(MODEL, params, canvas_BL, PLAIN["one token a step"], SPECIAL, FORBIDDEN)
+        np.testing.assert_array_equal(got.tokens_BL, greedy.tokens_BL)
+        np.testing.assert_array_equal(got.step_BL, greedy.step_BL)
+    hidden_RD = np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32)
+    head_VD = np.random.default_rng(1).normal(size=(8, 4)).astype(np.float32)
+    forbidden_F, data_R2 = np.array([2, 5]), jax.random.key_data(jax.random.split(jax.random.key(0), 500))
+    rows = jax.jit(choice._rows, static_argnums=3)
+    greedy_R, cold_R, hot_R = (rows(hidden_RD, head_VD, forbidden_F, t, data_R2)[0] for t in (0.0, 1e-30, 1e30))
+    np.testing.assert_array_equal(cold_R, greedy_R)
+    counts = np.bincount(hot_R, minlength=8)
+    assert (counts[forbidden_F] == 0).all() and counts[[0, 1, 3, 4, 6, 7]].min() > 50
+
+
+def test_the_time_that_an_observer_takes_is_not_sampling_time():
+    seen = []
+
+    def observe(tokens_L, step_L, step):
+        seen.append((tokens_L.tolist(), step))
+        time.sleep(0.1)
+
+    @jax.jit
+    def loop(tokens_BL):
+        for step in range(3):
+            sampler.report(observe, tokens_BL, tokens_BL, step)
+        return tokens_BL, tokens_BL, 3
+
+    start = time.perf_counter()
+    sample = sampler.timed(loop, np.arange(6).reshape(2, 3))
+    elapsed = time.perf_counter() - start
+    assert seen == [([0, 1, 2], step) for step in range(3)]
+    assert 0 < sample.seconds < elapsed - sample.compile_seconds - 0.29
 
 
 @pytest.mark.parametrize("remasking", settings_lib.REMASKING)
@@ -246,14 +285,19 @@ def test_a_fresh_cache_gives_the_states_of_a_whole_pass(config):
 
 
 def test_the_arms_greedy_text_equals_the_plain_reading():
-    """Cached, with prompts of different lengths in one batch, an empty one among them; text stops at an end token."""
-    weights = transformer.init(CAUSAL, jax.random.key(9))
+    """Cached, with prompts of different lengths in one batch, an empty one among them; text stops at an end token.
+
+    The model is one that was imported: its texts begin with a token of their own, and it has no mask token.
+    """
+    weights, special = transformer.init(CAUSAL, jax.random.key(9)), SPECIAL._replace(mask=None, bos=BOS)
     prompts, ended = [[], [5, 6, 7], [8, 9, 10, 11, 5]], 0
     canvas_BL = np.full((3, 13), MASK, np.int32)
     for row, prompt in zip(canvas_BL, prompts, strict=True):
         row[: len(prompt)] = prompt
-    got = ancestral(CAUSAL, weights, canvas_BL, np.array([0, 3, 5]), SPECIAL, FORBIDDEN, temperature=0.0)
-    logits_of = jax.jit(lambda tokens_BL: transformer.logits(CAUSAL, weights, shift_right(tokens_BL, EOS)))
+    given = (CAUSAL, weights, canvas_BL, np.array([0, 3, 5]), special, FORBIDDEN)
+    got = ancestral(*given, temperature=0.0)
+    np.testing.assert_array_equal(ancestral(*given, temperature=1e-38).tokens_BL, got.tokens_BL)
+    logits_of = jax.jit(lambda tokens_BL: transformer.logits(CAUSAL, weights, shift_right(tokens_BL, BOS)))
     for b, prompt in enumerate(prompts):
         tokens = list(prompt)
         for _ in range(8):
@@ -288,6 +332,10 @@ def test_the_arms_samples_do_not_depend_on_their_batch():
         (dict(block_length=0), ["--block_length=0"]),
         (dict(steps=7, block_length=4), ["--steps=7", "3 block(s)"]),
         (dict(temperature=float("nan")), ["--temperature=nan"]),
+        (dict(temperature=1e39), ["--temperature=1e+39", "at most"]),
+        (dict(cfg_scale=1e39), ["--cfg_scale=1e+39", "at most"]),
+        (dict(speculate=65), ["--speculate=65", "64"]),
+        (dict(speculate=0), ["--speculate=0"]),
         (dict(cfg_scale=-0.5), ["--cfg_scale=-0.5"]),
         (dict(cache="both"), ["--cache=both", "none, prefix, dual"]),
         (dict(eos="never"), ["--eos=never", "no_logits"]),
