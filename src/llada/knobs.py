@@ -45,6 +45,8 @@ class Knob(NamedTuple):
         """The rule that `value` breaks, in words; None where it breaks none."""
         if isinstance(value, float) and not math.isfinite(value):
             return "it must be a finite number" + (f", {self.limits}" if self.limits else "")
+        if isinstance(value, str) and ("\0" in value or value.encode(errors="replace").decode() != value):
+            return "it must be Unicode text, without NUL"  # config.json holds it
         if self.choices:
             ok = value is None or value in self.choices
         elif isinstance(value, int | float) and not isinstance(value, bool):

@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from llada.config import DataConfig
+from llada.config import DataConfig, default_config, from_config_dict
 from llada.data import text_files
 from llada.data.sources import documents, is_holdout, split, training
 from llada.errors import UserError
@@ -312,3 +312,12 @@ def test_a_long_file_becomes_sections_that_add_up_to_it(tmp_path):
     assert len(sections) > 8 and all(section.endswith("\n") for section in sections)
     (tmp_path / "book.txt").write_text("x" * 100_000)  # no line end anywhere
     assert list(documents(f"text:{tmp_path}/book.txt")) == ["x" * 100_000]
+
+
+@pytest.mark.parametrize("key", ["source", "text_key", "tokenizer", "holdout_source", "directory"])
+@pytest.mark.parametrize("value", ["\udcff", "a\0"])
+def test_keys_hold_unicode(key, value):
+    c = default_config()
+    c.train.steps, c.data[key] = 1, value
+    with pytest.raises(UserError, match=f"--config.data.{key}=.*: it must be Unicode text, without NUL"):
+        from_config_dict(c)

@@ -113,6 +113,8 @@ def prepare(
     }
     if (directory / "metadata.json").exists():
         return _reopened(directory, request)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--config.data.directory={directory} is no directory; choose another")
     report = Report(progress, check)
     try:
         with in_turn(directory / ".lock", f"prepares {directory}", report.check):
