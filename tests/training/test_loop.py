@@ -58,8 +58,8 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
     config = tiny(family)
     said, steps = metrics.Meter.add, []
 
-    def interrupt(meter, values, timed):
-        said(meter, values, timed)
+    def interrupt(meter, values):
+        said(meter, values)
         steps.append(1)
         if len(steps) == 5:
             for _ in range(times):

@@ -158,7 +158,7 @@ class _Run:
         self.compiled = True
         return out
 
-    def log_previous(self, timed: bool = True) -> None:
+    def log_previous(self) -> None:
         """Fetch and record the newest metrics not yet seen; stop the run if they are not finite."""
         if self.pending is None:
             return
@@ -176,7 +176,7 @@ class _Run:
                 "saved. Try a lower --config.optimizer.peak_learning_rate"
                 f"{'' if good is None else ' in a new workdir'}"
             )
-        self.meter.add(values, timed)
+        self.meter.add(values)
         if self.step % self.config.train.log_every == 0 or self.step == self.config.steps:
             window = self.meter.window(self.step, values)
             self.record(window)
@@ -184,7 +184,8 @@ class _Run:
 
     def settle(self) -> None:
         """Catch up with the device, and keep what follows out of the speed."""
-        self.log_previous(timed=False)
+        self.meter.pause()
+        self.log_previous()
         self.meter.pause()
 
     def evaluate(self) -> None:
@@ -250,6 +251,8 @@ class _Run:
             "train_nats_per_token": losses[-1] if losses else None,
             **{f"eval_{name}": evaluated[f"eval/{name}"] for name in metrics_lib.EVALUATED},
             "eval_rows_digest": self.validate.rows_digest,
+            "eval_rows": len(self.validate.rows_NL),
+            "eval_draws": self.validate.draws,
             "tokens_per_second": self.meter.tokens_per_second,
             "seconds": self.meter.seconds,
             "unigram_entropy_nats": d.unigram_entropy_nats,

@@ -68,21 +68,21 @@ class Meter:
         return {"sums": dict(self.sums)} | {name: getattr(self, name) for name in names}
 
     def pause(self) -> None:
-        """Leave what follows (evaluation, saving, compilation) out of the speed."""
+        """Leave what follows (evaluation, saving, compilation) out of the speed.
+
+        To be called before the last step ahead of a pause is fetched, as well: that one may have been ready for as long
+        as the step before it, and the time between the two fetches is then no step's.
+        """
         self._clock = None
 
-    def add(self, metrics: dict[str, float], timed: bool = True) -> None:
-        """Count one finished step.
-
-        `timed`: it was fetched when the next had been dispatched, as the one before it was. The step that is fetched
-        because a pause follows may have been ready for as long as the one before, and tells nothing.
-        """
+    def add(self, metrics: dict[str, float]) -> None:
+        """Count one finished step."""
         now = time.perf_counter()
-        if timed and self._clock is not None:
+        if self._clock is not None:
             self._latest.append(now - self._clock)
             self.timed_seconds += now - self._clock
             self.timed_tokens += self.config.tokens_per_step
-        self._clock = now if timed else None
+        self._clock = now
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps_in_window += 1

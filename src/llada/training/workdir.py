@@ -42,7 +42,7 @@ def require_same(config: Config) -> None:
 
 
 def require_source(workdir: Path, config: Config) -> None:
-    """UserError, on all, for paths that are none, and for a new run without its documents: before its workdir is made."""
+    """UserError, on all, for paths that are none, and for a new run without documents: before its workdir is made."""
     with processes.agreement():
         rows_made = (rows_directory(workdir, config) / "metadata.json").exists()
         if processes.is_first() and not workdir.exists():
