@@ -11,6 +11,7 @@ install_beside tpu requirements-tpu.txt
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 ruff check .
 ruff format --check --quiet .
-# Two processes, each with whole files; PyTorch's threads beside JAX's would wait for each other.
+# Two processes, each with whole files, in the order of tests/conftest.py; PyTorch's threads beside JAX's would wait for
+# each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m pytest --numprocesses=2 --dist=loadfile "$@"
+exec python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

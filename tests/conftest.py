@@ -3,16 +3,20 @@
 GPUs and TPUs otherwise round float32 operands to fewer bits, and one tolerance would not hold everywhere.
 """
 
+import atexit
 import gc
 import os
 import random
+import shutil
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 # The same step is built by many tests, and by processes that they start, and compiled by one: pytest's workers share
 # the place that the process which starts them has made.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llada-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # Compiling is most of the time here, and what is compiled runs for milliseconds: without LLVM's optimisations it takes
 # half as long, and half of that with the emitters that XLA had for fused operations before those of MLIR. Its passes
@@ -21,6 +25,9 @@ os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
 )
+
+# Where in the source each operation of a program comes from: writing that down takes a twentieth of the time.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax
 import pytest
@@ -31,6 +38,23 @@ from llada.training import loop
 jax.config.update("jax_default_matmul_precision", "highest")
 # Tracing makes many objects and little garbage: looking for it took a twentieth of the time.
 gc.set_threshold(100_000, 50, 100)
+
+
+HERE = Path(__file__).resolve().parent
+
+# Files that take longest, under tests/: they begin first, so that no process is left with one at the end.
+LONGEST = (
+    "scaling/test_sweep.py test_multihost.py training/test_loop.py test_sharding.py interop/test_round_trip.py "
+    "model/test_transformer.py test_benchmarks.py commands/test_program.py training/test_step.py "
+    "scaling/test_pictures.py test_preemption.py inference/test_sampler.py inference/test_distribution.py "
+    "test_equations.py planning/test_plan.py"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, the others as they come; launch/test.sh keeps that order."""
+    rank = {HERE / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(scope="module", autouse=True)
