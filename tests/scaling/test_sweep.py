@@ -232,6 +232,18 @@ def test_seeds_added_to_a_finished_sweep_are_all_that_is_trained(experiment, tmp
     assert sweep(*common, "--config.sweep.seeds=0,5") == 0 and begun == []
 
 
+def test_a_first_mistake_locks_nothing(experiment, tmp_path, quick_runs, capsys):
+    """Rows and tokenizer of values that no run has begun with give way; of a corpus that is none nothing is left."""
+    begun, directory = quick_runs(), tmp_path / "new"
+    common = (f"--config={experiment}", f"--workdir={directory}")
+    assert sweep(*common, "--config.data.source=text:/nowhere/*.txt") == 2 and not directory.exists()
+    assert sweep(*common, "--config.sweep.max_epochs=0.1") == 2 and "allow it with" in capsys.readouterr().err
+    assert sweep(*common, "--config.data.sequence_length=16", "--config.model.vocab_size=330") == 0 and len(begun) == 6
+    assert json.loads((directory / "data" / "metadata.json").read_text())["sequence_length"] == 16
+    assert sweep_lib.tokenizer_files.load(directory / "tokenizer.model").vocab_size == 330
+    assert sweep(*common) == 2 and "planned by other rules" in capsys.readouterr().err
+
+
 def names(directory):
     return [r.run for r in results.read_csv(directory / "results.csv")]
 

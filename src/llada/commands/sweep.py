@@ -67,6 +67,10 @@ def run(overrides: dict[str, str]) -> int:
         return 0
     sweep_lib.prepare(sweep)
     results_lib.check_comparable([*sweep_lib.collect(sweep), *others])  # before hours are spent
+    for text in (found := sweep_lib.remarks(sweep)):
+        if text not in remarks:
+            console.print(text)
+    remarks = found
     if RETRY_RATE.value is not None:
         sweep = sweep_lib.retry_at(sweep, mine, RETRY_RATE.value)
         mine = grid.share(sweep.runs, ONLY.value)

@@ -29,6 +29,7 @@ class Figures(NamedTuple):
     draws: int | None
     estimator: str | None
     rows_digest: str | None
+    dtype: str | None  # of the parameters
     source: str  # training | llada evaluate
 
 
@@ -89,6 +90,7 @@ def read_run(name: str, workdir: Path, objective: str, flag: str) -> RunRecord:
         1 if exact else summary["eval_draws"] or config.evaluate.draws,
         "exact" if exact else "l_of_L",
         summary.get("eval_rows_digest"),
+        "float32",
         "training",
     )
     evaluated, remark = _evaluation(workdir / "evaluation.json", summary["step"])
@@ -113,7 +115,8 @@ def _evaluation(path: Path, step: int) -> tuple[Figures | None, str | None]:
                           ("draws", True)):  # fmt: skip
         if not (_is_number(found.get(key)) or (optional and found.get(key) is None)):
             raise UserError(f"{path}: {key} is {str(found.get(key))[:40]!r} and not a number; run llada evaluate again")
-    names = ("nats_per_token", "stderr", "bits_per_byte", "rows", "draws", "estimator", "eval_rows_digest")
+    names = ("nats_per_token", "stderr", "bits_per_byte", "rows", "draws", "estimator", "eval_rows_digest",
+             "dtype")  # fmt: skip
     return Figures(*(found.get(name) for name in names), "llada evaluate"), None
 
 
@@ -184,6 +187,7 @@ ROWS = (
     ("held-out rows", lambda r: _show(r.figures.rows, ",")),
     ("draws a row", lambda r: "-" if r.figures.estimator == "exact" else _show(r.figures.draws, ",")),
     ("estimator", lambda r: str(r.figures.estimator or "-")),
+    ("parameters in", lambda r: str(r.figures.dtype or "-")),
     ("below unigram entropy, nats", lambda r: _show(_below_unigram(r), ".4f")),
     ("training tokens/s", lambda r: _show(r.summary["tokens_per_second"], ",.0f")),
     ("seconds", lambda r: _show(r.summary["seconds"], ",.0f")),

@@ -6,6 +6,7 @@ Jobs share a directory without talking: each has its share of the runs (`grid.sh
 off it, and whatever the state of the others is, the disk tells it.
 """
 
+import contextlib
 import itertools
 import math
 import traceback
@@ -15,10 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from llada import accounting, json_files
+from llada import accounting, json_files, knobs
 from llada import config as config_lib
 from llada import mesh as mesh_lib
 from llada.config import Config
+from llada.data import tokenizer_files
 from llada.data.rows import Metadata, open_corpus
 from llada.errors import Diverged, UserError, disk_error
 from llada.files import Locked, lock, write_atomically
@@ -164,6 +166,12 @@ def _free_name(folder: Path, name: str) -> Path:
 def remarks(sweep: Sweep) -> list[str]:
     """Sentences about what a reader of the table would otherwise miss: sizes left out, runs of an earlier grid."""
     said = [f"left out: {text}" for text in left_out(sweep.base, sweep.config, sweep.runs)]
+    metadata = corpus_metadata(sweep)
+    if metadata and metadata.holdout_rows < sweep.config.evaluation_rows:
+        said.append(
+            f"the hold-out side has {metadata.holdout_rows} rows, fewer than sweep.evaluation_rows="
+            f"{sweep.config.evaluation_rows}: readings are of all of them"
+        )
     planned = {run.name for run in sweep.runs}
     others = sorted(p.parent.name for p in sweep.directory.glob("runs/*/config.json") if p.parent.name not in planned)
     if others:
@@ -189,22 +197,56 @@ def prepare(sweep: Sweep) -> None:
     for run in sweep.runs:
         mesh_lib.check(run.config, mesh)
     tree = {"sweep": sweep.config.__dict__, "base": sweep.base}
+    made = not sweep.directory.exists()
     try:
         sweep.directory.mkdir(parents=True, exist_ok=True)
         with lock(sweep.directory / "prepare.lock", wait=True):
+            _clear(sweep)
             write_atomically(sweep.directory / "sweep.json", (json_files.dumps(tree, indent=2) + "\n").encode())
             # An ARM's tokenizer needs no mask token, a LLaDA's does.
             config = next((r for r in sweep.runs if r.objective == "diffusion"), sweep.runs[0]).config
             data = _replaced(config, tokenizer=sweep.base["data"]["tokenizer"] and config.data.tokenizer)
             tokenizer = workdir_lib.tokenizer_for(sweep.directory, data)
             corpus = workdir_lib.corpus_for(sweep.directory, config, tokenizer)
+        check_epochs(sweep.runs, sweep.config, corpus.metadata.train_tokens)
+    except UserError:
+        # A first mistake leaves nothing behind, save what took work and the grid that it was done for.
+        if made and tokenizer_files.in_workdir(sweep.directory) is None and corpus_metadata(sweep) is None:
+            for name in ("sweep.json", "prepare.lock"):
+                (sweep.directory / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (sweep.directory / "data").rmdir()
+            with contextlib.suppress(OSError):
+                sweep.directory.rmdir()
+        raise
     except OSError as error:
         if full := disk_error(error, f"preparing --workdir={sweep.directory}"):
             raise full from error
         if not str(error.filename or "").startswith(str(sweep.directory)):
             raise
         raise UserError(f"--workdir={sweep.directory} cannot be written: {error.strerror}; choose another") from error
-    check_epochs(sweep.runs, sweep.config, corpus.metadata.train_tokens)
+
+
+def _clear(sweep: Sweep) -> None:
+    """Take away the rows and the tokenizer that an earlier grid's other values have made here, before any run."""
+    if not _is_stale(sweep):
+        return
+    for name in ("metadata.json", "train.npy", "holdout.npy"):
+        (sweep.directory / "data" / name).unlink(missing_ok=True)
+    if (tokenizer := tokenizer_files.in_workdir(sweep.directory)) is not None:  # it may have been put there by hand
+        tokenizer.replace(tokenizer.with_name(f"{tokenizer.name}.replaced"))
+
+
+def _is_stale(sweep: Sweep) -> bool:
+    """Whether what lies here was made by other values, and no run has begun that is settled on them."""
+    if not (sweep.directory / "sweep.json").exists() or any(sweep.directory.glob("runs/*/config.json")):
+        return False
+
+    def made_by(base: dict[str, Any]) -> tuple:
+        found = config_lib.to_dict(knobs.build(Config, base, "config"))
+        return found["model"]["vocab_size"], {**found["data"], "unique_tokens": None}
+
+    return made_by(read(sweep.directory)[0]) != made_by(sweep.base)
 
 
 def _replaced(config: Config, **data) -> Config:
@@ -216,7 +258,8 @@ def _replaced(config: Config, **data) -> Config:
 def corpus_metadata(sweep: Sweep) -> Metadata | None:
     """Of the shared rows; None before they are prepared."""
     directory = sweep.directory / "data"
-    return open_corpus(directory).metadata if (directory / "metadata.json").exists() else None
+    there = (directory / "metadata.json").exists() and not _is_stale(sweep)
+    return open_corpus(directory).metadata if there else None
 
 
 def state(workdir: Path, steps: int) -> str:
