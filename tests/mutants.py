@@ -119,15 +119,15 @@ def mutated(tree: Path, mutant: Mutant) -> Iterator[None]:
         put(text)
 
 
-def stale(mutant: Mutant) -> str | None:
+def stale(mutant: Mutant, tree: Path = ROOT) -> str | None:
     """Why a mutant cannot be tried; None where it can."""
-    path = ROOT / "src" / "llada" / mutant.file
+    path = tree / "src" / "llada" / mutant.file
     if not path.exists():
         return f"{mutant.file} is no more"
     count = path.read_text(encoding="utf-8").count(mutant.old)
     if count != 1:
         return f"{mutant.file} has its old text {count} times"
-    missing = [test for test in mutant.tests if not (ROOT / "tests" / test.partition("::")[0]).exists()]
+    missing = [test for test in mutant.tests if not (tree / "tests" / test.partition("::")[0]).exists()]
     return f"there is no tests/{missing[0]}" if missing else None
 
 
@@ -167,7 +167,7 @@ class Trial:
     def try_mutant(self, tree: Path, mutant: Mutant) -> None:
         """What the tests say of one mutant."""
         start = time.monotonic()
-        if why := stale(mutant):
+        if why := stale(mutant, tree):
             verdict, detail = "STALE", why
         elif self.baseline[mutant.tests] is not None:
             verdict, detail = "UNTRIED", "its tests fail without it"
@@ -186,7 +186,7 @@ class Trial:
 
     def run(self, progress: Progress) -> None:
         """Baselines first, then mutants."""
-        possible = [mutant for mutant in self.mutants if not stale(mutant)]
+        possible = [mutant for mutant in self.mutants if not stale(mutant, self.folder / "tree0")]
         sets = list(dict.fromkeys(mutant.tests for mutant in possible))
         for what, call, items in (
             ("unmutated", self.try_baseline, sets),
