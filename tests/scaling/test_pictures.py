@@ -226,3 +226,30 @@ def test_ratios_and_flops_are_short():
     assert [findings.times(v) for v in (0.456, 9.44, 16.4, 1234, math.inf)] == "0.46x 9.4x 16x 1,234x unbounded".split()
     assert [findings.flops(v) for v in (3e18, 1.5e12, 1e20)] == ["3e18", "1.5e12", "1e20"]
     assert [findings.short(v) for v in (1e6, 1.5e9, 999.7, 64)] == ["1 M", "1.5 B", "1 k", "64"]
+
+
+def test_axes_stay_with_the_data_where_laws_go_anywhere(whole, tmp_path, monkeypatch):
+    """Draws of a law through noise are absurd; and what has no law is named without a point that no run had."""
+    axes = {}
+    monkeypatch.setattr(canvas, "save", lambda figure, path: axes.update({path.stem: figure.axes}))
+    monkeypatch.setattr(canvas, "labels_right", lambda *_: None)  # it draws the whole
+    rng = np.random.default_rng(1)
+    noisy = [
+        dataclasses.replace(r, nats_per_token=r.nats_per_token + 0.9 + 0.3 * rng.normal())
+        for r in isoflop_readings(sizes=4, reach=1.5, shift=40)
+    ]
+    fitted = study.fit(points(noisy), draws=10)
+    assert any(findings.law_of(fitted, family, "parameters") for family in LAWS)
+    pictures.allocation(noisy, fitted, tmp_path / "allocation.png")
+    pictures.frontier(noisy, fitted, tmp_path / "frontier.png")
+    n, d = axes["allocation"]
+    for ax, low, high in ((n, 1e7, 1e13), (d, 1e6, 1e13), (axes["frontier"][0], 0.0, 9.0)):
+        assert low < ax.get_ylim()[0] < ax.get_ylim()[1] < high, ax.get_ylim()
+    assert axes["frontier"][0].get_xlim()[1] < 1e4 * max(BUDGETS)
+    few = [r for r in whole[0] if r.objective == "diffusion" or r.budget == BUDGETS[0]]
+    no_law = whole[1]._replace(
+        laws=whole[1].laws | {"autoregressive": {}}, minima=whole[1].minima | {"autoregressive": []}
+    )
+    pictures.frontier(few, no_law, tmp_path / "frontier.png")
+    (named,) = (line for line in axes["frontier"][0].lines if "no law" in str(line.get_label()))
+    assert named.get_marker() == "None" and not len(named.get_xdata())
