@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +50,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int | None = None, params_handler: ocp.CheckpointHandler | None = None):
         """Open them; with `keep`, to save too, the newest so many staying."""
-        _without_closed_loops()
+        _without_aftermath()
         self.directory = (workdir / "checkpoints").resolve()
         self.manager = ocp.CheckpointManager(
             self.directory,
@@ -242,17 +243,20 @@ def create(workdir: Path, config: Config, tokenizer: bytes) -> dict[str, Leaf]:
 
 
 @functools.cache
-def _without_closed_loops() -> None:
-    """Where a save fails or is given up, what tensorstore still had to do finds Orbax's event loop closed, and prints a
-    traceback each time, from threads of its own.
+def _without_aftermath() -> None:
+    """Where a save or a restore fails or is given up, what it had to do goes on in threads: it finds Orbax's event
+    loop closed, or nobody waiting, and prints a traceback each time.
     """
-    shown = sys.excepthook
+    shown = sys.unraisablehook
 
-    def hook(kind, error, traceback) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            shown(kind, error, traceback)
+    def hook(raised) -> None:
+        closed = raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"
+        code = getattr(raised.object, "cr_code", None)
+        if not closed and (code is None or "orbax" not in code.co_filename):
+            shown(raised)
 
-    sys.excepthook = hook
+    sys.unraisablehook = hook
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _placed(abstract, placements):

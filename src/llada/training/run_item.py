@@ -33,8 +33,10 @@ class StepRemoved(UserError):
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
-    """Steps in a directory of checkpoints, ascending; those being written have other names."""
-    names = (path.name for path in checkpoints.glob("*")) if checkpoints.is_dir() else ()
+    """Steps in a directory of checkpoints, ascending; those being written have other names. UserError for a file."""
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise UserError(f"{checkpoints} is no directory; move it away, or give another --workdir")
+    names = (path.name for path in checkpoints.glob("*"))
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and str(int(name)) == name)
 
 
