@@ -12,15 +12,20 @@ from pathlib import Path
 
 import pytest
 
-MESHES = {  # name -> (data, fsdp, tensor, microbatches)
+MESHES = {  # name -> (data, fsdp, tensor, microbatches): each axis alone, in pairs, and all three
     "1 device": (1, 1, 1, 1),
-    "1 device, 4 microbatches": (1, 1, 1, 4),
-    "2 data": (2, 1, 1, 1),
-    "4 fsdp": (1, 4, 1, 1),
     "8 data": (8, 1, 1, 1),
-    "2 x 2 x 2": (2, 2, 2, 1),
-    "2 x 2 x 2, 2 microbatches": (2, 2, 2, 2),
+    "4 fsdp": (1, 4, 1, 2),
+    "2 tensor": (1, 1, 2, 4),
+    "2 data x 2 fsdp": (2, 2, 1, 1),
+    "2 data x 2 tensor": (2, 1, 2, 2),
+    "2 fsdp x 2 tensor": (1, 2, 2, 1),
+    "2 x 2 x 2": (2, 2, 2, 2),
 }
+LLADA = ("1 device", "8 data", "4 fsdp", "2 tensor", "2 fsdp x 2 tensor", "2 x 2 x 2")
+ARM = ("1 device", "2 tensor", "2 data x 2 fsdp", "2 data x 2 tensor")
+BEGUN = ("1 device", "8 data", "2 x 2 x 2")  # whose first state is made there, instead of brought there
+USED = ("1 device", "2 x 2 x 2")  # where texts are written and scored
 
 
 @pytest.fixture(scope="module")
@@ -32,39 +37,43 @@ def verdicts():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", list(MESHES))
-def test_noise_has_the_same_bits_on_every_mesh(verdicts, name):
+@pytest.mark.parametrize("name", BEGUN)
+def test_noise_and_first_parameters_have_the_same_bits_on_every_mesh(verdicts, name):
     reference, here = verdicts["1 device"], verdicts[name]
     assert here["noise"] == reference["noise"]
     # Initial weights are Gaussian: JAX 0.12 rounds erfinv differently in the tail of a vector, by one unit at most.
     assert here["init_apart"] < 1e-6
-    assert here["head_fractions"] == reference["head_fractions"]  # which tokens were masked, step by step
 
 
-@pytest.mark.parametrize("name", list(MESHES))
+@pytest.mark.parametrize("name", LLADA)
 def test_three_steps_give_the_same_loss_and_parameters_on_every_mesh(verdicts, name):
     reference, here = verdicts["1 device"], verdicts[name]
+    assert here["head_fractions"] == reference["head_fractions"]  # which tokens were masked, step by step
     assert here["losses"] == pytest.approx(reference["losses"], rel=1e-5)
     assert here["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-4)
     assert here["parameters_apart"] < 2e-4  # Adam divides by small second moments: rounding is amplified
 
 
-@pytest.mark.parametrize("name", ["2 x 2 x 2"])
+@pytest.mark.parametrize("name", ARM)
 def test_the_arm_is_sharded_as_well(verdicts, name):
     assert verdicts[f"ARM {name}"]["losses"] == pytest.approx(verdicts["ARM 1 device"]["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["8 data", "2 x 2 x 2"])
-def test_texts_and_likelihoods_are_the_same_on_every_mesh(verdicts, name):
-    """Five requests over eight devices: rows are padded to the mesh, and none depends on it."""
-    reference, here = verdicts["inference 1 device"], verdicts[f"inference {name}"]
+def test_texts_likelihoods_and_held_out_figures_are_the_same_on_every_mesh(verdicts):
+    """Five requests over four parts of a mesh: rows are padded to it, and none depends on it."""
+    reference, here = (verdicts[f"inference {name}"] for name in USED)
+    for name in ("nats_per_token", "monte_carlo_stderr"):
+        assert here["evaluation"][name] == pytest.approx(reference["evaluation"][name], rel=1e-6)
+    assert here["evaluation"]["eval_rows_digest"] == reference["evaluation"]["eval_rows_digest"]
     assert here["texts"] == reference["texts"]
     assert here["log_likelihoods"] == pytest.approx(reference["log_likelihoods"], rel=1e-5)
 
 
 def test_parameters_lie_where_the_table_says(verdicts):
     """On 2 x 2 x 2 every matrix is split over fsdp and tensor: a device holds a quarter."""
-    assert verdicts["shares"] == {"embedding": 0.25, "head": 0.25, "query": 0.25, "down": 0.25, "final_norm": 1.0}
+    shares = {"embedding": 0.25, "head": 0.25, "query": 0.25, "down": 0.25, "final_norm": 1.0}
+    assert verdicts["shares"] == shares
+    assert verdicts["opened in bfloat16"] == shares | {"dtypes": ["bfloat16"]}
 
 
 def test_a_checkpoint_moves_between_meshes_unchanged(verdicts):
@@ -121,15 +130,22 @@ def main():
             masks, "BL"
         )
 
-    def run(causal, sizes):
+    begun = {}
+
+    def run(causal, name):
+        sizes = MESHES[name]
         config = build(causal, *sizes)
         mesh = mesh_lib.make(config.mesh, jax.devices()[: sizes[0] * sizes[1] * sizes[2]])
         mesh_lib.check(config, mesh)
         with jax.set_mesh(mesh):
-            places = step_lib.state_placements(config, mesh)
-            state = jax.jit(functools.partial(step_lib.init_state, config), out_shardings=places)()
-            out = {"noise": bits(jax.jit(noise)())}
-            initial = jax.tree.map(np.asarray, state.params)
+            places, out = step_lib.state_placements(config, mesh), {}
+            if name in BEGUN and not causal:
+                state = jax.jit(functools.partial(step_lib.init_state, config), out_shardings=places)()
+                begun[name] = jax.tree.map(np.asarray, state)
+                out["noise"] = bits(jax.jit(noise)())
+                out["init_apart"] = apart(begun[name].params, begun["1 device"].params)
+            else:
+                state = jax.device_put(begun["1 device"], places)
             train_step = step_lib.compile_step(config, SpecialTokens(mask=3, eos=1), mesh)
             seen = []
             for batch_BL in documents if causal else rows:
@@ -138,20 +154,20 @@ def main():
         out["losses"] = [m["loss_nats_per_token"] for m in seen]
         out["grad_norms"] = [m["grad_norm"] for m in seen]
         out["head_fractions"] = [m["head_fraction"] for m in seen]
-        return out, initial, state, config, mesh
+        return out, state, config, mesh
 
     def apart(a, b):
         return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.max(np.abs(x - y))), a, b)))
 
-    results, initial, states = {}, {}, {}
-    for name, sizes in MESHES.items():
-        results[name], initial[name], *states[name] = run(False, sizes)
-        results[name]["init_apart"] = apart(initial[name], initial["1 device"])
+    results, states = {}, {}
+    for name in LLADA:
+        results[name], *states[name] = run(False, name)
         mine, reference = (jax.tree.map(np.asarray, states[n][0].params) for n in (name, "1 device"))
         results[name]["parameters_apart"] = apart(mine, reference)
-    for name in ("1 device", "2 x 2 x 2"):
-        results[f"ARM {name}"] = run(True, MESHES[name])[0]
+    for name in ARM:
+        results[f"ARM {name}"] = run(True, name)[0]
 
+    from llada.evaluation.validation import Validator
     from llada.inference import likelihood, sampler
     from llada.inference.settings import SamplerConfig
 
@@ -161,7 +177,7 @@ def main():
     canvas_BL = np.concatenate([canvas_BL, canvas_BL[:3]])  # eight rows
     settings = SamplerConfig(steps=10, block_length=5, temperature=1.0, cache="dual", cfg_scale=0.5)
     pairs = [likelihood.Pair(row[: i + 2].tolist(), row[i + 2 :].tolist()) for i, row in enumerate(ids)]
-    for name in ("1 device", "8 data", "2 x 2 x 2"):
+    for name in USED:
         _, config, mesh = states[name]
         with jax.set_mesh(mesh):
             params = jax.device_put(weights, mesh_lib.parameter_placements(mesh, weights))
@@ -171,22 +187,31 @@ def main():
             )
             order = likelihood.LikelihoodConfig(estimator="confidence_ordered")
             scores += likelihood.log_likelihoods(config.model, params, pairs, special, order)
+            evaluated = Validator(config, special, np.ones(V), rows[1, :6], mesh)(params)
         results[f"inference {name}"] = {
             "texts": text.tokens_BL.tolist(),
             "log_likelihoods": [score.log_likelihood for score in scores],
+            "evaluation": evaluated._asdict(),
         }
 
     state, config, mesh = states["2 x 2 x 2"]
-    flat = state.params | state.params["layers"]
-    names = ("embedding", "head", "query", "down", "final_norm")
-    results["shares"] = {n: flat[n].addressable_shards[0].data.size / flat[n].size for n in names}
+
+    def shares(params):
+        flat = params | params["layers"]
+        names = ("embedding", "head", "query", "down", "final_norm")
+        return {n: flat[n].addressable_shards[0].data.size / flat[n].size for n in names}
+
+    results["shares"] = shares(state.params)
 
     folder = Path(tempfile.mkdtemp())
     checkpoints = Checkpoints(folder, keep=1)
-    checkpoints.save(state, config, {}, b"")
+    checkpoints.save(state, config, {"step": 3}, b"")
     checkpoints.wait()
     _, one_config, one_mesh = states["1 device"]
     moved = checkpoints.restore(one_config, one_mesh, 3).state
+    half = checkpoints.restore_parameters(config, mesh, 3, "bfloat16")
+    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(half)})
+    results["opened in bfloat16"] = shares(half) | {"dtypes": dtypes}
     results["moved"] = bits(moved) == bits(state) and len(moved.params["head"].sharding.device_set) == 1
     checkpoints.close()
 
