@@ -306,6 +306,7 @@ def _from_sentencepiece(path: Path, files: dict[str, str], special: dict[str, in
             bos_id=roles.get("bos") if settings.get("add_bos_token") is not False else None,
             model_max_length=None,
             added=added,
+            keep_marks=False,
         )
     except UserError as error:
         raise UserError(f"--source={path}: {error}; add its tokenizer.json, if it has one") from error

@@ -49,12 +49,14 @@ def tokenizer_files(
     bos_id: int | None = None,
     model_max_length: int | None,
     added: dict[int, str] | None = None,
+    keep_marks: bool = True,
 ) -> dict[str, bytes]:
     """Return the files' contents by name: tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
     `proto` is a parsed SentencePiece ModelProto, byte-pair or unigram; ids are None where it has no such token. With
     `bos_id` every encoded text begins with that token, unless the user passes add_special_tokens=False. `added` are
-    special tokens past the last piece, by id. Transformers 4.57 and 5 load the files without sentencepiece. Raises
+    special tokens past the last piece, by id. Without `keep_marks` a U+2581 in a text is a space, as SentencePiece
+    itself has it. Transformers 4.57 and 5 load the files without sentencepiece. Raises
     UserError for a model that the format cannot express.
     """
     merges = require_expressible(proto)
@@ -70,7 +72,7 @@ def tokenizer_files(
         "truncation": None,
         "padding": None,
         "added_tokens": found_first,
-        "normalizer": _sequence("normalizers", _normalizers(proto)),
+        "normalizer": _sequence("normalizers", _normalizers(proto, keep_marks)),
         "pre_tokenizer": _pre_tokenizer(proto),
         "post_processor": None if bos_id is None else _template(names["bos_token"], bos_id),
         "decoder": _sequence("decoders", _decoders(proto)),
@@ -119,8 +121,8 @@ def _added_tokens(proto: Any, special: set[int], added: dict[int, str]) -> list[
     ]
 
 
-def _normalizers(proto: Any) -> list[dict]:
-    spec, byte_fallback = proto.normalizer_spec, proto.trainer_spec.byte_fallback
+def _normalizers(proto: Any, keep_marks: bool) -> list[dict]:
+    spec, byte_fallback = proto.normalizer_spec, proto.trainer_spec.byte_fallback and keep_marks
     steps = _charsmap(proto) if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
         # Not the normaliser Strip, which would take all kinds of white space.
@@ -133,7 +135,7 @@ def _normalizers(proto: Any) -> list[dict]:
         steps.append(prefix if whole else {"type": "Prepend", "prepend": " "})
     if not byte_fallback:
         steps.append(_replace(SPACE_MARK, " "))
-    elif not any(piece.piece == SPACE_MARK for piece in proto.pieces):
+    if proto.trainer_spec.byte_fallback and not any(piece.piece == SPACE_MARK for piece in proto.pieces):
         # Trained on text without a space: to SentencePiece an unknown space is the three bytes of its mark.
         steps.append(_replace(" ", SPACE_MARK))
     return steps
