@@ -181,6 +181,11 @@ def test_ids_that_are_none_are_refused(given, words):
     assert words in str(caught.value) and "--prompt_ids" in str(caught.value) and len(str(caught.value)) < 200
 
 
+def test_text_ends_at_the_first_end_behind_the_prompt():
+    for ids, shown in (([1, 5, 1, 6, 4, 7], [1, 5, 1, 6]), ([1, 5, 1, 6, 7], [1, 5, 1, 6, 7]), ([5, 5, 5, 1], [5] * 3)):
+        assert canvas.until_end(ids, (1, 4), 3) == shown
+
+
 def test_what_is_no_text_and_no_end_is_never_written():
     """Padding, unknown, mask, and the rows of the model past the tokenizer's last id."""
     own = MAKERS["trained here"]()

@@ -206,6 +206,17 @@ def test_a_sample_does_not_depend_on_its_batch(params, settings):
     assert (other.tokens_BL[0] != together.tokens_BL[0, : len(row)]).any()
 
 
+def test_a_canvas_of_masks_alone_begins_at_the_left_whatever_pads_it(params):
+    """Nothing is to be seen, so all positions have one law; tokens behind the canvas are not to be seen either."""
+    canvas_BL = np.full((4, 16), 5, np.int32)
+    for row, length in zip(canvas_BL, (6, 7, 10, 16), strict=True):
+        row[length - 6 : length] = MASK
+    canvas_BL[1, 0] = MASK  # seven masks
+    settings = SamplerConfig(steps=7, block_length=7)
+    got = sampler.reverse_process(MODEL, params, canvas_BL, settings, SPECIAL, FORBIDDEN, 0, np.array([6, 7, 10, 16]))
+    assert got.step_BL[:2, 0].tolist() == [0, 0]
+
+
 def test_sampling_at_temperature_one_follows_the_models_law(params):
     """One open position: its law is the model's own, renormalised over the ids that may be written."""
     canvas = np.full((4000, 6), 5, np.int32)
