@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llada import accounting
+from llada import accounting, fsdp
 from llada import mesh as mesh_lib
 from llada.commands import experiment
 from llada.config import MeshConfig, default_config, from_config_dict
@@ -318,16 +318,28 @@ def test_a_model_that_no_remat_fits_is_told_in_one_line():
         search.search(config, place, *[lambda text: None] * 2)
 
 
-def test_the_command_writes_its_figures(libtpu, tmp_path):
+@pytest.mark.parametrize(("program", "flags", "size"), [("likelihood", (), 4), ("evaluate", ("--dtype=bfloat16",), 2)])
+def test_the_command_writes_its_figures(libtpu, tmp_path, program, flags, size):
     out = tmp_path / "plan.json"
     done = in_process.llada(
-        *("plan", QUICKSTART, "--topology=v5e:2x2", "--program=likelihood", "--config.mesh.fsdp=2", f"--json={out}")
+        *("plan", QUICKSTART, "--topology=v5e:2x2", f"--program={program}", *flags),
+        *("--config.model.layers=2", "--config.mesh.fsdp=2", f"--json={out}"),
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     found = json.loads(out.read_text())
-    assert found["program"] == "likelihood" and found["chips"] == 4 and found["mesh"]["fsdp"] == 2
+    assert found["program"] == program and found["chips"] == 4 and found["mesh"]["fsdp"] == 2
+    assert found["hbm_bytes"]["arguments"] == pytest.approx(size * found["parameters"] / 2, rel=0.1)
     assert "projection, not a measurement" in done.stdout
+
+
+def test_options_that_libtpu_does_not_take_are_named_and_can_be_left_out(libtpu, monkeypatch):
+    mesh = mesh_lib.make(MeshConfig(fsdp=4), topology.describe("v5e:2x2").devices)
+    assert fsdp.TPU_OPTIONS.items() <= fsdp.compiler_options(mesh).items()
+    monkeypatch.setitem(fsdp.TPU_OPTIONS, "xla_tpu_gone", True)
+    with topology.quiet(), pytest.raises(UserError, match="option xla_tpu_gone .*--config.mesh.tpu_options=False"):
+        fsdp.compiler_options(mesh)
+    assert fsdp.compiler_options(mesh, wanted=False) is None
 
 
 REFUSED = {
