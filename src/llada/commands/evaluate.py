@@ -17,7 +17,9 @@ from llada.errors import DiskError, UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of llada train")
 STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default the latest")
-DRAWS = flags.DEFINE_integer("draws", None, "Monte Carlo draws per row; default: the run's", lower_bound=1)
+DRAWS = flags.DEFINE_integer(
+    "draws", None, "Monte Carlo draws per row; default: the run's", lower_bound=1, upper_bound=2**20
+)
 BATCHES = flags.DEFINE_integer("batches", None, "batches of held-out rows; default: the run's", lower_bound=1)
 MICROBATCHES = flags.DEFINE_integer(
     "microbatches", None, "parts of a batch, one after the other; same figures, less memory; default: the run's",
