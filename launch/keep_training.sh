@@ -14,6 +14,7 @@ for word in "$@"; do
   case "$word" in --workdir=*) workdir="${word#--workdir=}" ;; esac
 done
 [ -n "$workdir" ] || refuse "usage: bash launch/keep_training.sh COMMAND ... --workdir=DIR ..."
+command -v -- "$1" > /dev/null || refuse "$1 is no command; usage: bash launch/keep_training.sh COMMAND ... --workdir=DIR ..."
 
 # The signal is not passed on: whoever stops a machine or a group tells the command too, and a second one would kill it unsaved.
 stop=""

@@ -4,9 +4,8 @@
 set -euo pipefail
 source "$(dirname "$0")/say.sh"
 give_help "$@"
-if [ $# -lt 3 ]; then
-  echo "usage: bash launch/sweep_job.sh I N --config=... --workdir=..." >&2
-  exit 2
+if [ $# -lt 3 ] || ! [[ "$1" =~ ^[1-9][0-9]*$ && "$2" =~ ^[1-9][0-9]*$ ]]; then
+  refuse "usage: bash launch/sweep_job.sh I N --config=... --workdir=... (I and N numbers)"
 fi
 share="$1/$2"
 shift 2

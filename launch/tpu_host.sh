@@ -13,6 +13,7 @@ training() { ! flock --shared --nonblock training.lock true; }
 
 case "${1:-}" in
   start)
+    [ $# -ge 3 ] || refuse "usage: bash llada/launch/tpu_host.sh start SETUP --config=... --workdir=..."
     setup="$2"
     shift 2
     if training; then

@@ -4,10 +4,7 @@
 set -euo pipefail
 source "$(dirname "$0")/say.sh"
 give_help "$@"
-if [ $# -lt 1 ]; then
-  echo "usage: bash launch/train_job.sh --config=... --workdir=..." >&2
-  exit 2
-fi
+[[ "${1:-}" == --* ]] || refuse "usage: bash launch/train_job.sh --config=... --workdir=..."
 cd "$(dirname "$0")/.."
 source launch/setup.sh
 make_environment requirements.txt
