@@ -61,7 +61,7 @@ def test_evaluations_count_where_both_runs_have_one_of_the_same_rows(copies):
     assert remarks == [] and shown["held-out nats/token"] == ["1.5000 ± 0.2500", "1.2500 ± 0.2500"]
     assert shown["held-out rows"] == ["7", "7"] and shown["draws a row"] == ["3", "-"]
     assert shown["estimator"] == ["l_of_L", "exact"] and shown["tokens"] == trained["tokens"]
-    report = comparison.report(runs, [], places["llada"], ["so be it"])
+    report = " ".join(comparison.report(runs, [], places["llada"], ["so be it"]).split())
     assert "the same 7 held-out rows, by llada evaluate: LLaDA 3 draws a row (l_of_L)" in report
     assert "so be it." in report
     for change, said in (({"eval_rows_digest": "other"}, "different rows"), ({"step": 8}, "is of step 8, not 12"),

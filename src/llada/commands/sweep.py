@@ -65,7 +65,7 @@ def run(overrides: dict[str, str]) -> int:
         console.print(text)
     if DRY_RUN.value:
         return 0
-    sweep_lib.prepare(sweep)
+    sweep_lib.prepare(sweep, lambda text: print(text, file=sys.stderr))
     results_lib.check_comparable([*sweep_lib.collect(sweep), *others])  # before hours are spent
     for text in (found := sweep_lib.remarks(sweep)):
         if text not in remarks:

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -275,15 +276,20 @@ def report(runs: list[RunRecord], samples: list[Sampled], out: Path, remarks: li
         f" A model that knew only how often each token occurs would reach {entropy:.4f} nats per token."
     )  # fmt: skip
     told = "".join(f"\n\n{remark}." for remark in remarks)
+    explained = textwrap.fill(
+        "The LLaDA figure is an upper bound on its negative log-likelihood (Eq. (6), Monte Carlo), the ARM figure is "
+        f"exact: the true gap is at most the one shown. {_provenance(runs)} Errors are standard errors over held-out "
+        "rows; what another seed would change is not in them. Both runs read the same rows in the same order "
+        f"(`rows_digest` {runs[0].summary['rows_digest'][:16]}... in both `summary.json`).{unigram} FLOPs are those of "
+        "training: 6 x parameters without embeddings x tokens, and a count of all matrix products. Tokens per second "
+        "are of this machine.",
+        120,
+    )
     return f"""# {names} on the same tokens
 
 {markdown_table(table(runs))}{told}
 
-The LLaDA figure is an upper bound on its negative log-likelihood (Eq. (6), Monte Carlo), the ARM figure is exact: the
-true gap is at most the one shown. {_provenance(runs)} Errors are standard errors over held-out rows; what another seed
-would change is not in them. Both runs read the same rows in the same order (`rows_digest`
-{runs[0].summary["rows_digest"][:16]}... in both `summary.json`).{unigram} FLOPs are those of training: 6 x parameters
-without embeddings x tokens, and a count of all matrix products. Tokens per second are of this machine.
+{explained}
 
 ![nats per token against training FLOPs](curves.png)
 

@@ -23,7 +23,7 @@ from llada.config import Config
 from llada.data import tokenizer_files
 from llada.data.rows import Metadata, open_corpus
 from llada.errors import Diverged, UserError, disk_error
-from llada.files import Locked, lock, write_atomically
+from llada.files import Locked, in_turn, lock, write_atomically
 from llada.scaling.grid import MATCHING, PlannedRun, SweepConfig, check_epochs, check_used, left_out, parse, plan
 from llada.scaling.results import DIVERGED, FAILED, FINISHED, RUNNING, WAITING, Result, failure, write_failure
 from llada.training import loop
@@ -191,8 +191,11 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return tree["base"], tree["sweep"]
 
 
-def prepare(sweep: Sweep) -> None:
-    """Train the tokenizer and write the rows, once for all runs; refuse a corpus too small for the grid."""
+def prepare(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> None:
+    """Train the tokenizer and write the rows, once for all runs; refuse a corpus too small for the grid.
+
+    `say` is told how far it is.
+    """
     mesh = mesh_lib.make(sweep.runs[0].config.mesh)
     for run in sweep.runs:
         mesh_lib.check(run.config, mesh)
@@ -200,20 +203,19 @@ def prepare(sweep: Sweep) -> None:
     made = not sweep.directory.exists()
     try:
         sweep.directory.mkdir(parents=True, exist_ok=True)
-        with lock(sweep.directory / "prepare.lock", wait=True):
+        with in_turn(sweep.directory / "prepare.lock", f"prepares {sweep.directory}", lambda: None):
             _clear(sweep)
             write_atomically(sweep.directory / "sweep.json", (json_files.dumps(tree, indent=2) + "\n").encode())
             # An ARM's tokenizer needs no mask token, a LLaDA's does.
             config = next((r for r in sweep.runs if r.objective == "diffusion"), sweep.runs[0]).config
             data = _replaced(config, tokenizer=sweep.base["data"]["tokenizer"] and config.data.tokenizer)
-            tokenizer = workdir_lib.tokenizer_for(sweep.directory, data)
-            corpus = workdir_lib.corpus_for(sweep.directory, config, tokenizer)
+            tokenizer = workdir_lib.tokenizer_for(sweep.directory, data, say)
+            corpus = workdir_lib.corpus_for(sweep.directory, config, tokenizer, say=say)
         check_epochs(sweep.runs, sweep.config, corpus.metadata.train_tokens)
     except UserError:
         # A first mistake leaves nothing behind, save what took work and the grid that it was done for.
         if made and tokenizer_files.in_workdir(sweep.directory) is None and corpus_metadata(sweep) is None:
-            for name in ("sweep.json", "prepare.lock"):
-                (sweep.directory / name).unlink(missing_ok=True)
+            (sweep.directory / "sweep.json").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 (sweep.directory / "data").rmdir()
             with contextlib.suppress(OSError):
