@@ -12,6 +12,7 @@ from llada.config import from_config_dict
 from llada.errors import UserError
 from llada.interop import importing
 from llada.interop.export import export
+from llada.training import loop
 from llada.training.checkpoint import Checkpoints
 
 
@@ -47,6 +48,15 @@ def test_any_name_of_a_directory_will_do(build, tmp_path, name):
     one, two = (load_file(place / kind / "model-00001-of-00001.safetensors") for kind in ("hf", "again"))
     assert one.keys() == two.keys() and all(np.array_equal(one[key], two[key]) for key in one)
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+@pytest.mark.parametrize("name", ["a[b]", "a\\b"])
+def test_where_no_checkpoint_could_be_read_again_none_is_begun(build, tiny, tmp_path, name):
+    with pytest.raises(UserError, match=r"no checkpoint can be kept under a path with \[...\] or"):
+        importing.write(importing.open_source(build()), tiny("llada"), tmp_path / name / "w")
+    with pytest.raises(UserError, match=r"no checkpoint can be kept under a path with \[...\] or"):
+        loop.train(tiny("llada"), tmp_path / name / "w")
+    assert not list(tmp_path.rglob("config.json"))
 
 
 def test_what_lies_beside_an_export_stays(build, tmp_path):

@@ -29,7 +29,7 @@ from llada.interop.safetensors_files import Weights
 from llada.interop.schema import SOURCE_CONFIG
 from llada.training import run_item
 from llada.training import workdir as workdir_lib
-from llada.training.checkpoint import Checkpoints, create
+from llada.training.checkpoint import Checkpoints, create, require_plain
 
 FAMILIES = {"diffusion": False, "autoregressive": True}  # objective: causal
 # Tokens that makers set aside: free to be the mask of a model that had none.
@@ -98,6 +98,7 @@ def open_source(
 
 def write(source: Source, config: Config, workdir: Path, progress: Progress | None = None) -> None:
     """Make `workdir` of a source: the parameters as step 0 of a run not yet begun. It appears whole or not at all."""
+    require_plain(workdir)
     pieces = source.pieces(config)
     total, done = accounting.parameters(config.model).total, 0
     with new_directory(workdir, "--workdir") as directory:

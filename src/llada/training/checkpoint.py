@@ -7,6 +7,7 @@ has committed it.
 """
 
 import contextlib
+import fnmatch
 import functools
 import logging
 import math
@@ -45,12 +46,21 @@ class Restored(NamedTuple):
     cursor: dict
 
 
+def require_plain(workdir: Path) -> None:
+    """UserError for a path under which Orbax would save what nobody could read: it takes [...] for a pattern."""
+    path = str(workdir.resolve())
+    if not fnmatch.fnmatchcase(path, path) or "\\" in path:
+        raise UserError(f"--workdir={workdir}: no checkpoint can be kept under a path with [...] or \\; choose another")
+
+
 class Checkpoints:
     """The checkpoints of one workdir."""
 
     def __init__(self, workdir: Path, keep: int | None = None, params_handler: ocp.CheckpointHandler | None = None):
         """Open them; with `keep`, to save too, the newest so many staying."""
         _without_aftermath()
+        if keep is not None:
+            require_plain(workdir)
         self.directory = (workdir / "checkpoints").resolve()
         self.manager = ocp.CheckpointManager(
             self.directory,

@@ -24,7 +24,7 @@ from llada.errors import UserError, disk_error
 from llada.files import lock, write_atomically
 from llada.paths import user_path
 from llada.training import optimizer, run_item
-from llada.training.checkpoint import Checkpoints
+from llada.training.checkpoint import Checkpoints, require_plain
 from llada.training.corpus import corpus_digest, corpus_for, corpus_of_run, rows_directory
 from llada.training.run import Run
 from llada.training.run_item import RunItem, StepRemoved
@@ -122,6 +122,7 @@ def claim(workdir: Path, config: Config, allow_rate_jump: bool = False) -> int |
     item = None
     with processes.agreement():
         if processes.is_first():
+            require_plain(workdir)
             item = newest(workdir)
             path = workdir / "config.json"
             old = config_lib.load(path) if path.exists() else None
