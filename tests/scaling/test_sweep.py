@@ -278,6 +278,9 @@ def test_what_changes_how_runs_are_read_is_refused_before_any_run(experiment, tm
     for key in ("evaluate.draws=4", "sweep.evaluation_rows=32", "optimizer.peak_learning_rate=1e-3"):
         assert sweep(*common, f"--config.{key}", "--config.sweep.seeds=0,1") == 2
         assert "was planned by other rules" in capsys.readouterr().err
+    grid = (tmp_path / "sweep.json").read_bytes()
+    assert sweep(*common, "--config.sweep.budgets=3e8", "--config.data.source=text:/nowhere/*") in (2, 4)
+    assert (tmp_path / "sweep.json").read_bytes() == grid
     first = next(tmp_path.glob("runs/*"))
     for name in ("summary.json", "failed.json", "config.json", "retry.json"):
         path = first / name

@@ -258,7 +258,8 @@ def _result(where: str, values: dict[str, Any]) -> Result:
         require(value is None or 0 <= value <= MOST, key, "not negative, and finite")
     loss = values.get("nats_per_token")
     require(loss is None or not math.isfinite(loss) or 0 < loss <= MOST, "nats_per_token", "above 0")
-    require(bool(values["run"]), "run", "a name")
+    for key in ("run", "size"):
+        require(bool(values[key]) and values[key].isprintable(), key, "a name")
     require(values["step"] <= values["steps"], "step", f"at most steps={values['steps']}")
     return Result(**values)
 

@@ -200,12 +200,13 @@ def prepare(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Non
     for run in sweep.runs:
         mesh_lib.check(run.config, mesh)
     tree = {"sweep": sweep.config.__dict__, "base": sweep.base}
-    made = not sweep.directory.exists()
+    path, made = sweep.directory / "sweep.json", not sweep.directory.exists()
+    before = json_files.read_bytes(path) if path.exists() else None
     try:
         sweep.directory.mkdir(parents=True, exist_ok=True)
         with in_turn(sweep.directory / "prepare.lock", f"prepares {sweep.directory}", lambda: None):
             _clear(sweep)
-            write_atomically(sweep.directory / "sweep.json", (json_files.dumps(tree, indent=2) + "\n").encode())
+            write_atomically(path, (json_files.dumps(tree, indent=2) + "\n").encode())
             # An ARM's tokenizer needs no mask token, a LLaDA's does.
             config = next((r for r in sweep.runs if r.objective == "diffusion"), sweep.runs[0]).config
             data = _replaced(config, tokenizer=sweep.base["data"]["tokenizer"] and config.data.tokenizer)
@@ -213,9 +214,11 @@ def prepare(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Non
             corpus = workdir_lib.corpus_for(sweep.directory, config, tokenizer, say=say)
         check_epochs(sweep.runs, sweep.config, corpus.metadata.train_tokens)
     except UserError:
+        if before is not None:
+            write_atomically(path, before)
         # A first mistake leaves nothing behind, save what took work and the grid that it was done for.
         if made and tokenizer_files.in_workdir(sweep.directory) is None and corpus_metadata(sweep) is None:
-            (sweep.directory / "sweep.json").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 (sweep.directory / "data").rmdir()
             with contextlib.suppress(OSError):
