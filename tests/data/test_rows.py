@@ -344,6 +344,8 @@ def test_unique_rows_are_nested_and_of_the_asked_size():
     less, more = unique_rows(rows_NL, 13), unique_rows(rows_NL, 32)
     assert len(less) == 3 and len(more) == 8
     assert list(more[:3]) == list(less) and len(set(more)) == 8
+    # In random order, else they were of the first documents only; and always the same, or runs could not be compared.
+    assert list(less) == [4, 6, 2]
     for wrong in (3, 41 + 3):
         with pytest.raises(UserError, match=f"unique_tokens={wrong} must be from 4 .* to 40"):
             unique_rows(rows_NL, wrong)

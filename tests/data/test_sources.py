@@ -248,9 +248,10 @@ def test_text_is_the_same_whatever_is_read_at_once(tmp_path, monkeypatch, chunk)
     assert "".join(sections) == text and all(len(section) >= 16_384 for section in sections[:-1])
     assert (len(sections) > 1) == (len(text) > 65_536)
     assert list(documents(f"text:{tmp_path}/b.jsonl")) == [f"{i}é" for i in range(9)]
-    (tmp_path / "a.txt").write_bytes("aé".encode() + b"\xc3")
-    with pytest.raises(UserError, match="bad byte at 3"):
-        list(documents(f"text:{tmp_path}/a.txt"))
+    for end in (b"\xc3", b"\xc3a"):
+        (tmp_path / "a.txt").write_bytes("aé".encode() + end)
+        with pytest.raises(UserError, match="bad byte at 3"):
+            list(documents(f"text:{tmp_path}/a.txt"))
 
 
 def sides(*args, **kwargs) -> tuple[list[str], list[str]]:
@@ -269,6 +270,9 @@ def test_few_documents_are_cut_so_that_some_text_is_held_out(tmp_path):
     assert 64 * 4 <= len("".join(held)) <= len(whole) / 4 and not set(train) & set(held)
     assert "few documents" in said[0] and "--config.data.holdout_source" in said[0]
     assert sides(str(tmp_path), 1e-9, 64) == (train, held)
+    assert max(held) > min(train)  # by their hashes, not the first ones
+    _, held = sides(str(tmp_path), 1e-9, 100_000)  # however long a row is, most of the text trains
+    assert len("".join(held)) < len(whole) / 3
     # Where the fraction holds enough out as it is, documents stay whole.
     plain, _ = sides(str(tmp_path), 0.5, 64)
     assert set(plain) < set(documents(str(tmp_path)))
