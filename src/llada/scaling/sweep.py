@@ -156,6 +156,7 @@ def retry_at(sweep: Sweep, mine: Sequence[PlannedRun], factor: float) -> Sweep:
 
 
 def _failed(reason: str) -> str:
+    reason = reason.partition(". ")[0]  # without advice, which has been followed
     return reason.replace(DIVERGED, "diverged, ", 1) if reason.startswith(DIVERGED) else f"failed, {reason}"
 
 
