@@ -143,7 +143,7 @@ class Trial:
             self.trees.put(tree)
         self.jobs = jobs
         self.outcome: dict[str, str] = {}
-        self.baseline: dict[tuple[str, ...], str | None] = {}
+        self.baseline: dict[str, str | None] = {}  # of tests on the tree as it is
 
     def with_tree(self, call, *arguments) -> None:
         """`call(tree, *arguments)` in the next tree that is free."""
@@ -154,23 +154,23 @@ class Trial:
         finally:
             self.trees.put(tree)
 
-    def try_baseline(self, tree: Path, tests: tuple[str, ...]) -> None:
-        """What the tests say of the tree as it is."""
+    def try_baseline(self, tree: Path, test: str) -> None:
+        """What a test says of the tree as it is."""
         start = time.monotonic()
-        failed = failure(tree, tests, self.folder / "compiled")
+        failed = failure(tree, (test,), self.folder / "compiled")
         if stopping.is_set():
             return
-        self.baseline[tests] = failed
+        self.baseline[test] = failed
         verdict = "[green]pass[/]" if failed is None else f"[bold red]FAIL[/] at {escape(failed)}"
-        self.console.print(f"{time.monotonic() - start:6.1f} s  unmutated {' '.join(tests)}: {verdict}")
+        self.console.print(f"{time.monotonic() - start:6.1f} s  unmutated {test}: {verdict}")
 
     def try_mutant(self, tree: Path, mutant: Mutant) -> None:
         """What the tests say of one mutant."""
         start = time.monotonic()
         if why := stale(mutant, tree):
             verdict, detail = "STALE", why
-        elif self.baseline[mutant.tests] is not None:
-            verdict, detail = "UNTRIED", "its tests fail without it"
+        elif failing := [test for test in mutant.tests if self.baseline[test]]:
+            verdict, detail = "UNTRIED", f"{failing[0]} fails without it"
         else:
             with mutated(tree, mutant):
                 killer = failure(tree, mutant.tests, self.folder / "compiled")
@@ -187,9 +187,9 @@ class Trial:
     def run(self, progress: Progress) -> None:
         """Baselines first, then mutants."""
         possible = [mutant for mutant in self.mutants if not stale(mutant, self.folder / "tree0")]
-        sets = list(dict.fromkeys(mutant.tests for mutant in possible))
+        tests = list(dict.fromkeys(test for mutant in possible for test in mutant.tests))
         for what, call, items in (
-            ("unmutated", self.try_baseline, sets),
+            ("unmutated", self.try_baseline, tests),
             ("mutants", self.try_mutant, self.mutants),
         ):
             task = progress.add_task(what, total=len(items))

@@ -127,6 +127,28 @@ def test_bytes_cycles_and_link_seconds_are_those_of_every_turn():
     assert found.compiler_seconds == pytest.approx(6 * (10 + 90) / chip.clock + seconds)
     assert found.binding == "ICI" and found.seconds == found.compiler_seconds
 
+    # Nothing to send, and a compiler that is too confident: the roofline stands. Chips of two devices do twice as much.
+    quick = projection.project(read, traffic.Traffic(read, links), place._replace(chip=chip._replace(clock=1e15)))
+    assert quick.seconds == quick.roofline_seconds == quick.hbm_seconds > 100 * quick.compiler_seconds
+    twice = projection.project(read, moved, place._replace(chip=topology.CHIPS["tpu7x"]))
+    assert (twice.matrix_flops, twice.hbm_bytes) == (2 * found.matrix_flops, 2 * found.hbm_bytes)
+
+
+def test_a_sum_is_hidden_as_far_as_other_work_goes_on():
+    """1,500 cycles at 1.5 GHz hide a microsecond of each turn's 3.072."""
+    begun = LOOP.replace(
+        "  %y = ",
+        "  %s = bf16[8,128]{1,0} all-reduce-start(%x), replica_groups={{0,1,2,3}}\n"
+        '  %z = bf16[8,128]{1,0} negate(%x), _={"estimated_cycles":"1500"}\n'
+        "  %t = bf16[8,128]{1,0} all-reduce-done(%s)\n  %y = ",
+    )
+    place = topology.Slice("v5e:2x2", topology.CHIPS["v5e"], (2, 2), 1, [None] * 4)
+    mesh = SimpleNamespace(devices=np.arange(4))
+    links = SimpleNamespace(slice=place, mesh=mesh, axes=lambda group: ("fsdp",), rate=lambda group: 1e9)
+    moved = traffic.Traffic(hlo.Module(begun), links)
+    assert moved.ici_seconds == pytest.approx(6 * 3.072e-6)
+    assert moved.exposed_seconds == pytest.approx(6 * 2.072e-6)
+
 
 @pytest.mark.parametrize(
     "shapes, line, products",
@@ -224,5 +246,8 @@ ENTRY %main (a: bf16[31,16,128], i: s32[]) -> bf16[31,16,128] {
 
 
 def test_of_what_is_stacked_a_slice_is_read_and_written():
+    alone = "ENTRY %main (a: f32[31,128]) -> f32[1,128] {\n  %a = f32[31,128]{1,0} parameter(0)\n"
+    alone += "  ROOT %b = f32[1,128]{1,0} slice(%a), slice={[0:1], [0:128]}\n}\n"
+    assert projection.hbm_bytes(hlo.Module(alone)) == 2 * 128 * 4
     index = 4  # bytes of i, read by both
     assert projection.hbm_bytes(hlo.Module(STACKED)) == 4 * (16 * 128 * 2) + 2 * index

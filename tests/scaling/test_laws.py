@@ -173,9 +173,22 @@ def test_what_shows_no_minimum_is_told():
         minimum_of([p._replace(loss=6 - p.loss) for p in points])
     with pytest.raises(UserError, match="flat within its error"):
         minimum_of([p._replace(loss=3 + i / 10) for i, p in enumerate(points)])
+    shallow = [p._replace(loss=3 + 1e-3 * math.log(p.parameters / 4e8) ** 2, stderr=0.01) for p in points]
+    with pytest.raises(UserError, match="flat within its error"):
+        minimum_of(shallow)
     edge = [Point(6e18, n, 1e18 / n, 3 + 0.05 * math.log(n / 4e9) ** 2, 0.01) for n in np.geomspace(1e8, 1e9, 5)]
     assert not minimum_of(edge).inside
     assert minimum_of(edge).parameters == pytest.approx(4e9)
+
+
+def test_errors_of_a_minimum_far_from_the_middle_are_those_of_its_losses():
+    """Propagated one loss at a time, by finite differences."""
+    points = [Point(6e18, n, 1e18 / n, 3 + 0.05 * math.log(n / 4e9) ** 2, 0.01) for n in np.geomspace(1e8, 1e9, 5)]
+    parabola, found = isoflop.Parabola(points), minimum_of(points)
+    moved = 1e-6 * np.eye(5)
+    slope = (parabola.vertex(parabola.loss_P + moved) - parabola.vertex(parabola.loss_P - moved)) / 2e-6
+    errors = np.sqrt(np.sum((0.01 * slope) ** 2, axis=0))
+    assert (found.log_parameters_stderr, found.loss_stderr) == pytest.approx((errors[0], errors[2]), rel=1e-3)
 
 
 def test_scatter_is_what_stated_errors_leave():

@@ -22,8 +22,9 @@ def adamw(params, gradients, first, second, step, rate, o):
 
 
 def test_three_steps_are_those_of_adamw_in_numpy(tiny):
-    """Different betas, a decay that is seen, steps that are clipped and one that is not, sums of 7 tokens."""
+    """Different betas, an eps and a decay that show, steps that are clipped and one that is not, sums of 7 tokens."""
     changes = {"optimizer.beta1": 0.8, "optimizer.beta2": 0.99, "optimizer.weight_decay": 0.5}
+    changes |= {"optimizer.adam_eps": 1e-3}
     config = tiny("arm", changes | {"optimizer.clip_norm": 2.0, "optimizer.schedule": "0:0 50%:1 100%:0.2"})
     shapes = transformer.abstract_parameters(config.model)
     names = [".".join(k.key for k in path) for path, _ in jax.tree.leaves_with_path(shapes)]
