@@ -119,6 +119,8 @@ def test_a_first_mistake_settles_nothing(tiny, tmp_path, monkeypatch):
         ({"optimizer.schedule": "soon"}, "optimizer.schedule has 'soon'"),
         ({"evaluate.at": "soon"}, "evaluate.at has 'soon'"),
         ({"data.tokenizer": "/nowhere/t.model"}, "tokenizer.*/nowhere/t.model"),
+        ({"data.directory": "/dev/null"}, "data.directory=/dev/null is no directory"),
+        ({"data.directory": f"{__file__}/rows"}, "data.directory=.* cannot be made: .* is no directory"),
     ):
         with pytest.raises(UserError, match=words):
             loop.train(tiny("llada", wrong), w)

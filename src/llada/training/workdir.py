@@ -22,7 +22,7 @@ from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError, disk_error
 from llada.files import lock, write_atomically
-from llada.paths import user_path
+from llada.paths import user_path, writable_directory
 from llada.training import optimizer, run_item
 from llada.training.checkpoint import Checkpoints, require_plain
 from llada.training.corpus import corpus_digest, corpus_for, corpus_of_run, rows_directory
@@ -45,6 +45,8 @@ def require_source(workdir: Path, config: Config) -> None:
     """UserError, on all, for paths that are none, and for a new run without documents: before its workdir is made."""
     with processes.agreement():
         rows_made = (rows_directory(workdir, config) / "metadata.json").exists()
+        if processes.is_first() and config.data.directory is not None and not rows_made:
+            writable_directory(config.data.directory, "--config.data.directory")
         if processes.is_first() and not workdir.exists():
             given = config.data.tokenizer
             if given is not None:
