@@ -55,7 +55,9 @@ def disk_error(error: BaseException, what: str) -> DiskError | None:
     Libraries pass the system's words on in exceptions of their own, so those are looked for as well.
     """
     seen: BaseException | None = error
-    while seen is not None:
+    looked_at: list[BaseException] = []  # causes may form a circle
+    while seen is not None and not any(seen is other for other in looked_at):
+        looked_at.append(seen)
         if isinstance(seen, OSError) and seen.errno in _NO_ROOM:
             where = f" ({seen.filename})" if seen.filename else ""
             return DiskError(f"{seen.strerror} while {what}{where}; make room, then run the same command again")

@@ -202,3 +202,9 @@ def test_progress_is_told_in_lines_where_nothing_can_be_drawn(terminal, monkeypa
         line.now("compiling")
         line.done("first")
     assert capfd.readouterr().err.splitlines() == ["weights exported: 25%", "weights exported: 100%", "first"]
+
+
+def test_causes_in_a_circle_are_looked_at_once():
+    error, cause = ValueError("a"), BrokenPipeError(errno.EPIPE, "Broken pipe")
+    error.__cause__, cause.__context__ = cause, error
+    assert endings.known(error, "llada ran") is None
