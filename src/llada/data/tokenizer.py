@@ -107,5 +107,5 @@ def read_content(path: str | Path, flag: str = "--config.data.tokenizer") -> byt
     """All of a tokenizer's file. UserError for what is no regular file of a size that a tokenizer can have."""
     path = user_path(path, flag)
     if not path.exists():
-        raise UserError(f"cannot read tokenizer {path}: No such file or directory; check {flag}")
+        raise UserError(f"cannot read tokenizer {path}: No such file or directory; check the path in {flag}")
     return json_files.read_bytes(path, name=f"tokenizer {path}")
