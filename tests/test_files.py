@@ -53,6 +53,22 @@ def test_what_a_killed_writer_left_is_cleared_and_nothing_of_the_users(tmp_path)
     assert all((path / "keep").exists() for path in mine)
 
 
+def test_what_another_process_is_writing_stays(tmp_path):
+    other = files.temporary_name(tmp_path / "out", "tmp")
+    other = other.with_name(other.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-"))
+    other.write_text("half")
+    files.write_atomically(tmp_path / "out", b"whole")
+    assert other.read_text() == "half"
+
+
+def test_a_directory_that_appears_meanwhile_stays(tmp_path):
+    with pytest.raises(UserError, match="exists already"), files.new_directory(tmp_path / "out", "--out") as directory:
+        (directory / "a").write_text("ours")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/theirs").write_text("x")
+    assert os.listdir(tmp_path / "out") == ["theirs"]
+
+
 def test_a_second_maker_of_a_directory_is_told_who_the_first_is(tmp_path):
     with files.new_directory(tmp_path / "out", "--out") as directory:
         (directory / "a").write_text("first")

@@ -75,7 +75,7 @@ def test_the_papers_runs_are_read_at_the_budgets_they_reach():
 
 def test_rules_for_rate_batch_and_schedule():
     changes = {"sweep.reference_tokens": "1e6", "sweep.batch_exponent": "0.5", "sweep.largest_batch": "64",
-               "sweep.warmup_steps": "40", "sweep.warmup_fraction": "0.01"}  # fmt: skip
+               "sweep.warmup_steps": "120", "sweep.warmup_fraction": "0.01"}  # fmt: skip
     sweep, runs = planned("quick", **changes)
     for run in runs:
         c = run.config
@@ -88,7 +88,7 @@ def test_rules_for_rate_batch_and_schedule():
         assert c.evaluate.batches * c.train.batch_size == sweep.evaluation_rows
         first, warm, *rest = c.optimizer.schedule.split()
         steps = float(warm.partition(":")[0]) / c.tokens_per_step
-        assert first == "0:0" and steps == min(max(math.ceil(0.01 * c.steps), 40), c.steps // 5)
+        assert first == "0:0" and steps == min(max(math.ceil(0.01 * c.steps), 120), c.steps // 5)
         assert " ".join(rest) == sweep.decay
 
 

@@ -112,6 +112,19 @@ def test_the_stated_errors_of_a_minimum_are_those_of_repeated_studies():
     np.testing.assert_allclose(log_n + log_d, math.log(BUDGETS[0] / 6))
 
 
+def test_scatter_that_no_run_states_is_in_the_errors_of_minima():
+    """Twenty studies whose runs state a hundredth of their noise, against one whose runs state all of it."""
+    rng, points = np.random.default_rng(0), grid(CHINCHILLA, stderr=0.004)
+    known = [m.log_parameters_stderr for m in minima(points)]
+    ratios = []
+    for _ in range(20):
+        noisy = [p._replace(loss=p.loss + 0.004 * rng.normal(), stderr=4e-5) for p in points]
+        profiles = [[p for p in noisy if p.budget == budget] for budget in sorted({p.budget for p in noisy})]
+        found = [p.minimum().log_parameters_stderr for p in isoflop.parabolas(profiles)]
+        ratios.append(np.mean(np.square(found) / np.square(known)))
+    assert np.mean(ratios) == pytest.approx(1, abs=0.25)
+
+
 def test_seeds_are_points_of_their_own():
     """Every run twice: the same minimum, with errors smaller by the square root of two."""
     points = grid(CHINCHILLA, BUDGETS[:1], stderr=0.01)
