@@ -13,7 +13,7 @@ import jax
 import pytest
 
 import llada
-from llada import files
+from llada import accounting, files
 from llada.data import sources
 from llada.errors import DiskError, Interrupted, UserError
 from llada.inference import generation
@@ -111,9 +111,9 @@ def test_the_rate_of_the_next_step_decides(tiny, schedule, step, old, new, refus
         workdir_lib._refuse_a_jump(RunItem(step, configs[0], {}, b"", True), configs[1])
 
 
-def test_a_first_mistake_settles_nothing(tiny, tmp_path, monkeypatch):
+def test_a_first_mistake_settles_nothing(tiny, trained, tmp_path, monkeypatch):
     """Source, schedule, position, tokenizer, vocabulary, length of rows wrong one after the other, then right."""
-    w = tmp_path / "run"
+    w, rows = tmp_path / "run", trained["llada"].workdir / "data"
     for wrong, words in (
         ({"data.source": "text:/nowhere/*.txt"}, "no file matches"),
         ({"optimizer.schedule": "soon"}, "optimizer.schedule has 'soon'"),
@@ -121,12 +121,12 @@ def test_a_first_mistake_settles_nothing(tiny, tmp_path, monkeypatch):
         ({"data.tokenizer": "/nowhere/t.model"}, "tokenizer.*/nowhere/t.model"),
         ({"data.directory": "/dev/null"}, "data.directory=/dev/null is no directory"),
         ({"data.directory": f"{__file__}/rows"}, "data.directory=.* cannot be made: .* is no directory"),
+        ({"data.directory": str(rows), "data.sequence_length": 31}, r"with another sequence_length \(32, asked 31\)"),
+        ({"model.vocab_size": 100_000}, "vocab_size=100000 is too large"),
     ):
         with pytest.raises(UserError, match=words):
             loop.train(tiny("llada", wrong), w)
         assert not w.exists(), "what is refused leaves no trace"
-    with pytest.raises(UserError, match="vocab_size=100000 is too large"):
-        loop.train(tiny("llada", {"model.vocab_size": 100_000}), w)
     monkeypatch.setattr(loop, "_Run", _stopped)
     for right in ({"model.vocab_size": 310, "data.sequence_length": 30}, {}):
         with pytest.raises(Interrupted):
@@ -218,6 +218,33 @@ def test_a_window_has_the_mean_of_its_steps_and_the_last_rate(tiny):
     assert window["train/loss_nats_per_token"] == pytest.approx(2.0)
     assert window["train/learning_rate"] == 0.2
     assert "train/token_count" not in window
+
+
+def test_mfu_is_of_all_devices(tiny, clock, monkeypatch):
+    """Four devices of a teraflop, two seconds a step of 256 tokens."""
+    config = tiny("llada")
+    monkeypatch.setitem(accounting.PEAK_FLOPS, metrics.jax.devices()[0].device_kind, 1e12)
+    monkeypatch.setattr(metrics.jax, "device_count", lambda: 4)
+    meter = metrics.Meter(config)
+    for _ in range(5):
+        clock(2.0)
+        meter.add(STEP)
+    flops = 128 * accounting.flops_exact_per_token(config)
+    assert meter.window(5, STEP)["speed/mfu_percent"] == pytest.approx(100 * flops / 4e12)
+
+
+def test_tensorboard_hides_later_steps_of_an_earlier_call_only(tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    metrics.Writer(tmp_path, 40)
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    content, starts = path.read_bytes(), []
+    while content:
+        size = int.from_bytes(content[:8], "little")
+        event = event_pb2.Event.FromString(content[12 : 12 + size])
+        starts += [event.step] if event.HasField("session_log") else []
+        content = content[16 + size :]
+    assert starts == [41]
 
 
 def test_what_does_not_exist_is_null_in_metrics(tmp_path):

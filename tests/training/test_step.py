@@ -1,5 +1,6 @@
 """The loss and gradient of one step against a sum written down document by document."""
 
+import dataclasses
 import functools
 
 import jax
@@ -70,6 +71,19 @@ def test_documents_of_a_row_are_learnt_as_if_each_were_alone(run, apart):
     _, metrics = jax.jit(functools.partial(step_lib.train_step, config=config, special=SPECIAL))(state, rows_BL)
     np.testing.assert_allclose(metrics["loss_nats_per_token"], expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradients), rtol=1e-4)
+
+
+def test_parameters_and_noise_are_those_of_the_seed(tiny, monkeypatch):
+    """Traced only: what initialisation and the noise of a step are made from."""
+    config, noises, roots = tiny("llada", {"train.microbatches": 2}), [], []
+    config = dataclasses.replace(config, seed=5)
+    noise, root = step_lib.Noise, step_lib.root_key
+    monkeypatch.setattr(step_lib, "Noise", lambda seed, *rest: noises.append(seed) or noise(seed, *rest))
+    monkeypatch.setattr(step_lib, "root_key", lambda seed: roots.append(seed) or root(seed))
+    state = jax.eval_shape(functools.partial(step_lib.init_state, config))
+    rows = jax.ShapeDtypeStruct((8, 32), jnp.int32)
+    jax.eval_shape(functools.partial(step_lib.train_step, config=config, special=SPECIAL), state, rows)
+    assert set(noises) == set(roots) == {5}
 
 
 def test_held_out_documents_are_judged_alone_too(run, apart):
