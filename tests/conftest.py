@@ -44,10 +44,12 @@ HERE = Path(__file__).resolve().parent
 
 # Files that take longest, under tests/: they begin first, so that no process is left with one at the end.
 LONGEST = (
-    "scaling/test_sweep.py test_multihost.py training/test_loop.py test_sharding.py interop/test_round_trip.py "
-    "model/test_transformer.py test_benchmarks.py commands/test_program.py training/test_step.py "
-    "scaling/test_pictures.py test_preemption.py inference/test_sampler.py inference/test_distribution.py "
-    "test_equations.py planning/test_plan.py"
+    "scaling/test_sweep.py inference/test_sampler.py commands/test_program.py training/test_loop.py test_multihost.py "
+    "test_sharding.py inference/test_published.py interop/test_modeling.py commands/test_surroundings.py "
+    "commands/test_wrong_commands.py interop/test_round_trip.py interop/test_pytorch.py model/test_transformer.py "
+    "planning/test_plan.py training/test_damage.py training/test_ground.py test_benchmarks.py scaling/test_study.py "
+    "training/test_step.py inference/test_distribution.py inference/test_likelihood.py scaling/test_pictures.py "
+    "interop/test_sentencepiece_files.py test_preemption.py test_equations.py"
 ).split()
 
 
