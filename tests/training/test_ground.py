@@ -117,6 +117,8 @@ def test_a_first_mistake_settles_nothing(tiny, trained, tmp_path, monkeypatch):
     for wrong, words in (
         ({"data.source": "text:/nowhere/*.txt"}, "no file matches"),
         ({"optimizer.schedule": "soon"}, "optimizer.schedule has 'soon'"),
+        ({"optimizer.schedule": "0:1e400"}, "optimizer.schedule has '0:1e400'.*at most 1e.18"),
+        ({"optimizer.schedule": "0:0 1e400:1"}, "optimizer.schedule has '1e400:1'"),
         ({"evaluate.at": "soon"}, "evaluate.at has 'soon'"),
         ({"data.tokenizer": "/nowhere/t.model"}, "tokenizer.*/nowhere/t.model"),
         ({"data.directory": "/dev/null"}, "data.directory=/dev/null is no directory"),

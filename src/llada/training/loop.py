@@ -309,7 +309,7 @@ def evaluation_steps(config: Config) -> frozenset[int]:
         step = None if tokens is None or tokens > 1e18 else round(tokens / config.tokens_per_step)
         if step is None or not 0 < step <= config.steps:
             raise UserError(
-                f"--config.evaluate.at has {word!r}; a position is in tokens (2000000, 10.5G) or percent (2%), "
+                f"--config.evaluate.at has {word[:80]!r}; a position is in tokens (2000000, 10.5G) or percent (2%), "
                 f"from one step ({config.tokens_per_step} tokens) to the end of the run"
             )
         steps.add(step)
