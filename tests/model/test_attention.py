@@ -1,6 +1,7 @@
 """Every way to attend against the one that holds all scores, which test_transformer.py holds against numpy."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -152,3 +153,11 @@ def test_the_platform_and_the_length_choose(monkeypatch):
     assert way("gpu", 4096, jnp.float32) == "by_blocks"
     assert way("tpu", 4096, at=True) == "on_tpu"  # where queries stand is nothing to bidirectional attention
     assert way("tpu", 4096, causal=True, at=True) == "by_blocks"
+
+
+@pytest.mark.parametrize(("capability", "most"), [("9.0", 256), ("10.0", 256), ("8.6", 128), ("7.5", 0), ("gfx90a", 0)])
+def test_cudnn_is_given_what_it_takes(capability, most, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    taken = [channels for channels in (4, 64, 128, 136, 256, 264) if attention.has_flash(jnp.bfloat16, channels)]
+    assert taken == [channels for channels in (64, 128, 136, 256) if channels <= most]
+    assert not attention.has_flash(jnp.float32, 64)
