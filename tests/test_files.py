@@ -1,5 +1,6 @@
 """Writing, locks, paths and JSON: what every room relies on when disks, users and other processes misbehave."""
 
+import errno
 import json
 import math
 import multiprocessing
@@ -8,7 +9,7 @@ import threading
 
 import pytest
 
-from llada import files, json_files, paths
+from llada import errors, files, json_files, paths
 from llada.errors import UserError
 
 FORK = multiprocessing.get_context("spawn")
@@ -51,6 +52,15 @@ def test_what_a_killed_writer_left_is_cleared_and_nothing_of_the_users(tmp_path)
     assert (tmp_path / "out/a").read_text() == "True"
     assert sorted(os.listdir(tmp_path)) == [".out.mine", "out", "out.old", "out.partial", "out.tmp"]
     assert all((path / "keep").exists() for path in mine)
+
+
+def test_kinds_of_errors_end_as_launchers_know_them():
+    """launch/keep_training.sh and the others go by these numbers."""
+    statuses = {name: kind.status for name, kind in errors.KINDS.items()}
+    assert statuses == {"UserError": 2, "Diverged": 3, "DataError": 4, "DiskError": 5}
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        assert isinstance(errors.disk_error(OSError(number, "failed", "/x"), "saving"), errors.DiskError)
+    assert errors.disk_error(OSError(errno.EACCES, "failed", "/x"), "saving") is None
 
 
 def test_what_another_process_is_writing_stays(tmp_path):

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 import llada
-from llada.commands import endings, environment, memory, progress
+from llada.commands import endings, environment, memory, program, progress
 from llada.errors import DataError, DiskError, UserError
 
 PROGRAM = f"{sys.executable} -m llada"
@@ -102,6 +102,17 @@ KNOWN = {
     "memory": MemoryError(),
 }
 BUGS = [ValueError("a"), KeyError("a"), AssertionError(), FileNotFoundError(2, "No such file", "/x"), OSError("a")]
+
+
+@pytest.mark.parametrize("kind", [UserError, DataError, DiskError])
+def test_a_command_ends_with_the_status_of_its_error(kind, monkeypatch, capsys):
+    def fail(*_):
+        raise kind("a\nline")
+
+    monkeypatch.setattr(program, "_call", fail)
+    monkeypatch.setattr(program.importlib, "import_module", lambda name: None)
+    assert program.main(["train"]) == kind.status
+    assert capsys.readouterr().err == "llada train: a line\n"
 
 
 def test_what_someone_can_put_right_is_known_and_bugs_are_not():
