@@ -251,6 +251,17 @@ def test_pieces_that_are_no_bytes_are_text(tmp_path):
         assert tokenizer_files.load(tmp_path).token_bytes(1) == pieces.encode()
 
 
+@pytest.mark.parametrize("kind", ["WordLevel", "Unigram"])
+def test_text_without_a_token_gets_one_line(tmp_path, kind):
+    vocab = [["<eos>", 0.0], ["a", -1.0]] if kind == "Unigram" else {"<eos>": 0, "a": 1}
+    model = {"type": kind, "vocab": vocab} | ({"unk_token": "no such"} if kind == "WordLevel" else {"unk_id": None})
+    (tmp_path / "tokenizer.json").write_text(hostile({"model": model}))
+    tokenizer = tokenizer_files.load(tmp_path)
+    for call in (tokenizer.encode, lambda text: tokenizer.encode_many(["a", text])):
+        with pytest.raises(UserError, match="has no token for a part of the text"):
+            call("\u5b57")
+
+
 @pytest.mark.parametrize("token", [1_000_000_000, -1, 2**70, "1", [1], {}, True, 1.5])
 @pytest.mark.parametrize("role", ["mask", "eos", "bos"])
 def test_a_bundle_s_ids_are_ids(tokenizer, role, token):

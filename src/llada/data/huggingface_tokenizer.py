@@ -57,10 +57,16 @@ class HuggingFaceTokenizer(Tokenizer):
         return HuggingFaceTokenizer(bundle(self.files, self.file_name, ids), self.file_name)
 
     def _encode(self, text: str) -> list[int]:
-        return self._checked(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._encode_many([text])[0]
 
     def _encode_many(self, texts: list[str]) -> list[list[int]]:
-        return [self._checked(e.ids) for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises nothing more precise
+            raise UserError(
+                f"the tokenizer has no token for a part of the text, nor for unknown ones ({error})"
+            ) from error
+        return [self._checked(encoding.ids) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids` without its control ids; bytes that are not UTF-8 become U+FFFD.
