@@ -94,8 +94,9 @@ def writable_directory(given: str | os.PathLike, flag: str, read_only: bool = Fa
             raise UserError(f"{flag}={path} cannot be made: {above} is no directory; choose another")
         if not read_only and not os.access(above, os.W_OK | os.X_OK):
             raise UserError(f"{flag}={path} cannot be written: permission denied, or a read-only disk; choose another")
-        with tempfile.TemporaryFile(dir=above):  # what root may, and a network disk says it may, need not be so
-            pass
+        if not read_only:
+            with tempfile.TemporaryFile(dir=above):  # as for a file
+                pass
     except OSError as error:
         raise UserError(f"{flag}={path} cannot be written: {error.strerror}; choose another") from error
     return path

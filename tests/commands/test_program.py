@@ -101,7 +101,10 @@ def test_wrong_corpora_and_tokenizers_get_one_line(tmp_path):
         ([f"--config.data.source=text:{tmp_path}/empty.txt"], ["empty", "--config.data.source"]),
         ([f"--config.data.source=text:{tmp_path}/binary.txt"], ["binary.txt", "byte 3"]),
         ([f"--config.data.source=text:{tmp_path}/few.txt", "--config.model.vocab_size=280"], ["data.sequence_length"]),
-        ([f"--config.data.tokenizer={tmp_path}/plain.model"], ["plain.model", "no mask token"]),
+        (
+            [f"--config.data.tokenizer={tmp_path}/plain.model", "--config.model.vocab_size=18"],
+            ["no mask token", "vocab_size=19"],
+        ),
         ([f"--config.data.tokenizer={tmp_path}/text.txt"], ["text.txt", "not a SentencePiece model"]),
     ):
         line = refused("train", f"{QUICKSTART}:llada", f"--workdir={tmp_path}/run{len(words[0])}", *arguments)
