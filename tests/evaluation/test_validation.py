@@ -123,6 +123,34 @@ def test_rows_are_spread_over_the_whole_side_on_any_mesh_in_any_parts(tiny):
         Validator(config, SpecialTokens(3, 1), np.ones(300), side_NL[:0], mesh)
 
 
+def test_the_error_of_draws_is_that_of_the_mean_over_rows(tiny, monkeypatch):
+    """Three rows whose nats and variances are told, two at a time."""
+    told = np.array([10.0, 20.0, 60.0]), np.array([1.0, 4.0, 9.0])
+    monkeypatch.setattr(validation, "jitted", lambda *_: lambda params, rows, i: [values[i % 3] for values in told])
+    config, mesh = with_values(tiny("llada"), train={"batch_size": 2}), mesh_lib.make(MeshConfig())
+    found = Validator(config, SpecialTokens(3, 1), np.full(300, 2), np.zeros((3, 32), np.int32), mesh)(None)
+    assert found.nats_per_token == pytest.approx(30 / 32)
+    assert found.monte_carlo_stderr == pytest.approx(math.sqrt(14) / 3 / 32)
+    assert found.bits_per_byte == pytest.approx(90 / math.log(2) / (3 * 32 * 2))
+
+
+def test_draws_take_equal_slices_and_each_has_masks_of_its_own(monkeypatch):
+    """What each draw of three rows is made from: u, and the sum of the uniform numbers of its tokens."""
+
+    def drawn(told) -> np.ndarray:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                validation.diffusion, "corrupt", lambda x0, u, uniform, *_: SimpleNamespace(weight_B=told(u, uniform))
+            )
+            patch.setattr(validation.diffusion, "bound_terms", lambda *_: (0.0, jnp.ones((3, 1))))
+            rows = jnp.ones((3, 8), jnp.int32), jnp.array([0, 5, 6])
+            return np.asarray(jax.jit(lambda: validation.bound_draws(None, None, *rows, 4, 3, "l_of_L", None))())
+
+    u_MB, sum_MB = drawn(lambda u, uniform: u), drawn(lambda u, uniform: jnp.sum(uniform, axis=1))
+    np.testing.assert_allclose((u_MB - u_MB[0]) % 1.0, np.arange(4)[:, None] / 4 * np.ones(3), atol=1e-6)
+    assert len(np.unique(u_MB[0])) == 3 and len(np.unique(sum_MB)) == 12
+
+
 def test_numbers_that_do_not_exist_are_null():
     assert validation.perplexity(709.0) < math.inf and validation.perplexity(711.0) == math.inf
     assert math.isnan(validation.perplexity(math.nan))
