@@ -13,7 +13,7 @@ from llada.errors import UserError
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 _POSITION = re.compile(rf"(?P<number>{_NUMBER})(?P<unit>%|[KMGBT]?)")
-_MOST = 1e18  # tokens, or times the peak: far from where float32 ends
+_MOST_TOKENS, _MOST_FACTOR = 1e18, 1e38  # float32 holds both
 
 
 def parse_position(text: str, total_tokens: float) -> float | None:
@@ -34,10 +34,11 @@ def parse_schedule(text: str, total_tokens: float) -> list[tuple[float, float]]:
     for word in text.split():
         place, _, factor = word.partition(":")
         position = parse_position(place, total_tokens)
-        if position is None or not re.fullmatch(_NUMBER, factor) or max(position, float(factor)) > _MOST:
+        known = position is not None and re.fullmatch(_NUMBER, factor)
+        if not known or position > _MOST_TOKENS or float(factor) > _MOST_FACTOR:
             raise UserError(
                 f"--config.optimizer.schedule has {word[:80]!r}; each point is POSITION:FACTOR, the position in tokens "
-                f"(2000000, 10.5G) or percent of the run (2%), both at most {_MOST:g}"
+                f"(2000000, 10.5G) or percent of the run (2%), at most {_MOST_TOKENS:g}, and FACTOR at most {_MOST_FACTOR:g}"
             )
         points.append((position, float(factor)))
     if not points:
