@@ -132,6 +132,8 @@ def test_the_error_of_draws_is_that_of_the_mean_over_rows(tiny, monkeypatch):
     assert found.nats_per_token == pytest.approx(30 / 32)
     assert found.monte_carlo_stderr == pytest.approx(math.sqrt(14) / 3 / 32)
     assert found.bits_per_byte == pytest.approx(90 / math.log(2) / (3 * 32 * 2))
+    assert (found.kind, found.estimator, found.draws) == ("bound", "l_of_L", config.evaluate.draws)
+    assert config.evaluate.draws > 1 and validation.estimator_for(config, "bernoulli") == "bernoulli"
 
 
 def test_draws_take_equal_slices_and_each_has_masks_of_its_own(monkeypatch):
