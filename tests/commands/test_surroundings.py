@@ -134,6 +134,21 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
     assert "JAX_PLATFORMS=cuda" in str(endings.known(failure.value, ""))
 
 
+def test_a_variable_that_jax_does_not_take_gets_one_line():
+    from jax._src import config
+
+    for line in ("raise ValueError('invalid truth value')", "def f(): raise ValueError('invalid truth value')\nf()"):
+        with pytest.raises(ValueError, match="truth") as failure:
+            exec(compile(line, config.__file__, "exec"))
+        assert "JAX_... variable that JAX does not take (invalid truth value)" in str(endings.known(failure.value, ""))
+    with pytest.raises(AttributeError) as failure:
+        jax.config.update("jax_no_such", 3)
+    assert endings.known(failure.value, "") is None
+    with pytest.raises(ValueError, match="banana") as failure:
+        jax.config.update("jax_default_matmul_precision", "banana")
+    assert endings.known(failure.value, "") is None, "a mistake of ours"
+
+
 def test_variables_that_would_change_figures_are_ignored_in_one_line_each(monkeypatch, capsys):
     changed = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_DISABLE_JIT": "True"}
     for name, value in (changed | {"JAX_RANDOM_SEED_OFFSET": "0", "JAX_DEBUG_NANS": "1"}).items():

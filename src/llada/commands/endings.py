@@ -117,11 +117,22 @@ def known(error: BaseException, what: str) -> UserError | None:
     if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in words:
         return UserError(f"out of memory on the device ({words.splitlines()[0][:200]}); ask for less at once, or "
                          "spread it over more devices (--config.mesh.fsdp; llada plan says what fits)")  # fmt: skip
+    if isinstance(error, ValueError) and _while_jax_reads_the_environment(error):
+        return UserError(f"the environment has a JAX_... variable that JAX does not take ({words}); unset it")
     if isinstance(error, RuntimeError | AssertionError) and _where(error, own=False).startswith("in xla_bridge.py"):
         platforms = os.environ.get("JAX_PLATFORMS", "")
         return UserError(f"JAX_PLATFORMS={platforms}: JAX finds no such device here ({words or 'no reason given'}); "
                          "unset it, or name one that is there, such as cpu")  # fmt: skip
     return None
+
+
+def _while_jax_reads_the_environment(error: BaseException) -> bool:
+    """Raised as JAX is imported, by the module that holds its settings."""
+    import traceback
+
+    own = os.path.join("jax", "_src", "config.py")
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.name == "<module>" and frame.filename.endswith(own) for frame in frames)
 
 
 def _where(error: BaseException, own: bool = True) -> str:
