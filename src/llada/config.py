@@ -310,6 +310,8 @@ def _check_run(c: Config) -> None:
              f"objective.name={c.objective.name} needs {causal}; change one of the two")  # fmt: skip
     _require(c.data.sequence_length <= c.model.max_length, "data.sequence_length", c.data.sequence_length,
              f"it must not exceed model.max_length={c.model.max_length}; lower the one or raise the other")  # fmt: skip
+    _require(c.data.unique_tokens is None or c.data.unique_tokens >= c.data.sequence_length, "data.unique_tokens",
+             c.data.unique_tokens, f"one row is data.sequence_length={c.data.sequence_length} tokens")  # fmt: skip
     given = [f"{key}={value}" for key, value in (("steps", c.train.steps), ("tokens", c.train.tokens)) if value]
     if len(given) != 1:
         got = " and ".join(given) or "none"

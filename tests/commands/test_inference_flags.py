@@ -20,7 +20,23 @@ from llada.inference.generation import Request
 from llada.training import workdir as workdir_lib
 
 HUGE = "1" + "0" * 40
-VALUES = ("0", "-1", "1", "nan", "inf", "-inf", "1e400", "1e39", "1e-320", HUGE, "9" * 5000, "", "text", "\udce9")
+VALUES = (
+    "0",
+    "-1",
+    "1",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "1e39",
+    "1e-320",
+    HUGE,
+    "9" * 5000,
+    "",
+    "text",
+    "\udce9",
+    "1,,2",
+)
 NUMBERS = {
     "sample": "gen_length steps block_length temperature cfg_scale speculate confidence_threshold samples seed step "
     "prompt_ids remasking eos cache",

@@ -299,7 +299,10 @@ def test_the_commands_refuse_in_one_line_with_status_2(build, tmp_path):
         (["import", f"--workdir={tmp_path / 'w'}"], ["--source is missing"]),
         (["import", "--source=/no/where", f"--workdir={tmp_path / 'w'}"], ["/no/where", "not a directory"]),
         (["import", f"--source={out}", f"--workdir={workdir}"], ["--workdir=", "exists already"]),
-        (["import", f"--source={out}", f"--workdir={tmp_path / 'w'}", "--config.model.width=64"], ["[320, 64]"]),
+        (
+            ["import", f"--source={out}", f"--workdir={tmp_path / 'w'}", "--config.model.width=64"],
+            ["--config.model...", "[320, 64]"],
+        ),
         (["import", f"--source={out}", f"--workdir={tmp_path / 'w'}", "--mask_token=<x>"], ["<x>", "not a token"]),
     ):
         done = in_process.llada(*arguments)

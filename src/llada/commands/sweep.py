@@ -58,6 +58,8 @@ def run(overrides: dict[str, str]) -> int:
     console = Console(highlight=False, soft_wrap=True, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, markup=False, width=status.WIDE)
+    if not DRY_RUN.value:
+        sweep_lib.require_documents(sweep)
     retries = RETRY_FAILED.value or RETRY_RATE.value is not None
     remarks = sweep_lib.remarks(sweep)
     console.print(status.plan_table(mine, before, rate, console.width))

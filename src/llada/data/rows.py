@@ -112,14 +112,14 @@ def prepare(
         "holdout_source": holdout_source,
     }
     if (directory / "metadata.json").exists():
-        return _reopened(directory, request)
+        return reopened(directory, request)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--config.data.directory={directory} is no directory; choose another")
     report = Report(progress, check)
     try:
         with in_turn(directory / ".lock", f"prepares {directory}", report.check):
             if (directory / "metadata.json").exists():  # made while this call waited
-                return _reopened(directory, request)
+                return reopened(directory, request)
             return _made(directory, request, tokenizer, report)
     except OSError as error:
         if not str(error.filename or "").startswith(str(directory)):
@@ -128,12 +128,13 @@ def prepare(
         raise UserError(f"--config.data.directory={directory} cannot be written: {reason}; choose another") from error
 
 
-def _reopened(directory: Path, request: dict) -> Corpus:
+def reopened(directory: Path, request: dict, flag: str = "") -> Corpus:
+    """The rows that lie in `directory`. UserError where they were made by other values than those of `request`."""
     corpus = open_corpus(directory)
     found = dataclasses.asdict(corpus.metadata)
     changed = [f"{name} ({found[name]!r}, asked {asked!r})" for name, asked in request.items() if asked != found[name]]
     if changed:
-        raise UserError(f"{directory} holds a corpus with another {', '.join(changed)}; give a fresh directory")
+        raise UserError(f"{flag}{directory} holds a corpus with another {', '.join(changed)}; give a fresh directory")
     return corpus
 
 

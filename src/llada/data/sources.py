@@ -22,7 +22,7 @@ Remark = Callable[[str], None]
 
 _ALLOWED = "allowed: stdlib, text:GLOB[,GLOB ...], or a file or directory that exists"
 _STDLIB_SKIPPED = ["__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests", "turtledemo"]
-# A corpus up to so many characters is cut into sections where no document of it falls on the hold-out side.
+# A corpus up to so many characters is cut into sections where all its documents fall on one side.
 _SMALL_CHARACTERS = 1 << 24
 _SMALL_SECTIONS, _SMALLEST_SECTION = 64, 128
 _CHARACTERS_A_TOKEN = 8  # at most, of a tokenizer that is any good
@@ -66,8 +66,8 @@ def split(
     """Yield (is held out, text) of every document, each side in the order of `documents`.
 
     With `holdout_source` its documents are held out, and left out of the training side where they occur there too. Else
-    `is_holdout` decides. A small corpus none of whose documents would be held out is cut into sections, of which those
-    with the smallest hashes are held out, enough for rows of `sequence_length` tokens.
+    `is_holdout` decides. A small corpus none of whose documents, or all of them, would be held out is cut into
+    sections, of which those with the smallest hashes are held out, enough for rows of `sequence_length` tokens.
     UserError where `documents` has one.
     """
     remark = remark or (lambda line: None)
@@ -113,8 +113,10 @@ def _by_hash(texts: Iterator[str], fraction: float, length: int, remark: Remark)
             break
     else:
         # No row could be made of so few bytes by any tokenizer: such a corpus has never been of use as it is.
-        held_bytes = sum(len(text.encode()) + 1 for text in first if is_holdout(text, fraction))
-        if held_bytes < length and characters >= 2 * _SMALLEST_SECTION:
+        bytes_of = Counter()
+        for text in first:
+            bytes_of[is_holdout(text, fraction)] += len(text.encode()) + 1
+        if min(bytes_of[True], bytes_of[False]) < length and characters >= 2 * _SMALLEST_SECTION:
             yield from _sections(first, fraction, length, remark)
             return
     for text in itertools.chain(first, texts):

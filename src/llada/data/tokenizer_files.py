@@ -22,11 +22,12 @@ def load(path: str | Path, flag: str = "--config.data.tokenizer") -> Tokenizer:
     """
     path = user_path(path, flag)
     if path.is_dir():
-        return _from_directory(path)
+        return _from_directory(path, flag)
     content = read_content(path, flag)
     if path.name == "tokenizer.json":
-        return _from_directory(path.parent)
-    return parse(content, str(path))
+        return _from_directory(path.parent, flag)
+    own = path.name in [kind.file_name for kind in KINDS]  # most likely a workdir's, which nobody typed
+    return parse(content, str(path) if own else f"{flag}={path}")
 
 
 def fitted(tokenizer: Tokenizer, vocab_size: int, masks: bool, remark: Callable[[str], None]) -> Tokenizer:
@@ -80,8 +81,9 @@ def in_workdir(workdir: Path) -> Path | None:
     return next((workdir / kind.file_name for kind in KINDS if (workdir / kind.file_name).exists()), None)
 
 
-def _from_directory(path: Path) -> Tokenizer:
+def _from_directory(path: Path, flag: str) -> Tokenizer:
     files = huggingface_tokenizer.read_files(path)
     if "tokenizer.json" not in files and (path / SentencePieceTokenizer.file_name).exists():
         return SentencePieceTokenizer.load(path / SentencePieceTokenizer.file_name)
-    return HuggingFaceTokenizer(huggingface_tokenizer.bundle(files, str(path)), str(path))
+    name = f"{flag}={path}"
+    return HuggingFaceTokenizer(huggingface_tokenizer.bundle(files, name), name)

@@ -113,8 +113,8 @@ def encode_pair(
 
 
 def listed(text: str) -> list[int | str]:
-    """What "12, 7 99" lists: integers, and as they stand words that are none."""
-    words = text.replace(",", " ").split()
+    """What "12, 7 99" lists: integers, and as they stand words that are none; "12,,7" has an empty one."""
+    words = [word for part in text.split(",") for word in part.split() or [""]] if text.strip() else []
     return [int(word) if re.fullmatch("-?[0-9]{1,4000}", word) else word for word in words]
 
 

@@ -90,7 +90,10 @@ def open_source(
         )
 
     def pieces(config: Config) -> Iterator[tuple[str, tuple, np.ndarray]]:
-        _check_tensors(weights, config, schema.NAMES)  # the command line may have changed a shape
+        try:
+            _check_tensors(weights, config, schema.NAMES)
+        except UserError as error:  # from_directory has found them to fit its config.json
+            raise UserError(f"--config.model... does not fit --source={path}: {error}; keep its model") from error
         return _read_weights(weights, config, schema.NAMES, allow_nonfinite)
 
     return Source(tree, tokenizer, pieces, {SOURCE_CONFIG: json_files.dumps(values, indent=2).encode()}, tuple(notes))
@@ -210,7 +213,7 @@ def _check_tensors(weights: Weights, config: Config, names: dict[str, str]) -> N
             raise UserError(f"the checkpoint {kind} {found[0]}{more}")
     for name, shape in wanted.items():
         if weights.shape(name) != shape:
-            raise UserError(f"{name} is {list(weights.shape(name))}; config.json makes it {list(shape)}")
+            raise UserError(f"{name} is {list(weights.shape(name))}; the config makes it {list(shape)}")
 
 
 def _read_weights(

@@ -192,6 +192,12 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return tree["base"], tree["sweep"]
 
 
+def require_documents(sweep: Sweep) -> None:
+    """UserError where the rows are still to be made and there is nothing to make them from."""
+    if corpus_metadata(sweep) is None:
+        workdir_lib.require_documents(sweep.runs[0].config)
+
+
 def prepare(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> None:
     """Train the tokenizer and write the rows, once for all runs; refuse a corpus too small for the grid.
 

@@ -42,30 +42,56 @@ def require_same(config: Config) -> None:
 
 
 def require_source(workdir: Path, config: Config) -> None:
-    """UserError, on all, for paths that are none, and for a new run without documents: before its workdir is made."""
+    """UserError, on all, for paths that are none, rows of another corpus, and a new run without documents.
+
+    Before its workdir is made.
+    """
+    d = config.data
     with processes.agreement():
-        rows_made = (rows_directory(workdir, config) / "metadata.json").exists()
-        if processes.is_first() and config.data.directory is not None and not rows_made:
-            writable_directory(config.data.directory, "--config.data.directory")
-        if processes.is_first() and not workdir.exists():
-            given = config.data.tokenizer
-            if given is not None:
-                tokenizer_files.load(user_path(given, "--config.data.tokenizer"))
-            if given is None or not rows_made:
-                next(sources.documents(config.data.source, config.data.text_key), None)
+        directory = rows_directory(workdir, config)
+        rows_made = (directory / "metadata.json").exists()
+        if processes.is_first() and d.directory is not None:
+            if rows_made:
+                asked = ("source", "sequence_length", "holdout_fraction", "text_key", "holdout_source")
+                rows.reopened(directory, {name: getattr(d, name) for name in asked}, "--config.data.directory=")
+            else:
+                writable_directory(d.directory, "--config.data.directory")
+        if processes.is_first() and not run_item.saved_steps(workdir / "checkpoints"):
+            own = tokenizer_files.in_workdir(workdir)
+            if d.tokenizer is not None and own is None:
+                tokenizer_files.load(user_path(d.tokenizer, "--config.data.tokenizer"))
+            if not rows_made or (d.tokenizer is None and own is None):
+                require_documents(config)
+
+
+def require_documents(config: Config) -> None:
+    """UserError for sources that have none: asked before any work begins."""
+    d = config.data
+    next(sources.documents(d.source, d.text_key), None)
+    if d.holdout_source is not None:
+        next(sources.documents(d.holdout_source, d.text_key, flag="--config.data.holdout_source"), None)
 
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[None]:
-    """A block in which nobody else trains in `workdir`; process 0 holds its lock. UserError, on all, where one does."""
-    with contextlib.ExitStack() as stack:
-        with processes.agreement():
-            if processes.is_first():
-                try:
-                    stack.enter_context(lock(workdir / "lock", f"--workdir={workdir}", remove=True))
-                except OSError as error:
-                    raise _unwritable(workdir, error) from error
-        yield
+    """A block in which nobody else trains in `workdir`; process 0 holds its lock. UserError, on all, where one does.
+
+    A workdir that was not there before, and in which nothing was left, is taken away again.
+    """
+    new = processes.is_first() and not workdir.exists()
+    try:
+        with contextlib.ExitStack() as stack:
+            with processes.agreement():
+                if processes.is_first():
+                    try:
+                        stack.enter_context(lock(workdir / "lock", f"--workdir={workdir}", remove=True))
+                    except OSError as error:
+                        raise _unwritable(workdir, error) from error
+            yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):
+                workdir.rmdir()  # where it is empty
 
 
 def prepare(
@@ -87,11 +113,17 @@ def prepare(
     with processes.agreement():
         if processes.is_first():
             item = newest(workdir)
+            new = not (workdir / "config.json").exists()
             if item is None:
                 _write_config(workdir, config)
             else:
                 _give_tokenizer(workdir, item)
-            made = opened(item)
+            try:
+                made = opened(item)
+            except UserError:
+                if new and tokenizer_files.in_workdir(workdir) is None:  # nothing was made by these values
+                    (workdir / "config.json").unlink(missing_ok=True)
+                raise
             if item is not None:  # once its corpus is known to be the same
                 _write_config(workdir, config)
     processes.require_shared(workdir, "--workdir")
