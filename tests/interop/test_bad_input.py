@@ -169,6 +169,10 @@ SPOILT = {
         lambda hf: retensor(hf, lambda t: t[WTE].__setitem__((7, 7), -np.inf)),
         [WTE, "NaN or infinity", "--allow_nonfinite"],
     ),
+    "a weight whose square is no number": (
+        lambda hf: retensor(hf, lambda t: t[WTE].__setitem__((7, 7), -1e38)),
+        [WTE, "beyond 1e+18", "--allow_nonfinite"],
+    ),
     "an index without a map": (
         lambda hf: (hf / INDEX).write_text('{"weight_map": []}'),
         ["index.json", "no weight_map"],

@@ -22,7 +22,9 @@ OBJECTIVE = flags.DEFINE_enum(
 )
 MASK_TOKEN = flags.DEFINE_string("mask_token", None, "token that is to mask, where the source names none")
 
-ALLOW_NONFINITE = flags.DEFINE_bool("allow_nonfinite", False, "import weights that hold NaN or infinity")
+ALLOW_NONFINITE = flags.DEFINE_bool(
+    "allow_nonfinite", False, "import weights that hold NaN, infinity or values beyond 1e18"
+)
 
 
 def run(overrides: dict[str, str]) -> int:

@@ -36,6 +36,7 @@ FAMILIES = {"diffusion": False, "autoregressive": True}  # objective: causal
 _FREE = (re.compile(r"<\|?(reserved|unused|extra)[\w-]*\|?>|\[unused\d+\]"), re.compile(r"<\|?unk\|?>|\[UNK\]"))
 _STEPS = 1_000
 _ROWS = 4_096  # of a table, at a time
+_MOST = 1e18  # of a weight: far from where its square leaves float32
 _WRITES = 4  # pieces on their way to the disk
 
 Progress = Callable[[int, int], None]
@@ -240,9 +241,13 @@ def _read_weights(
 
 
 def _finite(name: str, values: np.ndarray, allow_nonfinite: bool) -> np.ndarray:
-    """`values`. UserError, naming the tensor, where they hold NaN or infinity and may not."""
-    if not (allow_nonfinite or np.isfinite(values).all()):
-        raise UserError(f"--source: {name} holds NaN or infinity; --allow_nonfinite imports it all the same")
+    """`values`. UserError, naming the tensor, where they hold NaN or infinity, or would make a norm so, and may not."""
+    # No comparison holds for NaN.
+    if not (allow_nonfinite or (values.max() <= _MOST and values.min() >= -_MOST)):
+        raise UserError(
+            f"--source: {name} holds NaN or infinity, or a weight beyond {_MOST:g}; "
+            "--allow_nonfinite imports it all the same"
+        )
     return values
 
 
