@@ -4,8 +4,8 @@
 set -euo pipefail
 source "$(dirname "$0")/say.sh"
 give_help "$@"
-if [ $# -lt 3 ] || ! [[ "$1" =~ ^[1-9][0-9]*$ && "$2" =~ ^[1-9][0-9]*$ ]]; then
-  refuse "usage: bash launch/sweep_job.sh I N --config=... --workdir=... (I and N numbers)"
+if [ $# -lt 3 ] || ! [[ "$1" =~ ^[1-9][0-9]*$ && "$2" =~ ^[1-9][0-9]*$ ]] || [ "$1" -gt "$2" ]; then
+  refuse "usage: bash launch/sweep_job.sh I N --config=... --workdir=... (I and N numbers, I up to N)"
 fi
 share="$1/$2"
 shift 2

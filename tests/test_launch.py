@@ -322,6 +322,7 @@ def test_shellcheck_finds_nothing():
         ("sweep_tpu_pod.sh", ["pod", "zone", "many", *SWEEP]),
         ("sweep_slurm.sh", SWEEP),
         ("sweep_job.sh", ["1", "2"]),
+        ("sweep_job.sh", ["3", "2", *SWEEP]),
         ("train_job.sh", []),
         ("sweep_job.sh", ["one", "2", *SWEEP]),
         ("train_job.sh", ["train"]),
