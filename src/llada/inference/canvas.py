@@ -123,7 +123,8 @@ def parse_ids(flag: str, given: str | Iterable[int], vocab_size: int) -> list[in
     found = []
     for item in listed(given) if isinstance(given, str) else given:
         if isinstance(item, bool) or not isinstance(item, numbers.Integral):
-            raise UserError(f"{flag} has {_short(item) or "an empty place"}; it must be a list of integers such as 12,7,99")
+            shown = _short(item) or "an empty place"
+            raise UserError(f"{flag} has {shown}; it must be a list of integers such as 12,7,99")
         if not 0 <= item < vocab_size:
             raise UserError(f"{flag} has {_short(item)}; ids of this model are 0 to {vocab_size - 1}")
         found.append(int(item))
