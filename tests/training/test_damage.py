@@ -6,6 +6,7 @@ What is wrong is refused before anything is written, and a workdir is as it was 
 import json
 import shutil
 
+import orbax.checkpoint as ocp
 import pytest
 
 import llada
@@ -215,7 +216,16 @@ def test_a_step_taken_away_while_it_is_read_is_looked_for_again(copies, monkeypa
         return restore(checkpoints, config, mesh, step, *more)
 
     monkeypatch.setattr(Checkpoints, "restore_parameters", rotated)
+    open_manager, failures = ocp.CheckpointManager, [FileNotFoundError(2, "No such file", "12")] * 2
+
+    def looked_into(*arguments, **more):
+        if failures:
+            raise failures.pop()
+        return open_manager(*arguments, **more)
+
+    monkeypatch.setattr(ocp, "CheckpointManager", looked_into)
     assert llada.load(w).step == 8
+    assert not failures
     assert calls == [12, 8]
     calls.clear()
     (w / "checkpoints" / "gone").rename(w / "checkpoints" / "12")

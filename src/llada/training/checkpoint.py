@@ -12,6 +12,7 @@ import functools
 import logging
 import math
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +63,8 @@ class Checkpoints:
         if keep is not None:
             require_plain(workdir)
         self.directory = (workdir / "checkpoints").resolve()
-        self.manager = ocp.CheckpointManager(
+        open_manager = functools.partial(
+            ocp.CheckpointManager,
             self.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None),
             item_handlers={
@@ -71,6 +73,14 @@ class Checkpoints:
                 "run": ocp.JsonCheckpointHandler(),
             },
         )
+        for _ in range(20):  # it looks into every step, and training may take one away meanwhile
+            try:
+                self.manager = open_manager()
+                break
+            except FileNotFoundError:
+                time.sleep(0.05)
+        else:
+            self.manager = open_manager()
 
     def steps(self) -> list[int]:
         """Committed steps, ascending, as the disk has them now."""
