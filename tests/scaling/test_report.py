@@ -9,7 +9,7 @@ from synthetic import BUDGETS, EXACT, LAWS, isoflop_readings, lost, only, repeat
 
 from llada.scaling import findings, study
 from llada.scaling.results import FAILED, RUNNING, points
-from llada.scaling.sweep_report import report
+from llada.scaling.sweep_report import _fitted_sentences, report
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,13 @@ def test_the_summary_comes_first_and_has_the_gap(whole):
     assert [float(g) for g in found.groups()] == pytest.approx([gap.value, gap.low, gap.high], rel=0.06)
     assert "![loss against size at each budget](isoflop.png)" in text
     assert section(text, "Command").strip() == "llada sweep --workdir=runs/x"
+
+
+def test_a_gap_far_beyond_the_runs_is_no_finding(whole, monkeypatch):
+    gap = findings.headline_gap(whole[1])
+    monkeypatch.setattr(findings, "headline_gap", lambda study: gap._replace(value=5e23, beyond=2e23))
+    said = " ".join(_fitted_sentences(whole[1]))
+    assert "too far to tell a compute gap" in said and "LLaDA needs" not in said
 
 
 def test_minima_are_those_of_the_law(whole):

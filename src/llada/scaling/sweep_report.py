@@ -19,6 +19,8 @@ from llada.scaling.repetition import crossovers, is_data_limited, unpaired
 from llada.scaling.results import FAILED, Result
 from llada.scaling.study import Study
 
+_TOO_FAR = 1000  # times the largest budget: what a law says there is no finding
+
 CAPTIONS = {
     "isoflop": "loss against size at each budget",
     "frontier": "loss at the best size against training FLOPs",
@@ -104,6 +106,11 @@ def _fitted_sentences(study: Study) -> list[str]:
         said.append("There is no compute gap to give: it takes laws of the loss of both families.")
     elif not math.isfinite(gap.value):
         said.append(f"LLaDA's law does not come down to the ARM's loss at {flops(gap.budget)} FLOPs at any budget.")
+    elif gap.beyond > _TOO_FAR:
+        said.append(
+            f"LLaDA's law comes down to the ARM's loss at {flops(gap.budget)} FLOPs only beyond {_TOO_FAR:,} times its "
+            "largest budget, too far to tell a compute gap."
+        )
     else:
         said.append(
             f"At the same loss, LLaDA needs **{times(gap.value)}** ({level} interval {times(gap.low)} to "
