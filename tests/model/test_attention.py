@@ -161,3 +161,14 @@ def test_cudnn_is_given_what_it_takes(capability, most, monkeypatch):
     taken = [channels for channels in (4, 64, 128, 136, 256, 264) if attention.has_flash(jnp.bfloat16, channels)]
     assert taken == [channels for channels in (64, 128, 136, 256) if channels <= most]
     assert not attention.has_flash(jnp.float32, 64)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_padding_whose_segment_was_cut_off_is_finite(causal):
+    """Queries behind a length with no key left: their result means nothing, and must not be NaN in gradients."""
+    segments = jnp.array([[0, 0, 1, 1]])
+    x = jnp.ones((1, 4, 1, 2))
+    value, gradient = jax.value_and_grad(
+        lambda x: jnp.sum(attention.at_once(x, x, x, causal, None, jnp.array([2]), segments, segments))
+    )(x)
+    assert jnp.isfinite(value) and jnp.all(jnp.isfinite(gradient))

@@ -247,14 +247,14 @@ def test_the_gradient_of_a_token_that_is_half_of_all_does_not_stand_still_in_bfl
 
 def test_initial_parameters_have_the_configured_spread_and_every_layer_its_own():
     """Normal with init_std, branch ends divided by sqrt(2 layers), norms one; `abstract_parameters` tells shapes."""
-    config = ModelConfig(layers=3, width=64, heads=4, ffn=96, vocab_size=50, qk_norm=True)
+    config = ModelConfig(layers=3, width=64, heads=4, ffn=96, vocab_size=50, qk_norm=True, init_std=0.05)
     params = jax.jit(functools.partial(transformer.init, config))(jax.random.key(0))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path[-1].key
         if "norm" in name:
             assert np.all(leaf == 1)
             continue
-        wanted = 0.02 / (np.sqrt(6) if name in ("output", "down") else 1)
+        wanted = 0.05 / (np.sqrt(6) if name in ("output", "down") else 1)
         assert abs(np.std(leaf) / wanted - 1) < 4 / np.sqrt(2 * leaf.size), name
         assert len(np.unique(leaf)) > 0.9 * leaf.size, name  # no layer repeats another
     described = jax.tree.map(lambda a: (a.shape, a.dtype), transformer.abstract_parameters(config))

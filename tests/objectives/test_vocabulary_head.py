@@ -9,7 +9,8 @@ import pytest
 
 from llada import mesh as mesh_lib
 from llada.config import MeshConfig
-from llada.objectives import vocabulary_head
+from llada.objectives import autoregressive, vocabulary_head
+from llada.objectives.contract import SpecialTokens
 from llada.objectives.vocabulary_head import weighted_nats
 
 V, D = 13, 6
@@ -132,3 +133,13 @@ def test_inside_a_mesh_the_result_is_the_same():
     with jax.set_mesh(mesh_lib.make(MeshConfig(), jax.devices()[:1])):
         inside = loss(*data)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), inside, outside)
+
+
+def test_an_arm_learns_nothing_of_what_was_cut_off():
+    hidden, head, targets = inputs(2, 7)
+    lengths, special = jnp.array([3, 7]), SpecialTokens(mask=None, eos=1)
+    total, nats = autoregressive.row_nats(lambda *_: hidden, head, targets, lengths, special, 4)
+    kept = np.arange(7) < np.asarray(lengths)[:, None]
+    wanted, _ = dense(hidden, head, targets, jnp.array(kept, jnp.float32))
+    np.testing.assert_allclose(total, wanted, rtol=1e-5)
+    assert np.all((np.asarray(nats) != 0) == kept)

@@ -109,6 +109,13 @@ def test_bootstrap_noise_is_what_runs_state_where_no_residuals_tell():
     np.testing.assert_allclose(drawn.mean(axis=0), 3, atol=0.001)
 
 
+def test_few_residuals_draw_a_scatter_of_their_own_for_each_study():
+    """Two degrees of freedom: tails as wide as Student's, not Gaussian (3.0 is the kurtosis of that)."""
+    points = [Point(1e19, n, 1e10, loss, 1e-6) for n, loss in ((1e8, 2.99), (2e8, 3.0), (4e8, 3.01))]
+    drawn = study_lib.bootstrap(points, np.full(3, 3.0), 1, lambda x: x, 4_000, np.random.default_rng(0)) - 3.0
+    assert np.mean(drawn**4) / np.mean(drawn**2) ** 2 > 6
+
+
 def test_interval_leaves_out_nan_and_keeps_inf():
     low, high = interval(np.arange(1000.0), 0.9)
     assert (low, high) == (49, 950)  # as many draws below as above

@@ -222,6 +222,13 @@ def test_a_window_has_the_mean_of_its_steps_and_the_last_rate(tiny):
     assert "train/token_count" not in window
 
 
+def test_totals_are_of_tokens(tiny):
+    config = tiny("llada")
+    totals = metrics.run_totals(config, 3)
+    assert totals["train/tokens"] == 3 * 8 * 32
+    assert totals["train/flops_exact"] == 3 * 8 * 32 * accounting.flops_exact_per_token(config)
+
+
 def test_mfu_is_of_all_devices(tiny, clock, monkeypatch):
     """Four devices of a teraflop, two seconds a step of 256 tokens."""
     config = tiny("llada")

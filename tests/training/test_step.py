@@ -26,6 +26,7 @@ ENDS = ((5, 20), (0, 31), ())  # of documents, by row: also in the first and las
 def run(request, tiny):
     changes = {"objective.block_cross_document_attention": True, "objective.random_length_fraction": 0.0}
     changes |= {"train.batch_size": 3, "model.init_std": 0.3, "evaluate.draws": 1}
+    changes |= {"optimizer.schedule": "0:0 100%:1"}
     config = tiny(request.param, changes)
     rows_BL = np.random.default_rng(0).integers(4, 320, (3, 32)).astype(np.int32)
     for row, ends in zip(rows_BL, ENDS, strict=True):
@@ -71,6 +72,9 @@ def test_documents_of_a_row_are_learnt_as_if_each_were_alone(run, apart):
     _, metrics = jax.jit(functools.partial(step_lib.train_step, config=config, special=SPECIAL))(state, rows_BL)
     np.testing.assert_allclose(metrics["loss_nats_per_token"], expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradients), rtol=1e-4)
+    assert float(metrics["learning_rate"]) == pytest.approx(config.optimizer.peak_learning_rate / 12)  # of step 1 of 12
+    fraction = float(metrics["head_fraction"])
+    assert fraction == 1 if config.model.causal else 0.2 < fraction < 0.8
 
 
 def test_parameters_and_noise_are_those_of_the_seed(tiny, monkeypatch):
