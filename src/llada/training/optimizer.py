@@ -38,7 +38,7 @@ def parse_schedule(text: str, total_tokens: float) -> list[tuple[float, float]]:
         if not known or position > _MOST_TOKENS or float(factor) > _MOST_FACTOR:
             raise UserError(
                 f"--config.optimizer.schedule has {word[:80]!r}; each point is POSITION:FACTOR, the position in tokens "
-                f"(2000000, 10.5G) or percent of the run (2%), at most {_MOST_TOKENS:g}, FACTOR at most {_MOST_FACTOR:g}"
+                f"(2000000, 10.5G) or percent (2%), at most {_MOST_TOKENS:g}, FACTOR at most {_MOST_FACTOR:g}"
             )
         points.append((position, float(factor)))
     if not points:
