@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import llada
+from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.errors import DataError, UserError
 from llada.training import loop, metrics
 from llada.training import workdir as workdir_lib
@@ -172,6 +173,14 @@ def test_a_lost_tokenizer_comes_back_from_the_checkpoint(tiny, copies):
     (w / "tokenizer.model").unlink()
     loop.train(tiny("llada"), w)
     assert (w / "tokenizer.model").read_bytes() == content
+
+
+def test_another_tokenizer_than_the_checkpoints_is_refused(tiny, copies):
+    w = copies("llada")
+    SentencePieceTokenizer.train(["other words entirely " * 50], 300, w / "tokenizer.model")
+    for use in (lambda: llada.load(w), lambda: loop.train(tiny("llada"), w)):
+        with pytest.raises(UserError, match="is not the tokenizer of the checkpoint of step 12"):
+            use()
 
 
 def rows_of(w):
