@@ -108,6 +108,7 @@ def test_a_published_model_comes_in_scores_alike_and_goes_out_the_same(name, tmp
     dtypes = {"dtype": "float32"} | ({"torch_dtype": "float32"} if "torch_dtype" in config else {})
     written = json.loads((out / "config.json").read_text())
     assert written == config | {key: dtypes[key] for key in dtypes if key in config}
+    assert json.loads((out / "generation_config.json").read_text())["bos_token_id"] == 1
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert tokenizer(TEXT)["input_ids"] == [1, *ids] and (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     again = transformers.AutoModelForCausalLM.from_pretrained(out)
