@@ -15,7 +15,7 @@ import pytest
 from llada import json_files
 from llada import mesh as mesh_lib
 from llada.config import MeshConfig
-from llada.errors import DataError
+from llada.errors import DataError, UserError
 from llada.evaluation import validation
 from llada.evaluation.validation import Validator, stratified_variance
 from llada.objectives.autoregressive import shift_right
@@ -115,6 +115,8 @@ def test_rows_are_spread_over_the_whole_side_on_any_mesh_in_any_parts(tiny):
         np.testing.assert_array_equal(found, side_NL[[0, 1, 2, 4, 5, 7, 8, 9, 11, 12, 14, 15, 16, 18, 19, 21]])
     four = SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 2})
     assert [mesh_lib.local_batch(n, four) for n in (1, 4, 5, 8)] == [4, 4, 8, 8]
+    with pytest.raises(UserError, match="2 sequences, not a multiple of mesh data x fsdp = 4"):
+        mesh_lib.check(with_values(config, train={"batch_size": 8, "microbatches": 4}), four)
     assert [validation.rows_at_once(config, four, rows) for rows in (100, 1)] == [4, 4]
     assert validation.rows_at_once(with_values(config, train={"microbatches": 64}), mesh, 100) == 1
     with pytest.raises(DataError, match="id 301, and the tokenizer 300"):

@@ -79,6 +79,10 @@ def test_of_two_exports_at_once_one_is_refused_by_name(build, tmp_path):
 def test_an_export_overwrites_exports_only(build, tmp_path):
     out = tmp_path / "ex"
     export(build(), out)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds notes.txt, which no export wrote"):
+        export(build(), out, overwrite=True)
+    (out / "notes.txt").unlink()
     (out / "README.md").write_text("Another's model")
     with pytest.raises(UserError, match="a model that llada export did not write"):
         export(build(), out, overwrite=True)

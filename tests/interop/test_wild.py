@@ -1,9 +1,11 @@
 """Models as others publish them: Llamas, Mistrals, Qwens of transformers, with SentencePiece models as Llama has."""
 
+import functools
 import io
 import json
 
 import in_process
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
@@ -17,6 +19,8 @@ from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.errors import UserError
 from llada.interop import importing
 from llada.interop.export import export
+from llada.model import transformer
+from llada.objectives import autoregressive
 from llada.training import workdir as workdir_lib
 
 TEXT = "the  cat sees\n    the dog \u2581x"
@@ -26,7 +30,7 @@ PUBLISHED = {
     "Llama 1, as transformers 4.28 wrote it": (
         transformers.LlamaConfig(**SIZES, max_position_embeddings=64),
         dict(rope_parameters=..., head_dim=..., num_key_value_heads=..., tie_word_embeddings=..., attention_bias=...)
-        | dict(mlp_bias=..., initializer_range=..., pad_token_id=-1, torch_dtype="float16"),
+        | dict(mlp_bias=..., initializer_range=..., rms_norm_eps=..., pad_token_id=-1, torch_dtype="float16"),
         64,
     ),
     "Llama, nulls": (
@@ -104,6 +108,12 @@ def test_a_published_model_comes_in_scores_alike_and_goes_out_the_same(name, tmp
     wanted = sum(float(log_p[i, token]) for i, token in enumerate(ids))
     done = in_process.llada("likelihood", f"--workdir={workdir}", "--prompt=", f"--answer={TEXT}")
     assert np.isclose(json.loads(done.stdout)["log_likelihood"], wanted, rtol=1e-5), (done.stdout, wanted)
+    # Training and held-out evaluation begin a row so as well.
+    model_config, x0_BL = run.config.model, jnp.array([ids])
+    predict = functools.partial(transformer.hidden, model_config, run.params)
+    head_VD = transformer.head(model_config, run.params)
+    _, nats_BL = autoregressive.row_nats(predict, head_VD, x0_BL, None, run.tokenizer.special, None)
+    assert np.isclose(-float(nats_BL.sum()), wanted, rtol=1e-5)
     export(workdir, out)
     dtypes = {"dtype": "float32"} | ({"torch_dtype": "float32"} if "torch_dtype" in config else {})
     written = json.loads((out / "config.json").read_text())

@@ -220,6 +220,9 @@ def test_a_window_has_the_mean_of_its_steps_and_the_last_rate(tiny):
     assert window["train/loss_nats_per_token"] == pytest.approx(2.0)
     assert window["train/learning_rate"] == 0.2
     assert "train/token_count" not in window
+    for _ in range(2):
+        meter.add(STEP | {"loss_nats_per_token": 5.0})
+    assert meter.window(5, STEP)["train/loss_nats_per_token"] == pytest.approx(5.0)  # of these two steps alone
 
 
 def test_totals_are_of_tokens(tiny):
