@@ -203,7 +203,7 @@ def test_unique_tokens_are_read_again_and_again(tiny, tmp_path):
         assert not (tmp_path / family / "data").exists()  # one directory of rows for both
     assert summaries[0]["rows_digest"] == summaries[1]["rows_digest"]
     assert summaries[0]["epochs"] == pytest.approx(9.6, rel=0.05)
-    with pytest.raises(UserError, match="unique_tokens=31 must be from 32"):
+    with pytest.raises(UserError, match="unique_tokens=31: one row is data.sequence_length=32"):
         loop.train(tiny("llada", {"data.unique_tokens": 31, "data.directory": str(tmp_path / "rows")}), tmp_path / "x")
 
 
