@@ -332,7 +332,9 @@ def test_one_run_is_read_at_many_budgets_or_epochs(experiment, argument, tmp_pat
 def test_runs_made_by_other_rules_are_not_taken_for_ours(swept, experiment):
     base, group = sweep_of(experiment)
     base["optimizer"]["peak_learning_rate"] = 2e-2
-    with pytest.raises(UserError, match=r"planned by other rules \(optimizer.peak_learning_rate: 0.01 -> 0.02"):
+    with pytest.raises(
+        UserError, match=r"planned by other rules \(optimizer.peak_learning_rate: 0.01 -> 0.02.*--retry_rate"
+    ):
         sweep_lib.make(swept, base, group)
 
 

@@ -5,6 +5,8 @@ What is wrong is refused before anything is written, and a workdir is as it was 
 
 import json
 import shutil
+import time
+from types import SimpleNamespace
 
 import orbax.checkpoint as ocp
 import pytest
@@ -240,6 +242,12 @@ def test_a_step_taken_away_while_it_is_read_is_looked_for_again(copies, monkeypa
     (w / "checkpoints" / "gone").rename(w / "checkpoints" / "12")
     with pytest.raises(UserError, match="step 12 .*was removed while it was read; saved now: 4, 8.*checkpoint.keep"):
         llada.load(w, step=12)
+    # Some of its files have gone, the others are going.
+    shutil.rmtree(w / "checkpoints" / "4" / "params")
+    rest = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: shutil.rmtree(w / "checkpoints" / "4"))
+    monkeypatch.setattr("llada.training.run_item.time", rest)
+    with pytest.raises(UserError, match="step 4 .*was removed while it was read; saved now: 8;"):
+        llada.load(w, step=4)
 
 
 def test_damaged_lines_of_metrics_go_alone_and_are_kept_beside(copies, tiny, capsys):

@@ -96,9 +96,11 @@ def _as_on_disk(sweep: Sweep, run: PlannedRun) -> PlannedRun:
         read = [(n, getattr(old.evaluate, n), getattr(run.config.evaluate, n)) for n in ("draws", "batches")]
         changed += [f"evaluate.{name}: {before} -> {now}" for name, before, now in read if before != now]
         if changed:
+            rate = any("peak_learning_rate" in change for change in changed)
             raise UserError(
                 f"{workdir} was planned by other rules ({'; '.join(changed[:3])}{'; ...' if changed[3:] else ''}); "
                 "give a new --workdir, or the old values"
+                + ("; --retry_rate=0.5 trains failed runs at half their rate" if rate else "")
             )
     return run
 

@@ -7,6 +7,7 @@
 import base64
 import binascii
 import math
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from llada.config import Config
 from llada.errors import UserError
 
 FORMAT_VERSION = 1
+_REMOVAL_SECONDS = 0.5  # how long the files of a step may take to go
 
 
 class RunItem(NamedTuple):
@@ -75,6 +77,10 @@ def read(checkpoints: Path, step: int) -> RunItem:
 def unusable(checkpoints: Path, step: int, what: str) -> UserError:
     """The line for a step that cannot be used, or that is no longer there."""
     others = [saved for saved in saved_steps(checkpoints) if saved != step]
+    # With a newer one beside it, training may be half way through taking this one away.
+    until = time.monotonic() + (_REMOVAL_SECONDS if any(saved > step for saved in others) else 0)
+    while (checkpoints / str(step)).exists() and time.monotonic() < until:
+        time.sleep(0.05)
     if not (checkpoints / str(step)).exists():
         there = f"; saved now: {', '.join(map(str, others))}" if others else ""
         return StepRemoved(
