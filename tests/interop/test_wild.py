@@ -98,7 +98,7 @@ def test_a_published_model_comes_in_scores_alike_and_goes_out_the_same(name, tmp
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["bos_id"] == 1 and "begin with <s>" in done.stderr
     run = llada.load(workdir)
-    assert run.config.model.max_length == context
+    assert (run.config.model.max_length, run.config.model.norm_eps) == (context, made.rms_norm_eps)
     # What SentencePiece makes of it, after <s>.
     processor = sentencepiece.SentencePieceProcessor(model_proto=spaced(range(2, 17)))
     ids = processor.encode(TEXT)
@@ -119,6 +119,10 @@ def test_a_published_model_comes_in_scores_alike_and_goes_out_the_same(name, tmp
     written = json.loads((out / "config.json").read_text())
     assert written == config | {key: dtypes[key] for key in dtypes if key in config}
     assert json.loads((out / "generation_config.json").read_text())["bos_token_id"] == 1
+    if name == "Qwen 3":  # with a config.json of our own writing, too
+        (workdir / "source_config.json").unlink()
+        export(workdir, tmp_path / "ours")
+        assert json.loads((tmp_path / "ours/config.json").read_text())["bos_token_id"] == 1
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert tokenizer(TEXT)["input_ids"] == [1, *ids] and (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     again = transformers.AutoModelForCausalLM.from_pretrained(out)
