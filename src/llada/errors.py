@@ -8,6 +8,7 @@ launch/keep_training.sh and the other launchers go by this table.
 
 import errno
 import signal
+from collections.abc import Iterator
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
@@ -54,10 +55,7 @@ def disk_error(error: BaseException, what: str) -> DiskError | None:
 
     Libraries pass the system's words on in exceptions of their own, so those are looked for as well.
     """
-    seen: BaseException | None = error
-    looked_at: list[BaseException] = []  # causes may form a circle
-    while seen is not None and not any(seen is other for other in looked_at):
-        looked_at.append(seen)
+    for seen in causes(error):
         if isinstance(seen, OSError) and seen.errno in _NO_ROOM:
             where = f" ({seen.filename})" if seen.filename else ""
             return DiskError(f"{seen.strerror} while {what}{where}; make room, then run the same command again")
@@ -65,5 +63,16 @@ def disk_error(error: BaseException, what: str) -> DiskError | None:
         for phrase in ("No space left on device", "Disk quota exceeded", "File too large", "RESOURCE_EXHAUSTED: Error"):
             if phrase in words:
                 return DiskError(f"{phrase} while {what}; make room, then run the same command again")
-        seen = seen.__cause__ or seen.__context__
     return None
+
+
+def causes(error: BaseException, implicit: bool = True) -> Iterator[BaseException]:
+    """The exception and what it was raised from, outermost first; `implicit`: also what was being handled then.
+
+    Causes may form a circle: each comes once.
+    """
+    met: list[BaseException] = []
+    while error is not None and not any(error is other for other in met):
+        met.append(error)
+        yield error
+        error = error.__cause__ or (error.__context__ if implicit else None)

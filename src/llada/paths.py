@@ -64,15 +64,9 @@ def writable_target(given: str | os.PathLike, flag: str) -> Path:
             raise UserError(f"{flag}={path} is a directory; give a file in it")
         if path.exists() and not path.is_file():
             raise UserError(f"{flag}={path} is no regular file; give another path")
-        above = path.absolute().parent
-        while not above.exists():
-            above = above.parent
-        if not above.is_dir():
-            raise UserError(f"{flag}={path} cannot be written: {above} is no directory; choose another")
-        if not os.access(path if path.exists() else above, os.W_OK):
+        _require_place(path, path.absolute().parent, flag)
+        if path.exists() and not os.access(path, os.W_OK):
             raise UserError(f"{flag}={path} cannot be written: permission denied, or a read-only disk; choose another")
-        with tempfile.TemporaryFile(dir=above):  # what root may, and a network disk says it may, need not be so
-            pass
     except OSError as error:
         raise UserError(f"{flag}={path} cannot be written: {error.strerror}; choose another") from error
     return path
@@ -87,16 +81,18 @@ def writable_directory(given: str | os.PathLike, flag: str, read_only: bool = Fa
     try:
         if os.path.lexists(path) and not path.is_dir():
             raise UserError(f"{flag}={path} is no directory; choose another")
-        above = path.absolute()
-        while not above.exists():
-            above = above.parent
-        if not above.is_dir():
-            raise UserError(f"{flag}={path} cannot be made: {above} is no directory; choose another")
-        if not read_only and not os.access(above, os.W_OK | os.X_OK):
-            raise UserError(f"{flag}={path} cannot be written: permission denied, or a read-only disk; choose another")
-        if not read_only:
-            with tempfile.TemporaryFile(dir=above):  # as for a file
-                pass
+        _require_place(path, path.absolute(), flag, read_only)
     except OSError as error:
         raise UserError(f"{flag}={path} cannot be written: {error.strerror}; choose another") from error
     return path
+
+
+def _require_place(path: Path, above: Path, flag: str, read_only: bool = False) -> None:
+    """UserError unless the nearest directory there is, from `above` up, takes files; OSError says why it may not."""
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise UserError(f"{flag}={path} cannot be written: {above} is no directory; choose another")
+    if not read_only:
+        with tempfile.TemporaryFile(dir=above):  # what root may, and a network disk says it may, need not be so
+            pass

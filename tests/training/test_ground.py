@@ -122,7 +122,7 @@ def test_a_first_mistake_settles_nothing(tiny, trained, tmp_path, monkeypatch):
         ({"evaluate.at": "soon"}, "evaluate.at has 'soon'"),
         ({"data.tokenizer": "/nowhere/t.model"}, "tokenizer.*/nowhere/t.model"),
         ({"data.directory": "/dev/null"}, "data.directory=/dev/null is no directory"),
-        ({"data.directory": f"{__file__}/rows"}, "data.directory=.* cannot be made: .* is no directory"),
+        ({"data.directory": f"{__file__}/rows"}, "data.directory=.* cannot be written: .* is no directory"),
         ({"data.directory": str(rows), "data.sequence_length": 31}, r"with another sequence_length \(32, asked 31\)"),
         ({"model.vocab_size": 100_000}, "vocab_size=100000 is too large"),
     ):

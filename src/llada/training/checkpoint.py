@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from llada import config as config_lib
 from llada import mesh as mesh_lib
 from llada.config import Config
-from llada.errors import UserError, disk_error
+from llada.errors import UserError, causes, disk_error
 from llada.model import transformer
 from llada.training import optimizer, run_item
 from llada.training.leaves import FILE_BYTES, Leaf, open_leaves
@@ -223,9 +223,7 @@ class Checkpoints:
         except Exception as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            first: BaseException = error
-            while first.__cause__ is not None:  # Orbax prints the whole specification of an array around it
-                first = first.__cause__
+            *_, first = causes(error, implicit=False)  # Orbax prints the whole specification of an array around it
             words = " ".join(str(first).split())
             what = f"{type(first).__name__}: {words[:200]}{'...' if words[200:] else ''}"
             raise run_item.unusable(self.directory, step, what) from error

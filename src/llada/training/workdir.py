@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llada import config as config_lib
@@ -280,16 +280,9 @@ def tokenizer_for(
     else:
         path = workdir / SentencePieceTokenizer.file_name
         say(f"training the tokenizer: {config.model.vocab_size:,} pieces, from {config.data.source}")
-        tokenizer = SentencePieceTokenizer.train(
-            _checked(sources.training(config.data), check), config.model.vocab_size, path
-        )
+        texts = sources.training(config.data)
+        tokenizer = SentencePieceTokenizer.train(texts, config.model.vocab_size, path, say, check)
     return tokenizer
-
-
-def _checked(texts: Iterable[str], check: Callable[[], None]) -> Iterator[str]:
-    for text in texts:
-        check()
-        yield text
 
 
 def read_config(workdir: Path) -> Config:
