@@ -149,6 +149,9 @@ def test_targets_and_sources_are_checked_before_any_work(tmp_path):
             check(path, "--json")
     assert paths.writable_target(tmp_path / "new/deep/x.json", "--json") == tmp_path / "new/deep/x.json"
     assert not (tmp_path / "new").exists()
+    through = tmp_path / "new/deep/../../file/x.json"  # what is not there is not gone through
+    with pytest.raises(UserError, match="file is no directory"):
+        paths.writable_target(through, "--json")
 
 
 @pytest.mark.parametrize(

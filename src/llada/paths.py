@@ -15,7 +15,7 @@ def user_path(given: str | os.PathLike, flag: str) -> Path:
     """The path that a user gave to `flag` ("--out", "--config.data.directory"): "~" expanded, otherwise as it is.
 
     UserError for what is no local path: empty, "-", scheme://, NUL, bytes that no file name can hold, a component that
-    is too long. Nothing is looked up on the disk.
+    is too long. On the disk only ".." behind what is not there is looked up.
     """
     text = os.fspath(given)
     if not text.strip():
@@ -36,7 +36,9 @@ def user_path(given: str | os.PathLike, flag: str) -> Path:
     if any(len(part) > _NAME_BYTES for part in encoded.split(b"/")):
         raise UserError(f"{flag}={text[:40]}... has a name of more than {_NAME_BYTES} bytes; give a shorter one")
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
+        # Through what is not there, ".." would have directories made that nobody asked for.
+        return path.resolve() if ".." in path.parts and not path.parent.exists() else path
     except RuntimeError as error:  # ~someone, or no home directory
         raise UserError(f"{flag}={text}: {error}; write the path out") from error
 
