@@ -104,9 +104,31 @@ def tiny(corpus):
 
 @pytest.fixture(scope="session")
 def trained(tiny, tmp_path_factory):
-    """`trained["llada"]`, `trained["arm"]`: workdir and summary of an uninterrupted run. Leave them as they are."""
+    """`trained["llada"]`, `trained["arm"]`: workdir and summary of an uninterrupted run, to be read only.
+
+    A test that writes into one copies it first; `trained_runs_are_only_read` holds it to that.
+    """
     runs = {}
     for family in ("llada", "arm"):
         workdir = tmp_path_factory.mktemp("runs") / family
         runs[family] = SimpleNamespace(workdir=workdir, summary=loop.train(tiny(family), workdir))
     return runs
+
+
+@pytest.fixture(autouse=True)
+def trained_runs_are_only_read(request):
+    """A file that one test leaves in a shared run changes what another one finds, in some orders only."""
+    if "trained" not in request.fixturenames:
+        yield
+        return
+    workdirs = [run.workdir for run in request.getfixturevalue("trained").values()]
+
+    def files():
+        found = (path for workdir in workdirs for path in workdir.rglob("*"))
+        return {str(path): path.stat().st_mtime_ns for path in found if path.is_file() and path.name != ".lock"}
+
+    before = files()
+    yield
+    after = files()
+    changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    assert not changed, f"this test changed files of a shared run: {changed}"

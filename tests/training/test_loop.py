@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,10 +136,12 @@ def test_training_learns(trained):
         assert losses[-1] < losses[0] - 0.2
 
 
-def test_a_finished_run_called_again_changes_nothing(tiny, trained):
-    before = (trained["llada"].workdir / "metrics.jsonl").read_bytes()
-    assert loop.train(tiny("llada"), trained["llada"].workdir) == trained["llada"].summary
-    assert (trained["llada"].workdir / "metrics.jsonl").read_bytes() == before
+def test_a_finished_run_called_again_changes_nothing(tiny, trained, tmp_path):
+    workdir = tmp_path / "llada"
+    shutil.copytree(trained["llada"].workdir, workdir)
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert loop.train(tiny("llada"), workdir) == trained["llada"].summary
+    assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(tiny, tmp_path):
