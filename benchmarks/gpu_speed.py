@@ -222,7 +222,7 @@ def input_share() -> None:
     source = stream.iterate(0)
 
     def from_loader():
-        ours.batch_BL = mesh_lib.place_batch(ours.mesh, next(source), stream.positions, len(x0_BL))
+        ours.batch_BL = mesh_lib.shard_batch(ours.mesh, next(source), stream.positions, len(x0_BL))
         ours.step()
 
     repeats = 20 if GPU else 3

@@ -96,9 +96,9 @@ class Ours:
         self.config, self.mesh = c, mesh_lib.make(c.mesh, jax.devices()[:1])
         with jax.set_mesh(self.mesh):
             self.train_step = step_lib.compile_step(c, special, self.mesh)
-            place = step_lib.state_placements(c, self.mesh)
+            place = step_lib.state_shardings(c, self.mesh)
             self.state = jax.jit(functools.partial(step_lib.init_state, c), out_shardings=place)()
-            self.batch_BL = jax.device_put(x0_BL, mesh_lib.placement(self.mesh, "BL"))
+            self.batch_BL = jax.device_put(x0_BL, mesh_lib.sharding(self.mesh, "BL"))
 
     def step(self) -> tuple[float, float]:
         """One optimizer step: `(loss in nats per token, gradient norm before clipping)`."""

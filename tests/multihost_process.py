@@ -28,7 +28,7 @@ def masks() -> dict[str, str]:
 
     everything = mesh.make(config.MeshConfig())
 
-    @functools.partial(jax.jit, out_shardings=mesh.placement(everything, "BL"))
+    @functools.partial(jax.jit, out_shardings=mesh.sharding(everything, "BL"))
     def draw(step, sequence_B, x0_BL):
         n = noise.Noise(7, step, sequence_B, B)
         t_B, lengths_B = noise.times(n, "stratified"), noise.lengths(n, L, 0.5)

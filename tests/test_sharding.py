@@ -138,7 +138,7 @@ def main():
         mesh = mesh_lib.make(config.mesh, jax.devices()[: sizes[0] * sizes[1] * sizes[2]])
         mesh_lib.check(config, mesh)
         with jax.set_mesh(mesh):
-            places, out = step_lib.state_placements(config, mesh), {}
+            places, out = step_lib.state_shardings(config, mesh), {}
             if name in BEGUN and not causal:
                 state = jax.jit(functools.partial(step_lib.init_state, config), out_shardings=places)()
                 begun[name] = jax.tree.map(np.asarray, state)
@@ -149,7 +149,7 @@ def main():
             train_step = step_lib.compile_step(config, SpecialTokens(mask=3, eos=1), mesh)
             seen = []
             for batch_BL in documents if causal else rows:
-                state, metrics = train_step(state, jax.device_put(batch_BL, mesh_lib.placement(mesh, "BL")))
+                state, metrics = train_step(state, jax.device_put(batch_BL, mesh_lib.sharding(mesh, "BL")))
                 seen.append(jax.tree.map(float, metrics))
         out["losses"] = [m["loss_nats_per_token"] for m in seen]
         out["grad_norms"] = [m["grad_norm"] for m in seen]
@@ -180,7 +180,7 @@ def main():
     for name in USED:
         _, config, mesh = states[name]
         with jax.set_mesh(mesh):
-            params = jax.device_put(weights, mesh_lib.parameter_placements(mesh, weights))
+            params = jax.device_put(weights, mesh_lib.parameter_shardings(mesh, weights))
             text = sampler.reverse_process(config.model, params, canvas_BL, settings, special, np.zeros(V, bool))
             scores = likelihood.log_likelihoods(
                 config.model, params, pairs, special, likelihood.LikelihoodConfig(draws=8)

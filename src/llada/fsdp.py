@@ -51,7 +51,7 @@ def compiler_options(mesh: jax.sharding.Mesh, wanted: bool = True) -> dict[str, 
 @functools.cache
 def _try_out(mesh: jax.sharding.Mesh, options: tuple[tuple[str, bool | int], ...]) -> None:
     """Compile next to nothing with these options: libtpu's versions differ in them, and say so only then."""
-    place = mesh_lib.placement(mesh, "replicated")
+    place = mesh_lib.sharding(mesh, "replicated")
     nothing = jax.jit(jnp.negative, in_shardings=place).trace(jax.ShapeDtypeStruct((), jnp.float32))
     try:
         nothing.lower(lowering_platforms=("tpu",)).compile(compiler_options=dict(options))
@@ -73,7 +73,7 @@ def batch_sums(f: Callable) -> Callable:
 
     def on_whole_batch(params, batch, *common):
         # Where no axis splits sequences nothing is to be added up; what `tensor` splits the compiler divides.
-        if mesh_lib.batch_ways(jax.sharding.get_abstract_mesh()) == 1:
+        if mesh_lib.batch_shards(jax.sharding.get_abstract_mesh()) == 1:
             return f(params, batch, *common)
         specs = mesh_lib.parameter_specs(params)
 
@@ -94,7 +94,7 @@ def _add(gradient: jax.Array, spec) -> jax.Array:
     return jax.lax.psum(gradient, "data" if "fsdp" in spec else BATCH)
 
 
-def whole(params, dtype):
+def all_gather_params(params, dtype):
     """Parameters as they are used, matrices in `dtype`, from a device's parts of them; else as they come."""
     if "fsdp" not in jax.sharding.get_abstract_mesh().manual_axes:
         return params
@@ -131,10 +131,13 @@ _scattered_by_rows.defvjp(lambda whole: (whole, None), _by_rows)
 
 
 @jax.custom_vjp
-def made_before(whole, same):
-    """`same`, made outside a loop from what `whole` is made of inside it: its gradient, and no gather, is done here."""
-    return same
+def reuse_gathered(gathered, reused):
+    """`reused`, which was gathered once outside a loop, in place of `gathered`, the same parameter gathered inside it.
+
+    The gradient goes to `gathered`, and so back to its shards. No gather runs inside the loop: nothing reads
+    `gathered`, and XLA drops what nothing reads.
+    """
+    return reused
 
 
-# Nothing reads `whole` then, and no program has what nothing reads.
-made_before.defvjp(lambda whole, same: (same, None), lambda _, gradient: (gradient, None))
+reuse_gathered.defvjp(lambda gathered, reused: (reused, None), lambda _, gradient: (gradient, None))

@@ -3,7 +3,7 @@
 Axes: `data` (batch), `fsdp` (batch and parameters), `tensor` (heads, FFN columns, vocabulary). All three exist on a
 laptop too, with size 1. A spec is named by the shape suffix of the array it places (the alphabet is in README).
 Axis types are Auto: the compiler propagates, and every array that matters is pinned through this table. Devices are
-those of all processes; where a batch comes from and goes to is `own_positions` and `place_batch`.
+those of all processes; where a batch comes from and goes to is `local_positions` and `shard_batch`.
 """
 
 import functools
@@ -87,7 +87,7 @@ def _laid_out(shape: tuple[int, int, int], devices: list) -> np.ndarray:
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """UserError unless batch, positions, heads, FFN, width and vocabulary divide over the mesh."""
-    ways = batch_ways(mesh)
+    ways = batch_shards(mesh)
     per_microbatch = config.train.batch_size // config.train.microbatches
     if per_microbatch % ways:
         raise UserError(
@@ -115,11 +115,11 @@ def _check_divides(mesh: jax.sharding.Mesh, axis: str, key: str, value: int) -> 
 
 def local_batch(batch_size: int, mesh: jax.sharding.Mesh) -> int:
     """The smallest multiple of the batch axes that is at least `batch_size`: what evaluation rounds a batch up to."""
-    ways = batch_ways(mesh)
+    ways = batch_shards(mesh)
     return math.ceil(batch_size / ways) * ways
 
 
-def batch_ways(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+def batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """How many parts the sequences of a batch are split into; 1 where there is no mesh."""
     return math.prod(mesh.shape.get(axis, 1) for axis in BATCH)
 
@@ -170,18 +170,18 @@ def device_kind() -> str:
     return (device or jax.local_devices()[0]).device_kind
 
 
-def placement(mesh: jax.sharding.Mesh, name: str) -> NamedSharding:
+def sharding(mesh: jax.sharding.Mesh, name: str) -> NamedSharding:
     """Sharding of the activation or batch called `name`."""
     return NamedSharding(mesh, ACTIVATIONS[name])
 
 
-def own_positions(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
+def local_positions(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
     """Positions of a global batch that this process's devices hold, ascending; others may hold them too."""
-    indices = placement(mesh, "B").addressable_devices_indices_map((batch_size,)).values()
+    indices = sharding(mesh, "B").addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in indices]))
 
 
-def place_batch(mesh: jax.sharding.Mesh, rows_RL: np.ndarray, positions_R: np.ndarray, batch_size: int) -> jax.Array:
+def shard_batch(mesh: jax.sharding.Mesh, rows_RL: np.ndarray, positions_R: np.ndarray, batch_size: int) -> jax.Array:
     """The global batch_BL of which this process has the rows at `positions_R` (ascending; at least its own)."""
 
     def part(index):
@@ -189,7 +189,7 @@ def place_batch(mesh: jax.sharding.Mesh, rows_RL: np.ndarray, positions_R: np.nd
         first = np.searchsorted(positions_R, start)
         return rows_RL[first : first + stop - start]
 
-    return jax.make_array_from_callback((batch_size, *rows_RL.shape[1:]), placement(mesh, "BL"), part)
+    return jax.make_array_from_callback((batch_size, *rows_RL.shape[1:]), sharding(mesh, "BL"), part)
 
 
 def on_host(tree):
@@ -198,13 +198,13 @@ def on_host(tree):
     def fetch(x):
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x)
-        whole = jax.jit(lambda x: x, out_shardings=placement(x.sharding.mesh, "replicated"))
+        whole = jax.jit(lambda x: x, out_shardings=sharding(x.sharding.mesh, "replicated"))
         return np.asarray(whole(x))
 
     return jax.tree.map(fetch, tree)
 
 
-def parameter_placements(mesh: jax.sharding.Mesh, tree):
+def parameter_shardings(mesh: jax.sharding.Mesh, tree):
     """Shardings for a tree whose leaves are parameters, or optimizer moments named like them; scalars replicate."""
     return jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(tree))
 

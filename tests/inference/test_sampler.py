@@ -290,7 +290,7 @@ def test_a_fresh_cache_gives_the_states_of_a_whole_pass(config):
     np.testing.assert_allclose(whole, hidden(config, weights, tokens_BL, lengths_B), atol=5e-6)
     position_BQ = np.array([[2, 5, 10], [0, 6, 10], [8, 1, 10]])
     tokens_BQ = np.take_along_axis(tokens_BL, np.minimum(position_BQ, 9), axis=1)
-    extend = jax.jit(functools.partial(transformer.extend, config, keep_cache=True))
+    extend = jax.jit(functools.partial(transformer.extend, config, return_cache=True))
     some, renewed = extend(weights, tokens_BQ, position_BQ, cache, lengths_B)
     expected = np.take_along_axis(np.asarray(whole), position_BQ[:, :2, None], axis=1)
     np.testing.assert_allclose(some[:, :2], expected, atol=5e-6)

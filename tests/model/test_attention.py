@@ -116,7 +116,7 @@ def test_what_is_kept_of_attention_saves_running_its_kernel_again(way, platform,
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91500)
     inputs = [x.astype(jnp.bfloat16) for x in draw()]
     times = {}
-    for name, policy in (("kept", attention.kept), ("nothing", None)):
+    for name, policy in (("kept", attention.save_residuals), ("nothing", None)):
         block = jax.checkpoint(lambda q, k, v: way(2 * q, 2 * k, 2 * v, False, None, None, None), policy=policy)
         loss = lambda *inputs, block=block: jnp.sum(jnp.sin(block(*inputs).astype(jnp.float32)))  # noqa: E731
         gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))

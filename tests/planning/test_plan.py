@@ -141,9 +141,9 @@ def test_collective_bytes_are_those_by_hand(libtpu):
     """A product with a weight split four ways: (n - 1) / n of it enters each device; the result is summed over all."""
     place = topology.describe("v5e:2x2")
     mesh = mesh_lib.make(MeshConfig(fsdp=4), place.devices)
-    placed = mesh_lib.parameter_placements(mesh, {"gate": jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16)})
+    placed = mesh_lib.parameter_shardings(mesh, {"gate": jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16)})
     weight = jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16, sharding=placed["gate"])
-    x = jax.ShapeDtypeStruct((4, 512, 1024), jnp.bfloat16, sharding=mesh_lib.placement(mesh, "BLD"))
+    x = jax.ShapeDtypeStruct((4, 512, 1024), jnp.bfloat16, sharding=mesh_lib.sharding(mesh, "BLD"))
     with jax.set_mesh(mesh), topology.quiet():
         function = jax.jit(lambda x, w: jnp.sum(jnp.square((x @ w).astype(jnp.float32))))
         text = function.trace(x, weight).lower(lowering_platforms=("tpu",)).compile().as_text()

@@ -110,7 +110,7 @@ class Validator:
         for start in range(0, R, self.batch):
             index_B = np.arange(start, start + self.batch)
             rows_BL = self.rows_NL[index_B % R]  # the last batch wraps; its surplus is dropped
-            rows_BL = mesh_lib.place_batch(self.mesh, rows_BL, np.arange(self.batch), self.batch)
+            rows_BL = mesh_lib.shard_batch(self.mesh, rows_BL, np.arange(self.batch), self.batch)
             for values, found in zip((nats, variances), self.nats(params, rows_BL, index_B), strict=True):
                 values.append(np.asarray(found))
         nats_R, variance_R = (np.concatenate(values)[:R].astype(np.float64) for values in (nats, variances))
@@ -159,7 +159,7 @@ def jitted(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh, esti
     """`(params, x0_BL, row_B) -> (nats_B, variance_B)` of some rows, to be compiled: see `_row_nats`."""
     return jax.jit(
         functools.partial(_row_nats, config, special, config.evaluate.draws, estimator),
-        out_shardings=mesh_lib.placement(mesh, "replicated"),
+        out_shardings=mesh_lib.sharding(mesh, "replicated"),
     )
 
 

@@ -80,7 +80,7 @@ def left_to_right(
         i, cache, (tokens_BL, step_BL, ended_B) = carry
         position_B1 = prompt_length_B[:, None] + i
         tokens_B1 = jnp.take_along_axis(tokens_BL, position_B1 - 1, axis=1)
-        hidden_B1D, cache = transformer.extend(config, params, tokens_B1, position_B1, cache, keep_cache=True)
+        hidden_B1D, cache = transformer.extend(config, params, tokens_B1, position_B1, cache, return_cache=True)
         return i + 1, cache, write(i, hidden_B1D, tokens_BL, step_BL, ended_B)
 
     # What an end token leaves open reads as end of text.

@@ -184,7 +184,7 @@ class _Process:
         if self.settings.cache == "none":
             return self.loop(lambda *given: self.whole_canvas(*given)[0], block, position_BK, carry)
         # The block's first pass is a whole one: it renews the cache and counts as a step.
-        hidden_BKD, cache = self.whole_canvas(state.tokens_BL, position_BK, keep_cache=True)
+        hidden_BKD, cache = self.whole_canvas(state.tokens_BL, position_BK, return_cache=True)
         carry = self.step(hidden_BKD, block, position_BK, carry)
         if self.settings.cache == "dual":
             return self.loop_cached(K, cache, block, position_BK, carry)
@@ -295,9 +295,9 @@ class _Process:
         keys_BK = position_keys(seed_B, block * self.steps_per_block + done_B1[:, 0], position_BK)
         return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, use)))(keys_BK)
 
-    def whole_canvas(self, tokens_BL, at_BK, keep_cache=False, copies=1):
+    def whole_canvas(self, tokens_BL, at_BK, return_cache=False, copies=1):
         """Hidden states of the positions asked for, branches mixed, and the cache of both branches if kept."""
-        run = transformer.prefill if keep_cache else lambda *given: (transformer.hidden(*given), None)
+        run = transformer.prefill if return_cache else lambda *given: (transformer.hidden(*given), None)
         lengths_B = None if self.lengths_B is None else self.both(jnp.tile(self.lengths_B, copies))
         given = self.branches(tokens_BL, copies), lengths_B, self.both(at_BK)
         hidden_BKD, cache = run(self.config, self.params, *given)

@@ -23,10 +23,10 @@ SHORT, BLOCK = 1024, 128
 KERNEL_FROM = 128
 LANES = 128  # a TPU register's width: sequences are padded to it
 SMALL_TILE = 1024  # queries and keys of a tile of the splash kernel where it cannot be larger
-_RESIDUALS = "attention"  # name of what attention's backward pass takes: see `kept`
+_RESIDUALS = "attention"  # name of what attention's backward pass takes: see `save_residuals`
 
 
-def kept(primitive, *given, **parameters) -> bool:
+def save_residuals(primitive, *given, **parameters) -> bool:
     """A remat policy: what attention's backward pass takes is kept, so that no kernel runs again for it."""
     # What cuDNN's kernel leaves has no name, but is known by who made it.
     named = jax.checkpoint_policies.save_only_these_names(_RESIDUALS)

@@ -28,9 +28,9 @@ _INPUT = "layer_input"
 _POLICIES = {
     # An attention kernel is no product to XLA, and would run again.
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, attention.kept
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, attention.save_residuals
     ),
-    "attention": attention.kept,
+    "attention": attention.save_residuals,
     "full": None,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
@@ -53,7 +53,7 @@ class Block(nn.Module):
     """Pre-norm attention and SwiGLU, each added to the residual stream."""
 
     config: ModelConfig
-    keep_cache: bool = False
+    return_cache: bool = False
     until_rows: bool = False  # stop before `block_end`, with its arguments
     joined: bool = False  # one matrix for queries, keys and values: see `unstacked`
 
@@ -109,7 +109,7 @@ class Block(nn.Module):
             return (x_BLD, mixed_BLHC.reshape(*x_BLD.shape[:2], H * C)), None
         x_ND = block_end(c, weights, x_BLD, mixed_BLHC, constrain)
         x_BLD = constrain(x_ND.reshape(x_BLD.shape), "BLD")
-        return x_BLD, Cache(k_BLKC, v_BLKC) if self.keep_cache else None
+        return x_BLD, Cache(k_BLKC, v_BLKC) if self.return_cache else None
 
 
 def block_end(c: ModelConfig, weights: Parameters, x: jax.Array, mixed: jax.Array, pin=lambda x, name: x):
@@ -130,7 +130,7 @@ class Transformer(nn.Module):
     """Tokens to normalised hidden states."""
 
     config: ModelConfig
-    keep_cache: bool = False
+    return_cache: bool = False
     unstacked: bool = False
     until_rows: bool = False  # stop before the last block's `block_end`, with its arguments
 
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
             kept = []
             for i in range(c.layers):
                 at = at_BR if i + 1 == c.layers else None
-                block = Block(c, self.keep_cache, joined=True, name=f"layer_{i}")
+                block = Block(c, self.return_cache, joined=True, name=f"layer_{i}")
                 x_BLD, own = block(x_BLD, cache and cache[i], angles, lengths_B, position_BQ, segments_BL, at)
                 kept.append(own)
             cache = tuple(kept)
@@ -170,7 +170,7 @@ class Transformer(nn.Module):
         """`count` blocks as one: compile time does not grow with their number."""
         c = self.config
         # Parts of a layer's parameters are put together inside what is done again: no layer stays whole.
-        gather = functools.partial(fsdp.whole, dtype=jnp.dtype(c.dtype))
+        gather = functools.partial(fsdp.all_gather_params, dtype=jnp.dtype(c.dtype))
         block = Block if self.is_initializing() else nn.map_variables(Block, "params", trans_in_fn=gather)
         if c.remat != "none":
             block = nn.remat(block, policy=_POLICIES[c.remat], prevent_cse=False)
@@ -184,7 +184,7 @@ class Transformer(nn.Module):
             length=count,
             unroll=min(unroll, count),
         )
-        return stack(c, self.keep_cache, name="layers")
+        return stack(c, self.return_cache, name="layers")
 
 
 def init(config: ModelConfig, key: jax.Array) -> Parameters:
@@ -238,9 +238,9 @@ def unfinished(
     """
     dtype = jnp.dtype(config.dtype)
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-    rest = fsdp.whole(rest | {"last": jax.tree.map(lambda leaf: leaf[-1], params["layers"])}, dtype)
+    rest = fsdp.all_gather_params(rest | {"last": jax.tree.map(lambda leaf: leaf[-1], params["layers"])}, dtype)
     if embedding_VD is not None:
-        rest["embedding"] = fsdp.made_before(rest["embedding"], embedding_VD)
+        rest["embedding"] = fsdp.reuse_gathered(rest["embedding"], embedding_VD)
     before, last = rest | {"layers": jax.tree.map(lambda leaf: leaf[:-1], params["layers"])}, rest["last"]
     rows, _ = Transformer(config, until_rows=True).apply(
         {"params": before}, tokens_BL, lengths_B, segments_BL=segments_BL
@@ -274,7 +274,7 @@ def extend(
     position_BQ: jax.Array,
     cache: Cache | tuple[Cache, ...],
     lengths_B: jax.Array | None = None,
-    keep_cache: bool = False,
+    return_cache: bool = False,
     at_BR: jax.Array | None = None,
 ):
     """Hidden states of the tokens at `position_BQ` only, and the renewed Cache if it is to be kept (else None).
@@ -283,17 +283,17 @@ def extend(
     before, an approximation for the mask predictor, whose every state depends on every token. Queries at positions
     >= L are padding: nothing sees them. With `at_BR` the states of those places among the Q only.
     """
-    return _apply(config, params, keep_cache, tokens_BQ, lengths_B, position_BQ, cache, at_BR)
+    return _apply(config, params, return_cache, tokens_BQ, lengths_B, position_BQ, cache, at_BR)
 
 
-def _apply(config, params, keep_cache, *inputs, **more):
-    module = Transformer(config, keep_cache=keep_cache, unstacked="layers" not in params)
+def _apply(config, params, return_cache, *inputs, **more):
+    module = Transformer(config, return_cache=return_cache, unstacked="layers" not in params)
     return module.apply({"params": params}, *inputs, **more)
 
 
 def table(config: ModelConfig, params: Parameters, name: str = "embedding") -> jax.Array:
-    """`embedding_VD` or `head_VD`: float32, or `fsdp.whole` from its parts."""
-    return fsdp.whole({name: params[name]}, jnp.dtype(config.dtype))[name]
+    """`embedding_VD` or `head_VD`: float32, or `fsdp.all_gather_params` from its parts."""
+    return fsdp.all_gather_params({name: params[name]}, jnp.dtype(config.dtype))[name]
 
 
 def head(config: ModelConfig, params: Parameters) -> jax.Array:

@@ -126,8 +126,8 @@ def _train(config: Config, mesh, request: Request) -> Program:
     mesh_lib.check(config, mesh)
     B, L = config.train.batch_size, config.data.sequence_length
     abstract = jax.eval_shape(functools.partial(step_lib.init_state, config))
-    state = _placed(abstract, step_lib.state_placements(config, mesh))
-    batch_BL = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=mesh_lib.placement(mesh, "BL"))
+    state = _placed(abstract, step_lib.state_shardings(config, mesh))
+    batch_BL = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=mesh_lib.sharding(mesh, "BL"))
     rows = B // config.train.microbatches * L // mesh.devices.size
     tokens = config.tokens_per_step
     return Program(
@@ -146,8 +146,8 @@ def _evaluate(config: Config, mesh, request: Request) -> Program:
     mesh_lib.check_parameters(config, mesh)
     estimator, L = validation.estimator_for(config), config.data.sequence_length
     B = validation.rows_at_once(config, mesh, config.evaluate.batches * config.train.batch_size)
-    rows = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=mesh_lib.placement(mesh, "BL"))
-    indices = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=mesh_lib.placement(mesh, "replicated"))
+    rows = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=mesh_lib.sharding(mesh, "BL"))
+    indices = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=mesh_lib.sharding(mesh, "replicated"))
     passes = B * L * (1 if estimator == "exact" else config.evaluate.draws)
     per_device = B * L // mesh.devices.size
     return Program(
@@ -194,7 +194,7 @@ def _likelihood(config: Config, mesh, request: Request) -> Program:
     B = mesh_lib.local_batch(request.batch or 1, mesh)
     params = _inference_parameters(config, mesh, request)
     rows = [
-        jax.ShapeDtypeStruct((B, L), dtype, sharding=mesh_lib.placement(mesh, "BL"))
+        jax.ShapeDtypeStruct((B, L), dtype, sharding=mesh_lib.sharding(mesh, "BL"))
         for dtype in (jnp.int32, bool, bool, bool)
     ]
     special = special_tokens(config)
@@ -222,9 +222,9 @@ def _sample(config: Config, mesh, request: Request) -> Program:
             f"--prompt_length={prompt} and --gen_length={written} are {L} tokens; the context is {m.max_length}"
         )
     params = _inference_parameters(config, mesh, request)
-    rows, each = mesh_lib.placement(mesh, "BL"), mesh_lib.placement(mesh, "B")
+    rows, each = mesh_lib.sharding(mesh, "BL"), mesh_lib.sharding(mesh, "B")
     tokens_BL = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=rows)
-    forbidden_F = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=mesh_lib.placement(mesh, "replicated"))
+    forbidden_F = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=mesh_lib.sharding(mesh, "replicated"))
     seed_B = jax.ShapeDtypeStruct((B,), jnp.uint32, sharding=each)
     if m.causal:
         prompt_B = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=each)
@@ -263,7 +263,7 @@ def _inference_parameters(config: Config, mesh, request: Request):
     dtype = jnp.dtype(request.dtype or "float32")
     abstract = transformer.abstract_parameters(config.model)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
-    return _placed(abstract, mesh_lib.parameter_placements(mesh, abstract))
+    return _placed(abstract, mesh_lib.parameter_shardings(mesh, abstract))
 
 
 def _placed(abstract, placements):

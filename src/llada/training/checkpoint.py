@@ -31,7 +31,7 @@ from llada.model import transformer
 from llada.training import optimizer, run_item
 from llada.training.leaves import FILE_BYTES, Leaf, open_leaves
 from llada.training.run_item import RunItem
-from llada.training.step import TrainState, init_state, state_placements
+from llada.training.step import TrainState, init_state, state_shardings
 
 # Orbax narrates every save, and where one fails its threads print the traceback of the exception that they then raise.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -120,7 +120,7 @@ class Checkpoints:
         """
         item = self.item(step)
         run_item.require_same(item, config, self.directory)
-        places = state_placements(config, mesh)
+        places = state_shardings(config, mesh)
         target = _placed(jax.eval_shape(lambda: init_state(config)), places)
         items = {"params": _to_restore(target.params)}
         if item.begun:
@@ -131,7 +131,7 @@ class Checkpoints:
             moments = found.optimizer_state
         else:
             moments = jax.jit(optimizer.make(config).init, out_shardings=places.optimizer_state)(found.params)
-        place = mesh_lib.placement(mesh, "replicated")
+        place = mesh_lib.sharding(mesh, "replicated")
         state = TrainState(jax.device_put(jnp.int32(step), place), found.params, moments)
         return Restored(state, item.cursor)
 
@@ -142,7 +142,7 @@ class Checkpoints:
         step = self._own(step).step
         abstract = transformer.abstract_parameters(config.model)
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), abstract)
-        target = _placed(abstract, mesh_lib.parameter_placements(mesh, abstract))
+        target = _placed(abstract, mesh_lib.parameter_shardings(mesh, abstract))
         with self.usable(step):
             return self.manager.restore(step, args=ocp.args.Composite(params=_to_restore(target))).params
 

@@ -28,7 +28,7 @@ from llada.training import run_item
 from llada.training import workdir as workdir_lib
 from llada.training.checkpoint import Checkpoints
 from llada.training.optimizer import parse_position, parse_schedule
-from llada.training.step import TrainState, compile_step, init_state, state_placements
+from llada.training.step import TrainState, compile_step, init_state, state_shardings
 from llada.training.stopping import Stop, stop_signals
 
 
@@ -113,7 +113,7 @@ class _Run:
         self.validate = Validator(config, special, text_bytes_V, corpus.holdout_NL, mesh)
         # The digest is of whole batches, so the process that keeps it reads them; the others read what they train on.
         B = config.train.batch_size
-        own = None if first else mesh_lib.own_positions(mesh, B)
+        own = None if first else mesh_lib.local_positions(mesh, B)
         stream = Batches(corpus.train_NL, B, config.seed, config.data.unique_tokens, own, tokenizer.vocab_size)
         self.positions = stream.positions
         self.batches = stream.iterate(self.step)
@@ -133,7 +133,7 @@ class _Run:
         rows_RL = next(self.batches)
         if processes.is_first():
             self.rows_digest = chain_digest(self.rows_digest, rows_RL)
-        batch_BL = mesh_lib.place_batch(self.mesh, rows_RL, self.positions, self.config.train.batch_size)
+        batch_BL = mesh_lib.shard_batch(self.mesh, rows_RL, self.positions, self.config.train.batch_size)
         self.state, values = self._step(batch_BL)
         self.log_previous()
         self.stop.ask()
@@ -265,7 +265,7 @@ class _Run:
     def _restore_or_init(self) -> tuple[TrainState, dict]:
         step = processes.from_first(self.checkpoints.latest())
         if step is None:
-            places = state_placements(self.config, self.mesh)
+            places = state_shardings(self.config, self.mesh)
             return jax.jit(lambda: init_state(self.config), out_shardings=places)(), {}
         self.progress.say(f"continuing from step {step} of {self.workdir}")
         return self.checkpoints.restore(self.config, self.mesh, step)

@@ -31,9 +31,9 @@ def init_state(config: Config) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.make(config).init(params))
 
 
-def state_placements(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+def state_shardings(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """Shardings of a TrainState; optimizer moments lie where their parameters do."""
-    return mesh_lib.parameter_placements(mesh, jax.eval_shape(functools.partial(init_state, config)))
+    return mesh_lib.parameter_shardings(mesh, jax.eval_shape(functools.partial(init_state, config)))
 
 
 def train_step(state: TrainState, batch_BL: jax.Array, config: Config, special: SpecialTokens):
@@ -102,11 +102,11 @@ def _gradient_sums(config: Config, special: SpecialTokens, batch_size: int, para
 
 def compile_step(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh):
     """The jitted step: state donated, every input and output placed by the table in `mesh.py`."""
-    places = state_placements(config, mesh)
-    replicated = mesh_lib.placement(mesh, "replicated")
+    places = state_shardings(config, mesh)
+    replicated = mesh_lib.sharding(mesh, "replicated")
     return jax.jit(
         functools.partial(train_step, config=config, special=special),
-        in_shardings=(places, mesh_lib.placement(mesh, "BL")),
+        in_shardings=(places, mesh_lib.sharding(mesh, "BL")),
         out_shardings=(places, replicated),
         donate_argnums=0,
         compiler_options=fsdp.compiler_options(mesh, config.mesh.tpu_options),

@@ -27,9 +27,9 @@ class Stop:
         self._alone = processes.count() == 1
         self._agreed = 0
         self._asked: jax.Array | None = None
-        self._place = mesh_lib.placement(mesh, "devices")
+        self._place = mesh_lib.sharding(mesh, "devices")
         self._devices = mesh.size
-        self._largest = jax.jit(jnp.max, out_shardings=mesh_lib.placement(mesh, "replicated"))
+        self._largest = jax.jit(jnp.max, out_shardings=mesh_lib.sharding(mesh, "replicated"))
 
     @property
     def number(self) -> int:
