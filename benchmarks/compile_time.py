@@ -33,8 +33,8 @@ from llada.objectives import noise as noise_lib
 from llada.objectives import vocabulary_head
 from llada.objectives.contract import SpecialTokens
 from llada.training import loop
-from llada.training import metrics as metrics_lib
 from llada.training import step as step_lib
+from llada.training.progress import TerminalProgress
 
 BATCH, LENGTH = 4, 256
 
@@ -124,7 +124,7 @@ def traces() -> dict:
             evaluate = dataclasses.replace(config.evaluate, every=3, batches=1, draws=1)
             train = dataclasses.replace(config.train, steps=6)
             config = dataclasses.replace(config, data=data, evaluate=evaluate, train=train)
-            loop.train(config, Path(directory) / "run", metrics_lib.Progress(config, quiet=True))
+            loop.train(config, Path(directory) / "run", TerminalProgress(config, quiet=True))
     finally:
         step_lib.train_step = original
     return {"steps": 6, "traces": len(calls)}

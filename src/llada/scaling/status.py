@@ -12,7 +12,7 @@ from llada.config import Config
 from llada.scaling.grid import FAMILIES, PlannedRun
 from llada.scaling.rates import Rate
 from llada.scaling.results import FAILED, FINISHED, RUNNING, Result
-from llada.training.metrics import Progress, clock
+from llada.training.progress import Progress, clock
 
 _REFRESH_SECONDS = 2.0
 _LINE_SECONDS = 60.0  # in a file, a line of news so often
@@ -192,7 +192,7 @@ class Board:
         self.live.update(Group(grid_table(self.runs, self.results, self.current), Text(status)), refresh=True)
 
 
-class _RunProgress(Progress):
+class _RunProgress:
     """One run's news, on the board."""
 
     def __init__(self, run: PlannedRun, board: Board):
@@ -201,10 +201,10 @@ class _RunProgress(Progress):
         board.current[run.name] = "starting"
         board.show()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.board.line = text if text.startswith("continuing") else self.board.line
 
-    def train(self, step: int, values: dict[str, float]) -> None:
+    def window(self, step: int, values: dict[str, float]) -> None:
         rate = values.get("speed/tokens_per_second")
         left = f", {clock((self.config.steps - step) * self.config.tokens_per_step / rate)} left" if rate else ""
         self.board.current[self.run.name] = f"{step / self.config.steps:.0%}"

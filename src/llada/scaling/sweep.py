@@ -30,6 +30,7 @@ from llada.training import loop
 from llada.training import metrics as metrics_lib
 from llada.training import workdir as workdir_lib
 from llada.training.optimizer import parse_schedule
+from llada.training.progress import Progress
 
 
 class Sweep(NamedTuple):
@@ -293,7 +294,7 @@ def _summary(workdir: Path) -> dict[str, Any]:
 def run_all(
     sweep: Sweep,
     mine: Sequence[PlannedRun],
-    progress: Callable[[PlannedRun], metrics_lib.Progress],
+    progress: Callable[[PlannedRun], Progress],
     ended: Callable[[PlannedRun, str], None],
     retry_failed: bool = False,
 ) -> None:

@@ -28,6 +28,7 @@ from llada.training import run_item
 from llada.training import workdir as workdir_lib
 from llada.training.checkpoint import Checkpoints
 from llada.training.optimizer import parse_position, parse_schedule
+from llada.training.progress import Progress, TerminalProgress
 from llada.training.step import TrainState, compile_step, init_state, state_shardings
 from llada.training.stopping import Stop, stop_signals
 
@@ -35,7 +36,7 @@ from llada.training.stopping import Stop, stop_signals
 def train(
     config: Config,
     workdir: Path,
-    progress: metrics_lib.Progress | None = None,
+    progress: Progress | None = None,
     allow_rate_jump: bool = False,
 ) -> dict:
     """Train `config` in `workdir` until its last step; returns the summary it wrote to `summary.json`.
@@ -47,7 +48,7 @@ def train(
     workdir = user_path(workdir, "--workdir")
     workdir_lib.require_same(config)
     first = processes.is_first()
-    progress = (progress if first else None) or metrics_lib.Progress(config, quiet=not first)
+    progress = (progress if first else None) or TerminalProgress(config, quiet=not first)
     # What can be refused without any work, before anything is written.
     evaluation_steps(config)
     parse_schedule(config.optimizer.schedule, config.steps * config.tokens_per_step)
@@ -63,9 +64,9 @@ def train(
         at = workdir_lib.claim(workdir, config, allow_rate_jump)
         done = _summary_of(workdir) if at is not None and at >= config.steps else None
         if at is not None and at > config.steps:
-            progress.say(f"{workdir} is already at step {at} of {config.steps}: nothing to do")
+            progress.log(f"{workdir} is already at step {at} of {config.steps}: nothing to do")
             return done or {"step": at}
-        tokenizer, corpus = workdir_lib.prepare(workdir, config, progress.say, received.check)
+        tokenizer, corpus = workdir_lib.prepare(workdir, config, progress.log, received.check)
         received.answer = "finishing this step and saving"
         with (
             processes.ending_together(UserError, Interrupted, advice=advice),
@@ -95,7 +96,7 @@ class _Run:
         corpus: Corpus,
         checkpoints: Checkpoints,
         stop: Stop,
-        progress: metrics_lib.Progress,
+        progress: Progress,
     ):
         self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
         self.tokenizer, self.corpus, self.checkpoints, self.progress = tokenizer, corpus, checkpoints, progress
@@ -151,10 +152,10 @@ class _Run:
         """Dispatch a step; the first is compiled, which is said, as it may take minutes."""
         if self.compiled:
             return self.train_step(self.state, batch_BL)
-        self.progress.say("compiling the training step ...")
+        self.progress.log("compiling the training step ...")
         start = time.perf_counter()
         out = self.train_step(self.state, batch_BL)
-        self.progress.say(f"compiled in {time.perf_counter() - start:.1f} s")
+        self.progress.log(f"compiled in {time.perf_counter() - start:.1f} s")
         self.compiled = True
         return out
 
@@ -180,7 +181,7 @@ class _Run:
         if self.step % self.config.train.log_every == 0 or self.step == self.config.steps:
             window = self.meter.window(self.step, values)
             self.record(window)
-            self.progress.train(self.step, window)
+            self.progress.window(self.step, window)
 
     def settle(self) -> None:
         """Catch up with the device, and keep what follows out of the speed."""
@@ -192,7 +193,7 @@ class _Run:
         """Held-out figure of the present parameters."""
         if self.last_evaluation is None:
             rows = f"{len(self.validate.rows_NL):,} held-out rows"
-            self.progress.say(f"evaluating on {rows} (compiled first) ...")
+            self.progress.log(f"evaluating on {rows} (compiled first) ...")
         v = self.validate(self.state.params)
         values = {f"eval/{name}": getattr(v, name) for name in metrics_lib.EVALUATED}
         totals = metrics_lib.run_totals(self.config, self.step)
@@ -267,7 +268,7 @@ class _Run:
         if step is None:
             places = state_shardings(self.config, self.mesh)
             return jax.jit(lambda: init_state(self.config), out_shardings=places)(), {}
-        self.progress.say(f"continuing from step {step} of {self.workdir}")
+        self.progress.log(f"continuing from step {step} of {self.workdir}")
         return self.checkpoints.restore(self.config, self.mesh, step)
 
     def _due(self, every: int) -> bool:
@@ -277,7 +278,7 @@ class _Run:
         c, d = self.config, self.corpus.metadata
         count = accounting.parameters(c.model)
         epochs = c.steps * c.tokens_per_step / min(c.data.unique_tokens or d.train_tokens, d.train_tokens)
-        self.progress.say(
+        self.progress.log(
             f"{c.objective.name}: {count.total:,} parameters ({count.non_embedding:,} without embeddings), "
             f"{c.steps:,} steps x {c.tokens_per_step:,} tokens ({epochs:.2f} epochs); "
             f"corpus {d.source}: {d.train_documents:,} documents, {d.train_tokens:,} tokens, "

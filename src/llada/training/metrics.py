@@ -1,17 +1,15 @@
-"""What a run reports: names and units, the windowed record, the writers, the progress line.
+"""What a run records: names and units, means over windows, the files they are written to.
 
 `metrics.jsonl` has one line per `train.log_every` steps and one per evaluation; TensorBoard gets the same numbers.
 """
 
 import contextlib
-import math
 import sys
 import time
 from collections import deque
 from pathlib import Path
 
 import jax
-from rich.console import Console
 
 from llada import accounting, json_files
 from llada.config import Config
@@ -225,55 +223,3 @@ def _parsed(content: bytes) -> tuple[list[dict], list[int]]:
     if bad and not content.endswith(b"\n") and bad[-1] == content.count(b"\n") + 1:
         bad.pop()
     return good, bad
-
-
-class Progress:
-    """One line per window on the terminal (coloured there, plain in a file)."""
-
-    def __init__(self, config: Config, quiet: bool = False):
-        self.config = config
-        self.console = Console(highlight=False, soft_wrap=True, stderr=True, quiet=quiet)
-
-    def say(self, text: str) -> None:
-        """A remark between progress lines."""
-        self._print(text, style="cyan")
-
-    def _print(self, text: str, style: str | None = None) -> None:
-        # The terminal may have gone, or the pipe: the run has not.
-        with contextlib.suppress(OSError, ValueError):
-            self.console.print(text, markup=False, style=style)
-
-    def train(self, step: int, values: dict[str, float]) -> None:
-        """step, loss, speed, MFU where known, time left."""
-        parts = [
-            f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}",
-            f"loss {values['train/loss_nats_per_token']:.4f} nats/token",
-            f"lr {values['train/learning_rate']:.2e}",
-            f"|g| {values['train/grad_norm']:.2f}",
-        ]
-        rate = values.get("speed/tokens_per_second")
-        if rate:
-            left = (self.config.steps - step) * self.config.tokens_per_step / rate
-            parts.append(f"{rate:,.0f} tokens/s")
-            if "speed/mfu_percent" in values:
-                parts.append(f"MFU {values['speed/mfu_percent']:.1f} %")
-            parts.append(f"{clock(left)} left")
-        self._print("  ".join(parts))
-
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """The held-out figure, with its error."""
-        kind = "NLL" if self.config.objective.name == "autoregressive" else "bound"
-        error = values["eval/stderr"]
-        error = f" ± {error:.4f}" if error is not None and math.isfinite(error) else ""
-        self._print(
-            f"step {step}: held-out {kind} {values['eval/nats_per_token']:.4f}{error} nats/token"
-            f"  {values['eval/bits_per_byte']:.4f} bits/byte",
-            style="bold green",
-        )
-
-
-def clock(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
