@@ -1,12 +1,15 @@
-"""Projected training steps of LLaDA 1B and 8B (and the ARMs) on five TPU generations: docs/plan/table.{md,json}.
+"""Projected training steps of LLaDA 1B and 8B (and the ARMs) on five TPU generations: docs/plan/table.md and .json.
 
 python benchmarks/plan_table.py [--models=llada_1b,llada_8b] [--topologies=v5p:4x4x8,2xv5p:4x4x8] [--again]
+
+table.md is in git, one row an entry; table.json, which holds the whole plan of each, is written beside it and is not:
+without it the entries are compiled again, and each replaces its row of table.md when it is done.
 
 A topology is a slice, or that many of them (2xv5p:4x4x8), joined by the data-centre network.
 
 Each entry is the real step compiled for the slice, parameters split over FSDP devices (on a torus of three axes not
 over all: there gradients would come back whole) and repeated over the rest, with the fewest microbatches that fit; a
-compilation that does not fit says how many to try next. Entries already in table.json are kept: interrupt it freely.
+compilation that does not fit says how many to try next. Entries already in table.json are skipped: interrupt it freely.
 Nothing here is a measurement. Needs libtpu (pip install 'llada-jax[tpu]'); about 2 minutes a compilation on 2 cores.
 """
 
@@ -38,26 +41,28 @@ def main():
     parser.add_argument("--remat", default=None, help="default: the least that memory has room for")
     parser.add_argument("--most", type=int, default=None, help="compile at most so many entries, then stop")
     parser.add_argument(
-        "--again", action="store_true", help="compile entries that are there already, from their microbatches on"
+        "--again", action="store_true", help="compile entries of table.json too, from their microbatches on"
     )
-    given = parser.parse_args()
+    options = parser.parse_args()
     out = ROOT / "docs" / "plan"
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "table.json"
+    path, page = out / "table.json", out / "table.md"
     entries = json.loads(path.read_text()) if path.exists() else {}
+    rows = read_rows(page.read_text()) if page.exists() else {}
     done = 0
-    for model in given.models.split(","):
-        for name in given.topologies.split(","):
-            remat = given.remat or least_remat(model, name)
+    for model in options.models.split(","):
+        for name in options.topologies.split(","):
+            remat = options.remat or least_remat(model, name)
             key = f"{model} {name} {remat}"
-            if (key in entries and not given.again) or (given.most is not None and done >= given.most):
+            if (key in entries and not options.again) or (options.most is not None and done >= options.most):
                 continue
             # Less recomputation needs more memory: no fewer microbatches than with more.
             known = entries.get(key) or entries.get(f"{model} {name} full", {})
             entries[key] = entry(model, name, remat, known.get("microbatches", 1))
             done += 1
             path.write_text(json.dumps(entries, indent=1) + "\n")
-            (out / "table.md").write_text(table(entries))
+            rows |= {key: row(key, found) for key, found in entries.items()}
+            page.write_text(table(rows))
 
 
 def least_remat(model: str, name: str) -> str:
@@ -116,16 +121,14 @@ def key_line(model: str, name: str, found: dict) -> str:
     return f"{model} {name}: {p['seconds']:.2f} s a step, useful MFU {p['useful_mfu']:.1%}"
 
 
-def table(entries: dict) -> str:
-    """The Markdown page."""
+def table(rows: dict[str, str]) -> str:
+    """The Markdown page of these rows, by key."""
+    claim, method = report.METHOD.split(". ", 1)
     lines = [
         "# Projected training steps",
         "",
-        "Written by `python benchmarks/plan_table.py`. **"
-        + report.METHOD.split(". ", 1)[0]
-        + ".** "
-        + report.METHOD.split(". ", 1)[1]
-        + " Attention kernels, for which the compiler estimates nothing, are taken at half of peak with 128 channels a "
+        "Written by `python benchmarks/plan_table.py`, which also writes `docs/plan/table.json` (not in git): the whole "
+        f"plan of each row. **{claim}.** {method} Attention kernels, for which the compiler estimates nothing, are taken at half of peak with 128 channels a "
         "head and in proportion with fewer, causal ones for the tiles that they do. Useful "
         "MFU credits the vocabulary head on the rows that meet it, dense-credit MFU on all; neither credits "
         "recomputation. The floor is the roofline alone: what perfect overlap would reach. The batch of a step is the "
@@ -136,22 +139,34 @@ def table(entries: dict) -> str:
         "| useful MFU | dense-credit MFU | floor, s | days for its tokens |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for key, found in sorted(entries.items(), key=lambda entry: rank(entry[0])):
-        model, name, remat = key.split()
-        if "refusal" in found:
-            lines.append(f"| `{model}` | {name} | | | {remat} | {found['refusal']} |" + " |" * 10)
-            continue
-        p, t, m, f = (found[group] for group in ("projection", "traffic", "hbm_bytes", "matrix_flops"))
-        at_once = found["batch_size"] // found["devices"] // found["microbatches"]
-        lines.append(
-            f"| `{model}` | {name} | {found['chips']} "
-            f"| {found['mesh']['data']} x {found['mesh']['fsdp']} | {remat} | {at_once} "
-            f"| {m['peak'] / 2**30:.1f} of {m['capacity'] / 2**30:.1f} | {f['executed_over_useful']:.3f} "
-            f"| {t['fsdp_over_minimum']:.2f} | {t['parts_asynchronous_share']:.0%} | {p['seconds']:.2f} "
-            f"| {p['tokens_per_second_per_chip']:,.0f} | {p['useful_mfu']:.1%} | {p['dense_credit_mfu']:.1%} "
-            f"| {p['roofline_seconds']:.2f} | {p['budget_days']:,.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(rows[key] for key in sorted(rows, key=rank))]) + "\n"
+
+
+def read_rows(page: str) -> dict[str, str]:
+    """The rows of a page by key (model, slice and remat)."""
+    found = {}
+    for line in page.splitlines():
+        if line.startswith("| `"):
+            model, name, _, _, remat = (cell.strip(" `") for cell in line.split("|")[1:6])
+            found[f"{model} {name} {remat}"] = line
+    return found
+
+
+def row(key: str, found: dict) -> str:
+    """One line of the table."""
+    model, name, remat = key.split()
+    if "refusal" in found:
+        return f"| `{model}` | {name} | | | {remat} | {found['refusal']} |" + " |" * 10
+    p, t, m, f = (found[group] for group in ("projection", "traffic", "hbm_bytes", "matrix_flops"))
+    at_once = found["batch_size"] // found["devices"] // found["microbatches"]
+    return (
+        f"| `{model}` | {name} | {found['chips']} "
+        f"| {found['mesh']['data']} x {found['mesh']['fsdp']} | {remat} | {at_once} "
+        f"| {m['peak'] / 2**30:.1f} of {m['capacity'] / 2**30:.1f} | {f['executed_over_useful']:.3f} "
+        f"| {t['fsdp_over_minimum']:.2f} | {t['parts_asynchronous_share']:.0%} | {p['seconds']:.2f} "
+        f"| {p['tokens_per_second_per_chip']:,.0f} | {p['useful_mfu']:.1%} | {p['dense_credit_mfu']:.1%} "
+        f"| {p['roofline_seconds']:.2f} | {p['budget_days']:,.0f} |"
+    )
 
 
 if __name__ == "__main__":
