@@ -127,12 +127,13 @@ def table(rows: dict[str, str]) -> str:
     lines = [
         "# Projected training steps",
         "",
-        "Written by `python benchmarks/plan_table.py`, which also writes `docs/plan/table.json` (not in git): the whole "
-        f"plan of each row. **{claim}.** {method} Attention kernels, for which the compiler estimates nothing, are taken at half of peak with 128 channels a "
-        "head and in proportion with fewer, causal ones for the tiles that they do. Useful "
-        "MFU credits the vocabulary head on the rows that meet it, dense-credit MFU on all; neither credits "
-        "recomputation. The floor is the roofline alone: what perfect overlap would reach. The batch of a step is the "
-        "experiment's, or the next smaller multiple of the devices (2xv6e: 1,024 sequences for 1,280).",
+        "Written by `python benchmarks/plan_table.py`, which also writes `docs/plan/table.json` (not in git): the "
+        f"whole plan of each row. **{claim}.** {method} Attention kernels, for which the compiler estimates nothing, "
+        "are taken at half of peak with 128 channels a head and in proportion with fewer, causal ones for the tiles "
+        "that they do. Useful MFU credits the vocabulary head on the rows that meet it, dense-credit MFU on all; "
+        "neither credits recomputation. The floor is the roofline alone: what perfect overlap would reach. The batch "
+        "of a step is the experiment's, or the next smaller multiple of the devices (2xv6e: 1,024 sequences for "
+        "1,280).",
         "",
         "| model | slice | chips | data x fsdp | remat | sequences at once per device | peak HBM GiB of "
         "| executed / useful | FSDP bytes / least | gathers and scatters asynchronous | s per step | tokens/s/chip "
