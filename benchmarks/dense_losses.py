@@ -5,6 +5,7 @@ Importing this file adds objectives to the training step's, WHOLE and CHUNKED. B
 vocabulary head itself, with loops of as many turns whatever is masked.
 """
 
+import dataclasses
 import functools
 from unittest import mock
 
@@ -15,7 +16,7 @@ import optax
 from llada.objectives import diffusion, vocabulary_head
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import LossTerms
-from llada.objectives.objective import LOSSES
+from llada.objectives.families import DIFFUSION, FAMILIES
 
 WHOLE = "dense"  # all logits at once, kept for the backward pass
 CHUNKED = "chunked"  # of CHUNK positions, computed again in the backward pass: 8 V d FLOPs a position for 6
@@ -61,6 +62,9 @@ def _static(*given) -> LossTerms:
         return diffusion.loss(*given)
 
 
-LOSSES[STATIC] = _static
-LOSSES[WHOLE] = functools.partial(_loss, _nats)
-LOSSES[CHUNKED] = functools.partial(_loss, _nats_in_chunks)
+for _name, _rival in (
+    (STATIC, _static),
+    (WHOLE, functools.partial(_loss, _nats)),
+    (CHUNKED, functools.partial(_loss, _nats_in_chunks)),
+):
+    FAMILIES[_name] = dataclasses.replace(DIFFUSION, loss=_rival)

@@ -17,7 +17,6 @@ from jax.flatten_util import ravel_pytree
 from numpy.polynomial import Polynomial
 
 from llada.config import ModelConfig, ObjectiveConfig
-from llada.evaluation import validation
 from llada.model import transformer
 from llada.objectives import autoregressive, diffusion
 from llada.objectives import noise as noise_lib
@@ -109,7 +108,7 @@ def draws(params, log_p) -> Draws:
     def estimate(x0_BL, row_B, estimator):
         predict = functools.partial(transformer.hidden, DIFFUSION, params)
         head = transformer.head(DIFFUSION, params)
-        return validation.bound_draws(predict, head, x0_BL, row_B, M, MASK, estimator, 4096)
+        return diffusion.held_out_nats(predict, head, x0_BL, row_B, SpecialTokens(MASK, 0), M, estimator, 4096)
 
     nats = {name: np.asarray(estimate(TEXTS[text], rows, name), np.float64) for name in diffusion.ESTIMATORS}
     part = slice(100, 111)

@@ -9,6 +9,7 @@ the last layer, for rows without a mask, is in both.
 from typing import NamedTuple
 
 from llada.config import Config, ModelConfig
+from llada.objectives import families
 
 
 class ParameterCount(NamedTuple):
@@ -45,15 +46,8 @@ def flops_exact_per_token(config: Config, dense_head: bool = False) -> float:
 
 
 def head_fraction(config: Config) -> float:
-    """Expected share of positions that meet the vocabulary head: E[p] = (1 + eps) / 2 for the diffusion objective.
-
-    ValueError for an objective that is not known here: its share is to be worked out, not guessed.
-    """
-    if config.objective.name == "autoregressive":
-        return 1.0
-    if config.objective.name == "diffusion":
-        return (1 + config.objective.eps) / 2
-    raise ValueError(f"accounting.head_fraction does not know objective.name={config.objective.name!r}; add its share")
+    """Expected share of positions that meet the vocabulary head, by the config's family."""
+    return families.of(config).head_fraction(config.objective)
 
 
 # Dense bf16 peak FLOP/s of one device, by the name JAX gives it (JAX's own table for TPUs; vendors' sheets for GPUs).

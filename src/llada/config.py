@@ -23,6 +23,9 @@ from llada.knobs import build, knob
 # things that are allocated or walked through, and counts that are only compared.
 _LAYERS, _WIDTH, _ROWS, _STEPS, _FAR = 10_000, 2**17, 2**24, 2**31 - 1, 10**15
 
+# The families by name, and whether attention is to the left only; what else a family is: objectives/families.py.
+CAUSAL = {"diffusion": False, "autoregressive": True}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -50,7 +53,7 @@ class ModelConfig:
     )
     scan_unroll: int | None = knob(
         None,
-        "layers per turn of the scan; None: 4 on CPU, all on GPU, 1 on TPU",
+        "layers per iteration of the scan; None: 4 on CPU, all on GPU, 1 on TPU",
         above=0,
         most=_LAYERS,
         changeable=True,
@@ -58,7 +61,7 @@ class ModelConfig:
     remat: str = knob(
         "none",
         "what the backward pass recomputes: none; dots (all but products and attention); attention (all but "
-        "attention); full (each layer from its input); offload (the same, those inputs kept in the host's memory)",
+        "attention); full (each layer from its input); offload (the same, those inputs stored in the host's memory)",
         choices=("none", "dots", "attention", "full", "offload"),
         changeable=True,
     )
@@ -78,7 +81,7 @@ class ModelConfig:
 class ObjectiveConfig:
     """The training objective; `eps`, `time_sampling` matter to the diffusion objective only."""
 
-    name: str = knob("diffusion", "LLaDA's bound, or an ARM's NLL", choices=("diffusion", "autoregressive"))
+    name: str = knob("diffusion", "LLaDA's bound, or an ARM's NLL", choices=tuple(CAUSAL))
     eps: float = knob(1e-3, "masking probability p = (1 - eps) t + eps", least=0, below=1)
     time_sampling: str = knob(
         "stratified", "of t: over the global batch, or iid as in the paper", choices=("stratified", "iid")
@@ -115,7 +118,7 @@ class DataConfig:
         None, "held-out documents of one's own, written as `source`; None: by the fraction"
     )
     directory: str | None = knob(
-        None, "where the rows of tokens are kept, for many runs to share; None: the workdir", changeable=True
+        None, "where the rows of tokens are stored, for many runs to share; None: the workdir", changeable=True
     )
     unique_tokens: int | None = knob(
         None, "train on so many tokens, again and again; None: on the whole training side", above=0, most=_FAR
@@ -193,6 +196,23 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DebugConfig:
+    """What to record of a call of `llada train`; the run's figures stay the same to the bit."""
+
+    profile_steps: int = knob(
+        0,
+        "steps to trace, from the third of this call on, into profile/ of the workdir",
+        least=0,
+        most=1000,
+        changeable=True,
+    )
+    nans: bool = knob(False, "stop where the first NaN is computed, and name the operation (slow)", changeable=True)
+    dump_hlo: bool = knob(
+        False, "write the step's program, lowered and compiled, into hlo/ of the workdir", changeable=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole of a run."""
 
@@ -205,6 +225,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    debug: DebugConfig = DebugConfig()
 
     @property
     def tokens_per_step(self) -> int:
@@ -289,50 +310,51 @@ def _value(config: Config, key: str) -> Any:
 def _validate(config: Config) -> None:
     """Refuse what cannot work, naming the value, the rule and the flag. Mesh against devices: see `mesh.check`."""
     knobs.check(config, "config")
-    _check_model(config.model)
-    _check_run(config)
+    for require in (_require_heads, _require_lengths, _require_steps):
+        require(config)
 
 
-def _check_model(m: ModelConfig) -> None:
-    """Heads against width and each other."""
-    _require(m.width % m.heads == 0, "model.heads", m.heads,
-             f"it must divide model.width={m.width}: {_divisors(m.width, m.heads)}")  # fmt: skip
-    _require(m.head_size % 2 == 0, "model.heads", m.heads,
-             f"rotary embedding needs model.width={m.width} / heads, now {m.head_size}, to be even")  # fmt: skip
-    _require(m.heads % m.key_value_heads == 0, "model.kv_heads", m.kv_heads,
-             f"it must divide model.heads={m.heads}: {_divisors(m.heads, m.key_value_heads)}")  # fmt: skip
+def _require_heads(c: Config) -> None:
+    m = c.model
+    _require(c, m.width % m.heads == 0, "model.heads", f"it must divide {_divisors(m.width, m.heads, 'model.width')}")
+    even = f"rotary embedding needs model.width={m.width} / heads, now {m.head_size}, to be even"
+    _require(c, m.head_size % 2 == 0, "model.heads", even)
+    groups = f"it must divide {_divisors(m.heads, m.key_value_heads, 'model.heads')}"
+    _require(c, m.heads % m.key_value_heads == 0, "model.kv_heads", groups)
+    causal = CAUSAL[c.objective.name]
+    rule = f"objective.name={c.objective.name} needs {causal}; change one of the two"
+    _require(c, m.causal == causal, "model.causal", rule)
 
 
-def _check_run(c: Config) -> None:
-    """Keys that must fit each other."""
-    causal = c.objective.name == "autoregressive"
-    _require(c.model.causal == causal, "model.causal", c.model.causal,
-             f"objective.name={c.objective.name} needs {causal}; change one of the two")  # fmt: skip
-    _require(c.data.sequence_length <= c.model.max_length, "data.sequence_length", c.data.sequence_length,
-             f"it must not exceed model.max_length={c.model.max_length}; lower the one or raise the other")  # fmt: skip
-    _require(c.data.unique_tokens is None or c.data.unique_tokens >= c.data.sequence_length, "data.unique_tokens",
-             c.data.unique_tokens, f"one row is data.sequence_length={c.data.sequence_length} tokens")  # fmt: skip
+def _require_lengths(c: Config) -> None:
+    length, most = c.data.sequence_length, c.model.max_length
+    rule = f"it must not exceed model.max_length={most}; lower the one or raise the other"
+    _require(c, length <= most, "data.sequence_length", rule)
+    enough = c.data.unique_tokens is None or c.data.unique_tokens >= length
+    _require(c, enough, "data.unique_tokens", f"one row is data.sequence_length={length} tokens")
+
+
+def _require_steps(c: Config) -> None:
     given = [f"{key}={value}" for key, value in (("steps", c.train.steps), ("tokens", c.train.tokens)) if value]
     if len(given) != 1:
         got = " and ".join(given) or "none"
         raise UserError(f"give one of --config.train.steps and --config.train.tokens, not {got}")
-    _require(c.steps > 0, "train.tokens", c.train.tokens,
-             f"one step is {c.tokens_per_step} tokens (train.batch_size x data.sequence_length)")  # fmt: skip
-    _require(c.steps <= _STEPS, "train.tokens", c.train.tokens,
-             f"they are {c.steps:,} steps, and a run has at most {_STEPS:,}")  # fmt: skip
-    _require(c.tokens_per_step <= _STEPS, "train.batch_size", c.train.batch_size,
-             f"times data.sequence_length={c.data.sequence_length} it must be at most {_STEPS:,} tokens")  # fmt: skip
-    _require(c.train.batch_size % c.train.microbatches == 0, "train.batch_size", c.train.batch_size,
-             f"it must be a multiple of train.microbatches={c.train.microbatches}")  # fmt: skip
+    step = f"one step is {c.tokens_per_step} tokens (train.batch_size x data.sequence_length)"
+    _require(c, c.steps > 0, "train.tokens", step)
+    _require(c, c.steps <= _STEPS, "train.tokens", f"they are {c.steps:,} steps, and a run has at most {_STEPS:,}")
+    times = f"times data.sequence_length={c.data.sequence_length} it must be at most {_STEPS:,} tokens"
+    _require(c, c.tokens_per_step <= _STEPS, "train.batch_size", times)
+    multiple = f"it must be a multiple of train.microbatches={c.train.microbatches}"
+    _require(c, c.train.batch_size % c.train.microbatches == 0, "train.batch_size", multiple)
 
 
-def _require(ok: bool, key: str, value: Any, rule: str) -> None:
+def _require(config: Config, ok: bool, key: str, rule: str) -> None:
     if not ok:
-        raise UserError(f"--config.{key}={value}: {rule}")
+        raise UserError(f"--config.{key}={_value(config, key)}: {rule}")
 
 
-def _divisors(n: int, near: int) -> str:
-    """In words; of many, the eight closest to `near`."""
+def _divisors(n: int, near: int, key: str) -> str:
+    """`key=n: ` and the divisors of n; of many, the eight closest to `near`."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    found = sorted({*small, *(n // d for d in small)}, key=lambda d: abs(d - near))
-    return ", ".join(map(str, sorted(found[:8]))) + (", ..." if len(found) > 8 else "")
+    divisors = sorted({*small, *(n // d for d in small)}, key=lambda d: abs(d - near))
+    return f"{key}={n}: " + ", ".join(map(str, sorted(divisors[:8]))) + (", ..." if len(divisors) > 8 else "")

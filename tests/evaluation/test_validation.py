@@ -18,6 +18,7 @@ from llada.config import MeshConfig
 from llada.errors import DataError, UserError
 from llada.evaluation import validation
 from llada.evaluation.validation import Validator, stratified_variance
+from llada.objectives import diffusion
 from llada.objectives.autoregressive import shift_right
 from llada.objectives.contract import SpecialTokens
 from llada.training import workdir as workdir_lib
@@ -143,12 +144,12 @@ def test_draws_take_equal_slices_and_each_has_masks_of_its_own(monkeypatch):
 
     def drawn(told) -> np.ndarray:
         with monkeypatch.context() as patch:
-            patch.setattr(
-                validation.diffusion, "corrupt", lambda x0, u, uniform, *_: SimpleNamespace(weight_B=told(u, uniform))
-            )
-            patch.setattr(validation.diffusion, "bound_terms", lambda *_: (0.0, jnp.ones((3, 1))))
+            patch.setattr(diffusion, "corrupt", lambda x0, u, uniform, *_: SimpleNamespace(weight_B=told(u, uniform)))
+            patch.setattr(diffusion, "bound_terms", lambda *_: (0.0, jnp.ones((3, 1))))
             rows = jnp.ones((3, 8), jnp.int32), jnp.array([0, 5, 6])
-            return np.asarray(jax.jit(lambda: validation.bound_draws(None, None, *rows, 4, 3, "l_of_L", None))())
+            return np.asarray(
+                jax.jit(lambda: diffusion.held_out_nats(None, None, *rows, SpecialTokens(3, 2), 4, "l_of_L", None))()
+            )
 
     u_MB, sum_MB = drawn(lambda u, uniform: u), drawn(lambda u, uniform: jnp.sum(uniform, axis=1))
     np.testing.assert_allclose((u_MB - u_MB[0]) % 1.0, np.arange(4)[:, None] / 4 * np.ones(3), atol=1e-6)

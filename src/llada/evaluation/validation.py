@@ -16,11 +16,8 @@ from llada.config import Config
 from llada.data.rows import chain_digest
 from llada.errors import DataError, UserError
 from llada.model import transformer
-from llada.objectives import autoregressive, diffusion
-from llada.objectives import noise as noise_lib
-from llada.objectives.contract import Predictor, SpecialTokens, segments
-
-_SEED = 0  # not the run's: runs with different seeds are evaluated on the same masks
+from llada.objectives import families
+from llada.objectives.contract import SpecialTokens, segments
 
 
 class Validation(NamedTuple):
@@ -47,34 +44,6 @@ class Validation(NamedTuple):
     eval_rows_digest: str
 
 
-def bound_draws(
-    predict: Predictor,
-    head_VD: jax.Array,
-    x0_BL: jax.Array,
-    row_B: jax.Array,
-    draws: int,
-    mask_id: int,
-    estimator: str,
-    head_rows: int | None,
-) -> jax.Array:
-    """`nats_MB`: M = `draws` unbiased estimates of each row's bound, in nats per row; LLaDA Eq. (4) or (6).
-
-    Over the draws of a row, l (or t) is stratified: draw m takes the m-th of M equal slices of [0, 1), shifted by one
-    uniform number per row; each draw alone keeps its law (`diffusion.corrupt`).
-    """
-    B, L = x0_BL.shape
-    shift_B = noise_lib.uniform(noise_lib.Noise(_SEED, 0, row_B, B), noise_lib.EVALUATION_TIME)
-
-    def draw(_, m):
-        u_B = (shift_B + m.astype(jnp.float32) / draws) % 1.0
-        uniform_BL = noise_lib.uniform(noise_lib.Noise(_SEED, m, row_B, B), noise_lib.EVALUATION_MASK, (L,))
-        corruption = diffusion.corrupt(x0_BL, u_B, uniform_BL, jnp.ones((B, L), bool), mask_id, estimator)
-        _, nats_BL = diffusion.bound_terms(predict, head_VD, x0_BL, None, corruption, head_rows)
-        return None, corruption.weight_B * jnp.sum(nats_BL, axis=1)
-
-    return jax.lax.scan(draw, None, jnp.arange(draws, dtype=jnp.int32))[1]
-
-
 class Validator:
     """Compiled once, called at every evaluation of a run. Call it inside the mesh it was made for."""
 
@@ -88,7 +57,8 @@ class Validator:
         estimator: str | None = None,
     ):
         self.estimator = estimator_for(config, estimator)
-        self.draws = 1 if self.estimator == "exact" else config.evaluate.draws
+        self.family = families.of(config)
+        self.draws = 1 if self.family.exact else config.evaluate.draws
         self.mesh = mesh
         if len(holdout_NL) == 0:
             raise DataError("there are no held-out rows; see --config.data.holdout_fraction")
@@ -121,7 +91,7 @@ class Validator:
             monte_carlo_stderr=float(math.sqrt(variance_R.sum()) / R / L),
             bits_per_byte=float(nats_R.sum() / self.bytes / math.log(2)) if self.bytes else math.nan,
             perplexity=perplexity(mean),
-            kind="NLL" if self.estimator == "exact" else "bound",
+            kind=self.family.measure,
             estimator=self.estimator,
             rows=R,
             tokens=R * L,
@@ -131,14 +101,13 @@ class Validator:
 
 
 def estimator_for(config: Config, asked: str | None = None) -> str:
-    """The estimator that is asked for, or else the family's own. UserError for one that the family does not have."""
-    if config.objective.name == "autoregressive":
-        if asked not in (None, "exact"):
-            raise UserError(f"--estimator={asked} is for diffusion models; this ARM's likelihood is exact")
-        return "exact"
-    if asked not in (None, *diffusion.ESTIMATORS):
-        raise UserError(f"--estimator={asked} is not one of {', '.join(diffusion.ESTIMATORS)}")
-    return asked or diffusion.ESTIMATORS[0]
+    """The estimator `asked` for, or else the family's default. UserError for one that the family does not have."""
+    family = families.of(config)
+    if asked in (None, *family.estimators):
+        return asked or family.estimators[0]
+    if family.exact:
+        raise UserError(f"--estimator={asked} is for diffusion models; this {family.title}'s likelihood is exact")
+    raise UserError(f"--estimator={asked} is not one of {', '.join(family.estimators)}")
 
 
 def perplexity(nats_per_token: float) -> float:
@@ -168,12 +137,10 @@ def _row_nats(config, special, draws, estimator, params, x0_BL, row_B):
     segments_BL = segments(x0_BL, special, config.objective)
     predict = functools.partial(transformer.hidden, config.model, params, segments_BL=segments_BL)
     head_VD = transformer.head(config.model, params)
-    rows = config.objective.head_rows
-    if estimator == "exact":
-        _, nats_BL = autoregressive.row_nats(predict, head_VD, x0_BL, None, special, rows)
-        return jnp.sum(nats_BL, axis=1), jnp.zeros(len(x0_BL))
-    nats_MB = bound_draws(predict, head_VD, x0_BL, row_B, draws, special.mask, estimator, rows)
-    return jnp.mean(nats_MB, axis=0), stratified_variance(nats_MB)
+    family, head_rows = families.of(config), config.objective.head_rows
+    nats_MB = family.held_out_nats(predict, head_VD, x0_BL, row_B, special, draws, estimator, head_rows)
+    variance_B = jnp.zeros(len(x0_BL)) if family.exact else stratified_variance(nats_MB)
+    return jnp.mean(nats_MB, axis=0), variance_B
 
 
 def stratified_variance(values_MB: jax.Array) -> jax.Array:

@@ -32,6 +32,21 @@ def row_nats(
     return weighted_nats(hidden, head_VD, x0_BL, weights_BL, head_rows)
 
 
+def held_out_nats(
+    predict: Predictor,
+    head_VD: jax.Array,
+    x0_BL: jax.Array,
+    row_B: jax.Array,
+    special: SpecialTokens,
+    draws: int,
+    estimator: str,
+    head_rows: int | None,
+) -> jax.Array:
+    """`nats_MB` with M = 1: the exact nats of each row. `row_B`, `draws` and `estimator` matter to bounds only."""
+    _, nats_BL = row_nats(predict, head_VD, x0_BL, None, special, head_rows)
+    return jnp.sum(nats_BL, axis=1)[None]
+
+
 def loss(
     predict: Predictor,
     head_VD: jax.Array,

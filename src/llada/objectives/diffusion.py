@@ -84,6 +84,40 @@ def bound_terms(
     return weighted_nats(hidden, head_VD, x0_BL, weights_BL, head_rows)
 
 
+def held_out_nats(
+    predict: Predictor,
+    head_VD: jax.Array,
+    x0_BL: jax.Array,
+    row_B: jax.Array,
+    special: SpecialTokens,
+    draws: int,
+    estimator: str,
+    head_rows: int | None,
+) -> jax.Array:
+    """`nats_MB`: M = `draws` unbiased estimates of each row's bound, in nats per row; LLaDA Eq. (4) or (6).
+
+    `row_B` are the rows' indices in the held-out set: a row meets the same masks whatever batch it is in. Over the
+    draws of a row, l (or t) is stratified: draw m takes the m-th of M equal slices of [0, 1), shifted by one uniform
+    number per row; each draw alone keeps its distribution (`corrupt`).
+    """
+    B, L = x0_BL.shape
+    shift_B = noise_lib.uniform(noise_lib.held_out(0, row_B), noise_lib.EVALUATION_TIME)
+
+    def draw(_, m):
+        u_B = (shift_B + m.astype(jnp.float32) / draws) % 1.0
+        uniform_BL = noise_lib.uniform(noise_lib.held_out(m, row_B), noise_lib.EVALUATION_MASK, (L,))
+        corruption = corrupt(x0_BL, u_B, uniform_BL, jnp.ones((B, L), bool), special.mask, estimator)
+        _, nats_BL = bound_terms(predict, head_VD, x0_BL, None, corruption, head_rows)
+        return None, corruption.weight_B * jnp.sum(nats_BL, axis=1)
+
+    return jax.lax.scan(draw, None, jnp.arange(draws, dtype=jnp.int32))[1]
+
+
+def head_fraction(config: ObjectiveConfig) -> float:
+    """Expected share of positions that are masked, and so meet the vocabulary head: E[p] = (1 + eps) / 2."""
+    return (1 + config.eps) / 2
+
+
 def loss(
     predict: Predictor,
     head_VD: jax.Array,

@@ -32,6 +32,14 @@ class Noise(NamedTuple):
     batch_size: int
 
 
+HELD_OUT_SEED = 0  # not the run's: runs with different seeds are evaluated on the same masks
+
+
+def held_out(draw: int | jax.Array, row_B: jax.Array) -> Noise:
+    """The noise of one draw for rows of the held-out set, the same for every run and checkpoint."""
+    return Noise(HELD_OUT_SEED, draw, row_B, len(row_B))
+
+
 # JAX's default, by name: another that a user sets for all of JAX has other bits, and under vmap the first key's only.
 GENERATOR = "threefry2x32"
 

@@ -198,7 +198,7 @@ def _likelihood(config: Config, mesh, request: Request) -> Program:
         for dtype in (jnp.int32, bool, bool, bool)
     ]
     special = special_tokens(config)
-    fraction = accounting.head_fraction(config) if not config.model.causal else 1.0
+    fraction = accounting.head_fraction(config)
     per_device = B * L // mesh.devices.size
     return Program(
         "likelihood",

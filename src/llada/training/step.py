@@ -11,9 +11,9 @@ from llada import fsdp
 from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.model import transformer
+from llada.objectives import families
 from llada.objectives.contract import LossTerms, SpecialTokens, Unfinished, segments
 from llada.objectives.noise import Noise, root_key
-from llada.objectives.objective import LOSSES
 from llada.training import optimizer
 
 
@@ -68,7 +68,7 @@ def _gradient_sums(config: Config, special: SpecialTokens, batch_size: int, para
     tokens_BL, sequence_B = batch
     B, L = tokens_BL.shape
     G = config.train.microbatches
-    loss = LOSSES[config.objective.name]
+    loss = families.of(config).loss
     # Once for all microbatches: a forward pass begins with it, and has nothing to do while it is gathered.
     embedding_VD = transformer.table(config.model, params)
 
