@@ -1,9 +1,11 @@
 """The replay: every position has its text and none is lost, the last state is always shown, and no text can act."""
 
+import configparser
 import html.parser
 import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +196,17 @@ def test_the_page_holds_the_sample_and_nothing_in_it_is_markup(tokenizer, tmp_pa
     assert "".join(texts).startswith(TEXTS[2] + "</script><b onclick='x()'>") and "🎉" in texts
     assert not set("\x1b\x07\x9b\x00\u202e\u2028") & set("".join(texts))
     assert not [a for _, attributes in page.tags for a in attributes if a in ("src", "href")] and "url(" not in source
+
+
+def test_every_file_that_is_no_code_is_installed():
+    """The page is read as package data: a wheel holds what setup.cfg lists and nothing else."""
+    root = Path(__file__).resolve().parents[2]
+    config = configparser.ConfigParser()
+    config.read(root / "setup.cfg")
+    package = root / "src" / "llada"
+    files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    listed = config["options.package_data"]["llada"].split()
+    assert files == {path for pattern in listed for path in package.glob(pattern)}
 
 
 def test_a_path_that_cannot_be_written_is_one_line_naming_it(tokenizer, tmp_path):

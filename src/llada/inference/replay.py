@@ -6,6 +6,7 @@ all shown as characters, or as U+FFFD. Letters: L canvas positions.
 """
 
 import functools
+import importlib.resources
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,6 @@ from rich.text import Text
 from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError
 from llada.files import write_atomically
-from llada.inference.replay_page import PAGE
 from llada.paths import writable_target
 
 # Violet, blue, teal, amber: ordered as viridis is, but with its ends moved to where both backgrounds give contrast.
@@ -167,7 +167,8 @@ def write_html(
     data = {"units": units, "mask": int(mask_id), "steps": int(max(step_L, default=-1)) + 1, "facts": [*facts.items()]}
     # ASCII without "<" can neither end the script element nor open a comment in it.
     encoded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    page = PAGE.replace("/*SHADES*/", _shade_rules()).replace("DATA", encoded)
+    template = importlib.resources.files(__package__).joinpath("replay.html").read_text(encoding="utf-8")
+    page = template.replace("/*SHADES*/", _shade_rules()).replace("DATA", encoded)
     try:
         write_atomically(target, page.encode())
     except OSError as error:
