@@ -1,7 +1,7 @@
 """All randomness of training and evaluation, as a pure function of (seed, step, sequence, purpose).
 
-No key is stored or split along the way, so the same noise meets the same sequence on any mesh, for any number of
-microbatches and after any resume. `sequence` is the index of a sequence in the global batch (training) or in the
+No key is stored or split between steps, so a sequence gets the same noise on any mesh, for any number of microbatches
+and after any resume. `sequence` is the index of a sequence in the global batch (training) or in the
 held-out set (evaluation).
 """
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Purposes: one integer each, never reused, so that adding a use of noise leaves the others as they were.
+# Purposes: one integer each, never reused, so that a new use of noise leaves the bits of the others unchanged.
 TIME = 0
 MASK = 1
 LENGTH = 2
@@ -24,7 +24,7 @@ TIME_DRAW = 8
 
 
 class Noise(NamedTuple):
-    """Which noise: `step` and `sequence_B` may be traced, `batch_size` (the whole step's) may not."""
+    """Identifies noise: `step` and `sequence_B` may be traced, `batch_size` (of the global batch) may not."""
 
     seed: int | jax.Array
     step: int | jax.Array
@@ -40,7 +40,7 @@ def held_out(draw: int | jax.Array, row_B: jax.Array) -> Noise:
     return Noise(HELD_OUT_SEED, draw, row_B, len(row_B))
 
 
-# JAX's default, by name: another that a user sets for all of JAX has other bits, and under vmap the first key's only.
+# JAX's default, by name. Another one set for all of JAX has other bits, and `rbg` under vmap uses the first key only.
 GENERATOR = "threefry2x32"
 
 
@@ -66,17 +66,22 @@ def times(noise: Noise, sampling: str) -> jax.Array:
     """t_B in [0, 1): `iid`, or `stratified` over the global batch by one shared shift of an even grid.
 
     Each t is uniform either way; stratified ones are negatively dependent (VDM appendix I.1), which lowers the variance
-    of the batch loss. Both are dealt so that neighbouring sequences get far-apart ones: every device and microbatch
-    sees all times, and has about as many masked rows as any other.
+    of the batch loss. Both are dealt so that neighbouring sequences get far-apart times: each device and microbatch
+    takes neighbouring sequences, so all have about the same number of masked rows.
     """
     n = noise.batch_size
     shift_key, draw_key = step_key(noise.seed, noise.step, TIME), step_key(noise.seed, noise.step, TIME_DRAW)
-    point_n = (jax.random.uniform(shift_key, (), jnp.float32) + (_scattered_ranks(n) / n).astype(np.float32)) % 1.0
-    # Folded, the grid's ends meet: an even part of it has the mean of the whole, wherever it begins.
-    t_n = jnp.minimum(jnp.abs(2 * point_n - 1), jnp.float32(1 - 2**-24))
+    # An even grid of n points p on the circle [0, 1), shifted by one uniform number, then folded to t = |2p - 1|:
+    #
+    #   t  1 |\        /|    p ~ U[0, 1) gives t ~ U[0, 1).
+    #        |  \    /  |    Opposite points p and p + 1/2 give t and 1 - t, so any evenly spaced subset of an even
+    #      0 |____\/____|    number of points has mean 1/2 whatever the shift. Taken as t itself, such a subset
+    #    p   0   1/2   1    would have a mean that moves with the shift, and the device that holds it more rows.
+    p_n = (jax.random.uniform(shift_key, (), jnp.float32) + (_van_der_corput(n) / n).astype(np.float32)) % 1.0
+    t_n = jnp.minimum(jnp.abs(2 * p_n - 1), jnp.float32(1 - 2**-24))
     if sampling == "iid":
-        # Independent draws in the order of those times. Who gets which does not depend on the data, so for a batch of
-        # exchangeable sequences nothing differs from each its own draw.
+        # n independent draws, dealt to the sequences in the rank order of those times. The order does not depend on the
+        # data, so for exchangeable sequences this is the distribution of one independent draw for each.
         t_n = jnp.sort(jax.random.uniform(draw_key, (n,), jnp.float32))[jnp.argsort(jnp.argsort(t_n))]
     return t_n[noise.sequence_B]
 
@@ -92,10 +97,11 @@ def lengths(noise: Noise, length: int, fraction: float) -> jax.Array | None:
     return jnp.where(chosen_B < fraction, 1 + (size_B * length).astype(jnp.int32), length)
 
 
-def _scattered_ranks(n: int) -> np.ndarray:
-    """A permutation of 0..n-1 whose aligned stretches are spread out: two neighbours are n / 2 apart where n is even.
+def _van_der_corput(n: int) -> np.ndarray:
+    """A permutation of 0..n-1 in which aligned runs of neighbours are spread evenly: van der Corput's sequence.
 
-    Stretches of 2 x odd part of n x a power of two are spread evenly.
+    Digits of i in the mixed radix (2, odd part of n, rest) are read in reverse. Neighbours 2k, 2k + 1 are n / 2 apart
+    where n is even; aligned runs of 2 x odd part x a power of two are spread evenly. For n = 8: 0 4 2 6 1 5 3 7.
     """
     odd = n // (n & -n)
     rank, unit, i = np.zeros(n, np.int64), n, np.arange(n)
