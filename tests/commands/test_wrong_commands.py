@@ -9,7 +9,6 @@ from pathlib import Path
 
 import in_process
 import pytest
-from absl import flags
 
 from llada import knobs
 from llada.config import Config
@@ -195,7 +194,7 @@ def test_a_wrong_command_gets_one_line(line, folder):
 def test_every_flag_without_a_value_or_with_another_kind_of_one(command, folder):
     assert in_process.llada(command, "--help").returncode == 0
     module = importlib.import_module(f"llada.commands.{command}")
-    for flag in flags.FLAGS.get_key_flags_for_module(module):
+    for flag in map(module.FLAGS.__getitem__, module.FLAGS):
         name = f"--{flag.name}"
         wrong = [[f"{name}=perhaps"], [f"{name}="]] if flag.boolean else [[name], [name, "--workdir=x"]]
         if flag.flag_type() in ("int", "float", "string enum"):

@@ -8,24 +8,23 @@ figures of other held-out rows. Where both runs have an evaluation of the same r
 
 from pathlib import Path
 
-from absl import flags
-
 from llada import paths
 from llada.commands import opening
+from llada.commands.command_flags import CommandFlags
 from llada.errors import UserError
 
-LLADA = flags.DEFINE_string("llada", None, "workdir of the finished LLaDA run")
-ARM = flags.DEFINE_string("arm", None, "workdir of the finished ARM run")
-OUT = flags.DEFINE_string("out", None, "directory for report.md and curves.png")
-PROMPT = flags.DEFINE_string("prompt", "def __init__(self, ", "text that both models continue")
-INFILL = flags.DEFINE_string(
+FLAGS = CommandFlags(opening.FLAGS)
+LLADA = FLAGS.define_string("llada", None, "workdir of the finished LLaDA run")
+ARM = FLAGS.define_string("arm", None, "workdir of the finished ARM run")
+OUT = FLAGS.define_string("out", None, "directory for report.md and curves.png")
+PROMPT = FLAGS.define_string("prompt", "def __init__(self, ", "text that both models continue")
+INFILL = FLAGS.define_string(
     "infill", "    if self.[MASK:2] is None:\n        return [MASK:2]\n", "text whose [MASK:N] the LLaDA fills"
 )
-GEN_LENGTH = flags.DEFINE_integer(
+GEN_LENGTH = FLAGS.define_integer(
     "gen_length", None, "tokens after the prompt; default what the context leaves, at most 64"
 )
-TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "of the samples; 0 is greedy")
-flags.adopt_module_key_flags(opening)
+TEMPERATURE = FLAGS.define_float("temperature", 0.7, "of the samples; 0 is greedy")
 
 
 def run(overrides: dict[str, str]) -> int:
@@ -74,9 +73,9 @@ def run(overrides: dict[str, str]) -> int:
 def _paths() -> tuple[Path, list[Path]]:
     """Where the report goes, and the two runs. UserError for what can be told from the command line and the disk."""
     for name in ("llada", "arm", "out"):
-        if flags.FLAGS[name].value is None:
+        if FLAGS[name].value is None:
             raise UserError(f"--{name} is missing; see llada compare --help")
-    places = [paths.user_path(flags.FLAGS[name].value, f"--{name}") for name in ("llada", "arm")]
+    places = [paths.user_path(FLAGS[name].value, f"--{name}") for name in ("llada", "arm")]
     out = paths.writable_directory(OUT.value, "--out")
     for name in ("curves.png", "report.md"):
         paths.writable_target(out / name, "--out")

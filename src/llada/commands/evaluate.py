@@ -9,26 +9,24 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from absl import flags
-
 from llada import json_files, processes
 from llada.commands import joining, opening
+from llada.commands.command_flags import CommandFlags
 from llada.errors import DiskError, UserError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of llada train")
-STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default the latest")
-DRAWS = flags.DEFINE_integer(
+FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS)
+WORKDIR = FLAGS.define_string("workdir", None, "a workdir of llada train")
+STEP = FLAGS.define_integer("step", None, "checkpoint to evaluate; default the latest")
+DRAWS = FLAGS.define_integer(
     "draws", None, "Monte Carlo draws per row; default: the run's", lower_bound=1, upper_bound=2**20
 )
-BATCHES = flags.DEFINE_integer("batches", None, "batches of held-out rows; default: the run's", lower_bound=1)
-MICROBATCHES = flags.DEFINE_integer(
+BATCHES = FLAGS.define_integer("batches", None, "batches of held-out rows; default: the run's", lower_bound=1)
+MICROBATCHES = FLAGS.define_integer(
     "microbatches", None, "parts of a batch, one after the other; same figures, less memory; default: the run's",
     lower_bound=1,
 )  # fmt: skip
-ESTIMATOR = flags.DEFINE_string("estimator", None, "l_of_L (Eq. (6), default) or bernoulli (Eq. (4): heavy-tailed)")
-TASK = flags.DEFINE_enum("task", "validation", ["validation"], "what to evaluate on: the run's held-out rows")
-flags.adopt_module_key_flags(opening)
-flags.adopt_module_key_flags(joining)
+ESTIMATOR = FLAGS.define_string("estimator", None, "l_of_L (Eq. (6), default) or bernoulli (Eq. (4): heavy-tailed)")
+TASK = FLAGS.define_enum("task", "validation", ["validation"], "what to evaluate on: the run's held-out rows")
 
 
 def run(overrides: dict[str, str]) -> int:

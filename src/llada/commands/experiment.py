@@ -15,15 +15,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
 from llada import config as config_lib
 from llada import knobs, paths
+from llada.commands.command_flags import CommandFlags
 from llada.config import Config
 from llada.errors import UserError
 
-CONFIG = flags.DEFINE_string("config", None, "experiment file, FILE or FILE:ARGUMENT; --config.key=value changes a key")
-HELP_CONFIG = flags.DEFINE_bool("help_config", False, "list every config key with kind, default and meaning, and stop")
+FLAGS = CommandFlags()
+CONFIG = FLAGS.define_string("config", None, "experiment file, FILE or FILE:ARGUMENT; --config.key=value changes a key")
+HELP_CONFIG = FLAGS.define_bool("help_config", False, "list every config key with kind, default and meaning, and stop")
 
 
 def take_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:

@@ -7,19 +7,19 @@ LlamaForCausalLM (Qwen3ForCausalLM with qk-norm). Memory stays at one tensor, wh
 
 import sys
 
-from absl import flags
-
 from llada import json_files
 from llada.commands import progress
+from llada.commands.command_flags import CommandFlags
 from llada.errors import UserError
 from llada.paths import user_path
 
-WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of llada train or llada import")
-OUT = flags.DEFINE_string("out", None, "directory to make")
-STEP = flags.DEFINE_integer("step", None, "checkpoint to export; default the latest")
-DTYPE = flags.DEFINE_string("dtype", "float32", "of the weights: float32 (exact) or bfloat16 (half the size)")
-SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 5_000_000_000, "most data per safetensors file", lower_bound=1)
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "let an earlier export at --out give way")
+FLAGS = CommandFlags()
+WORKDIR = FLAGS.define_string("workdir", None, "a workdir of llada train or llada import")
+OUT = FLAGS.define_string("out", None, "directory to make")
+STEP = FLAGS.define_integer("step", None, "checkpoint to export; default the latest")
+DTYPE = FLAGS.define_string("dtype", "float32", "of the weights: float32 (exact) or bfloat16 (half the size)")
+SHARD_BYTES = FLAGS.define_integer("shard_bytes", 5_000_000_000, "most data per safetensors file", lower_bound=1)
+OVERWRITE = FLAGS.define_bool("overwrite", False, "let an earlier export at --out give way")
 
 
 def run() -> int:

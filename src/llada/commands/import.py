@@ -8,21 +8,21 @@ not know: the corpus, the mesh, the optimizer; llada train --workdir=DIR goes on
 
 import sys
 
-from absl import flags
-
 from llada import json_files
 from llada.commands import experiment, progress
+from llada.commands.command_flags import CommandFlags
 from llada.errors import UserError
 from llada.paths import user_path
 
-SOURCE = flags.DEFINE_string("source", None, "Hugging Face directory (or workdir) to read")
-WORKDIR = flags.DEFINE_string("workdir", None, "workdir to make")
-OBJECTIVE = flags.DEFINE_enum(
+FLAGS = CommandFlags()
+SOURCE = FLAGS.define_string("source", None, "Hugging Face directory (or workdir) to read")
+WORKDIR = FLAGS.define_string("workdir", None, "workdir to make")
+OBJECTIVE = FLAGS.define_enum(
     "objective", None, ["diffusion", "autoregressive"], "family to make of it; default its own"
 )
-MASK_TOKEN = flags.DEFINE_string("mask_token", None, "token that is to mask, where the source names none")
+MASK_TOKEN = FLAGS.define_string("mask_token", None, "token that is to mask, where the source names none")
 
-ALLOW_NONFINITE = flags.DEFINE_bool(
+ALLOW_NONFINITE = FLAGS.define_bool(
     "allow_nonfinite", False, "import weights that hold NaN, infinity or values beyond 1e18"
 )
 

@@ -1,12 +1,12 @@
 """Flags of the commands that several processes run together, one on each host; Slurm and TPU pods need none."""
 
-from absl import flags
-
 from llada import processes
+from llada.commands.command_flags import CommandFlags
 
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 listens for the others")
-PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are; 1 alone: ask no cluster for others")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+FLAGS = CommandFlags()
+COORDINATOR = FLAGS.define_string("coordinator", None, "HOST:PORT where process 0 listens for the others")
+PROCESSES = FLAGS.define_integer("processes", None, "how many processes there are; 1 alone: ask no cluster for others")
+PROCESS_ID = FLAGS.define_integer("process_id", None, "which of them this is, from 0")
 
 
 def join() -> None:

@@ -12,34 +12,32 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from absl import flags
-
 from llada import json_files, processes
 from llada.commands import joining, opening, progress
+from llada.commands.command_flags import CommandFlags
 from llada.errors import UserError
 from llada.paths import readable_file
 
-WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of llada train")
-STEP = flags.DEFINE_integer("step", None, "checkpoint to use; default the latest")
-PROMPT = flags.DEFINE_string("prompt", None, "what the answer is conditioned on; default nothing")
-ANSWER = flags.DEFINE_string("answer", None, "the text whose likelihood is asked")
-PROMPT_IDS = flags.DEFINE_string("prompt_ids", None, "the prompt as token ids: 12,7,99")
-ANSWER_IDS = flags.DEFINE_string("answer_ids", None, "the answer as token ids")
-REQUESTS = flags.DEFINE_string(
+FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS)
+WORKDIR = FLAGS.define_string("workdir", None, "a workdir of llada train")
+STEP = FLAGS.define_integer("step", None, "checkpoint to use; default the latest")
+PROMPT = FLAGS.define_string("prompt", None, "what the answer is conditioned on; default nothing")
+ANSWER = FLAGS.define_string("answer", None, "the text whose likelihood is asked")
+PROMPT_IDS = FLAGS.define_string("prompt_ids", None, "the prompt as token ids: 12,7,99")
+ANSWER_IDS = FLAGS.define_string("answer_ids", None, "the answer as token ids")
+REQUESTS = FLAGS.define_string(
     "requests",
     None,
     'JSONL file of requests: {"prompt": ..., "answer": ...} or prompt_ids, answer_ids as lists; -: standard input',
 )
-ESTIMATOR = flags.DEFINE_string(
+ESTIMATOR = FLAGS.define_string(
     "estimator", "l_of_L", "l_of_L (Eq. (6)), bernoulli (Eq. (4)), chain_rule or confidence_ordered"
 )
-DRAWS = flags.DEFINE_integer("draws", 128, "masks per answer; answers with fewer masks than that are enumerated")
-CFG_SCALE = flags.DEFINE_float("cfg_scale", 0.0, "classifier-free guidance w of LLaDA Eq. (16); 0 is off")
-ROLLING = flags.DEFINE_bool("rolling", False, "score a long answer window by window, each given what came before it")
-WINDOW = flags.DEFINE_integer("window", None, "tokens per window of --rolling; default half the context")
-BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", None, "tokens per forward pass; default by device", lower_bound=1)
-flags.adopt_module_key_flags(opening)
-flags.adopt_module_key_flags(joining)
+DRAWS = FLAGS.define_integer("draws", 128, "masks per answer; answers with fewer masks than that are enumerated")
+CFG_SCALE = FLAGS.define_float("cfg_scale", 0.0, "classifier-free guidance w of LLaDA Eq. (16); 0 is off")
+ROLLING = FLAGS.define_bool("rolling", False, "score a long answer window by window, each given what came before it")
+WINDOW = FLAGS.define_integer("window", None, "tokens per window of --rolling; default half the context")
+BATCH_TOKENS = FLAGS.define_integer("batch_tokens", None, "tokens per forward pass; default by device", lower_bound=1)
 
 
 _FIELDS = {"prompt": str, "answer": str, "prompt_ids": list, "answer_ids": list}

@@ -6,15 +6,15 @@ A model that was trained in parts need not fit one device: `--config.mesh.fsdp=1
 import os
 from pathlib import Path
 
-from absl import flags
-
 from llada import config as config_lib
 from llada import processes
 from llada.commands import experiment
+from llada.commands.command_flags import CommandFlags
 from llada.config import Config, MeshConfig, TrainConfig
 from llada.errors import UserError
 
-DTYPE = flags.DEFINE_enum(
+FLAGS = CommandFlags()
+DTYPE = FLAGS.define_enum(
     "dtype", "float32", ["float32", "bfloat16"], "of the parameters in memory: as trained, or half the size"
 )
 

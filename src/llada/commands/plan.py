@@ -10,29 +10,28 @@ import os
 import sys
 from pathlib import Path
 
-from absl import flags
-
 from llada import files, json_files, paths
 from llada.commands import experiment
+from llada.commands.command_flags import CommandFlags
 from llada.errors import UserError
 
-TOPOLOGY = flags.DEFINE_string("topology", None, "the slice: v5e:16x16, v5p:4x4x8, v4, v6e or tpu7x likewise")
-SLICES = flags.DEFINE_integer("slices", 1, "so many equal slices, joined by the data-centre network")
-PROGRAM = flags.DEFINE_enum("program", "train", ["train", "evaluate", "sample", "likelihood"], "what is compiled")
-SEARCH = flags.DEFINE_bool("search", False, "try meshes, remat and batches per chip; print the best trade-offs")
-JSON = flags.DEFINE_string("json", None, "write all figures to this file too")
-BATCH = flags.DEFINE_integer(
+FLAGS = CommandFlags(experiment.FLAGS)
+TOPOLOGY = FLAGS.define_string("topology", None, "the slice: v5e:16x16, v5p:4x4x8, v4, v6e or tpu7x likewise")
+SLICES = FLAGS.define_integer("slices", 1, "so many equal slices, joined by the data-centre network")
+PROGRAM = FLAGS.define_enum("program", "train", ["train", "evaluate", "sample", "likelihood"], "what is compiled")
+SEARCH = FLAGS.define_bool("search", False, "try meshes, remat and batches per chip; print the best trade-offs")
+JSON = FLAGS.define_string("json", None, "write all figures to this file too")
+BATCH = FLAGS.define_integer(
     "batch", None, "sample, likelihood: sequences at once; default one per device", lower_bound=1
 )
-PROMPT = flags.DEFINE_integer("prompt_length", None, "sample: tokens of the prompt; default 0", lower_bound=0)
-LENGTH = flags.DEFINE_integer("gen_length", None, "sample: tokens to write; default 64", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", None, "sample: steps of the reverse process; default one per token")
-BLOCK = flags.DEFINE_integer("block_length", None, "sample: positions of a block; default one block")
-CACHE = flags.DEFINE_string("cache", None, "sample: none, prefix or dual")
-DTYPE = flags.DEFINE_enum(
+PROMPT = FLAGS.define_integer("prompt_length", None, "sample: tokens of the prompt; default 0", lower_bound=0)
+LENGTH = FLAGS.define_integer("gen_length", None, "sample: tokens to write; default 64", lower_bound=1)
+STEPS = FLAGS.define_integer("steps", None, "sample: steps of the reverse process; default one per token")
+BLOCK = FLAGS.define_integer("block_length", None, "sample: positions of a block; default one block")
+CACHE = FLAGS.define_string("cache", None, "sample: none, prefix or dual")
+DTYPE = FLAGS.define_enum(
     "dtype", None, ["float32", "bfloat16"], "evaluate, sample, likelihood: of the parameters in memory; default float32"
 )
-flags.adopt_module_key_flags(experiment)
 
 
 def run(overrides: dict[str, str]) -> int:

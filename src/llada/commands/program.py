@@ -65,15 +65,19 @@ def _call(name: str, command, words: list[str]) -> int:
     from absl import flags
 
     from llada.commands import environment, experiment
+    from llada.commands.command_flags import CommandFlags
 
     takes_overrides = bool(inspect.signature(command.run).parameters)
     if any(word in _HELP for word in words):
-        print(f"{command.__doc__}\n\nflags:{flags.FLAGS.module_help(command)}")
+        print(f"{command.__doc__}\n\nflags:\n{command.__name__}:\n{command.FLAGS.help_text()}")
         return 0
+    # Every command knows --config and --help_config, if only to refuse the one and answer the other.
+    known = command.FLAGS if "config" in command.FLAGS else CommandFlags(command.FLAGS, experiment.FLAGS)
     words, overrides = experiment.take_overrides(words)
-    _check_flags(words, flags.FLAGS, name, takes_overrides)
+    _check_flags(words, known, name, takes_overrides)
+    known.unparse_flags()  # of an earlier command in this process
     try:
-        flags.FLAGS([f"llada {name}", *words])
+        known([f"llada {name}", *words])
     except flags.Error as error:
         raise UserError(str(error)) from error
     if experiment.HELP_CONFIG.value:
@@ -123,8 +127,7 @@ def _no_command(name: str) -> str:
 
 def _no_flag(flag: str, defined, name: str, takes_overrides: bool) -> str:
     """What to say to a flag that the command does not have."""
-    own = [key for key in defined if str(defined.find_module_defining_flag(key)).startswith("llada.")]
-    hint = _did_you_mean(flag, own, "--") or ";"
+    hint = _did_you_mean(flag, list(defined), "--") or ";"
     if takes_overrides:
         from llada import knobs
 

@@ -9,44 +9,42 @@ lies on the devices, and several processes may share it.
 import sys
 import time
 
-from absl import flags
-
 from llada import json_files, processes
 from llada.commands import joining, opening
+from llada.commands.command_flags import CommandFlags
 from llada.errors import UserError
 from llada.paths import writable_target
 
-WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of llada train")
-STEP = flags.DEFINE_integer("step", None, "checkpoint to sample from; default the latest")
-JSON = flags.DEFINE_bool("json", False, "print a line of JSON per text: ids, text, forward_passes, seconds ...")
-WATCH = flags.DEFINE_bool("watch", False, "draw the text in the terminal while its masks become words")
-HTML = flags.DEFINE_string("html", None, "write a page that replays how the text came to be")
+FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS)
+WORKDIR = FLAGS.define_string("workdir", None, "a workdir of llada train")
+STEP = FLAGS.define_integer("step", None, "checkpoint to sample from; default the latest")
+JSON = FLAGS.define_bool("json", False, "print a line of JSON per text: ids, text, forward_passes, seconds ...")
+WATCH = FLAGS.define_bool("watch", False, "draw the text in the terminal while its masks become words")
+HTML = FLAGS.define_string("html", None, "write a page that replays how the text came to be")
 # What to write; each may be given several times, and then the texts are written as one batch.
 ASKED = (
-    flags.DEFINE_multi_string("prompt", None, "text to continue; may be empty"),
-    flags.DEFINE_multi_string("prompt_ids", None, "the same as token ids: 12,7,99"),
-    flags.DEFINE_multi_string("infill", None, "text with [MASK] or [MASK:N] where tokens are to be filled in"),
+    FLAGS.define_multi_string("prompt", None, "text to continue; may be empty"),
+    FLAGS.define_multi_string("prompt_ids", None, "the same as token ids: 12,7,99"),
+    FLAGS.define_multi_string("infill", None, "text with [MASK] or [MASK:N] where tokens are to be filled in"),
 )
-SAMPLES = flags.DEFINE_integer("samples", 1, "texts for each of them, with the seeds that follow --seed", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "of the sampling noise", lower_bound=0, upper_bound=2**31 - 1)
+SAMPLES = FLAGS.define_integer("samples", 1, "texts for each of them, with the seeds that follow --seed", lower_bound=1)
+SEED = FLAGS.define_integer("seed", 0, "of the sampling noise", lower_bound=0, upper_bound=2**31 - 1)
 # One flag per further field of `generation.Request`, under the same name.
 OPTIONS = (
-    flags.DEFINE_integer("gen_length", None, "tokens after the prompt; default what the context leaves, at most 64"),
-    flags.DEFINE_integer("steps", None, "steps of the reverse process; default one per token"),
-    flags.DEFINE_integer("block_length", None, "fill block by block, left to right; default one block; 1: in order"),
-    flags.DEFINE_float("temperature", 0.0, "0: most likely tokens; 1: the model's own law"),
-    flags.DEFINE_float("cfg_scale", None, "classifier-free guidance w of LLaDA Eq. (16); default none"),
-    flags.DEFINE_string("remasking", None, "what to keep: low_confidence (default), random or random_binomial"),
-    flags.DEFINE_string(
+    FLAGS.define_integer("gen_length", None, "tokens after the prompt; default what the context leaves, at most 64"),
+    FLAGS.define_integer("steps", None, "steps of the reverse process; default one per token"),
+    FLAGS.define_integer("block_length", None, "fill block by block, left to right; default one block; 1: in order"),
+    FLAGS.define_float("temperature", 0.0, "0: most likely tokens; 1: the model's own law"),
+    FLAGS.define_float("cfg_scale", None, "classifier-free guidance w of LLaDA Eq. (16); default none"),
+    FLAGS.define_string("remasking", None, "what to keep: low_confidence (default), random or random_binomial"),
+    FLAGS.define_string(
         "eos", None, "end tokens: keep (default), no_logits (never written), no_confidence (kept last)"
     ),
-    flags.DEFINE_integer("speculate", None, "canvases per pass: the same text in fewer passes; default 1, off"),
-    flags.DEFINE_string("cache", None, "approximate: prefix or dual; default none"),
-    flags.DEFINE_float("confidence_threshold", None, "approximate: also keep every prediction at least this probable"),
+    FLAGS.define_integer("speculate", None, "canvases per pass: the same text in fewer passes; default 1, off"),
+    FLAGS.define_string("cache", None, "approximate: prefix or dual; default none"),
+    FLAGS.define_float("confidence_threshold", None, "approximate: also keep every prediction at least this probable"),
 )
 
-flags.adopt_module_key_flags(opening)
-flags.adopt_module_key_flags(joining)
 
 _WATCHABLE_SECONDS = 4.0  # a small model writes faster than anybody can see
 _MOST_TEXTS = 100_000  # of one call: all are held in memory until the last is there

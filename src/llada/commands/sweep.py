@@ -12,26 +12,25 @@ import shlex
 import sys
 from pathlib import Path
 
-from absl import flags
-
 from llada import paths
 from llada.commands import experiment
+from llada.commands.command_flags import CommandFlags
 from llada.errors import Diverged, UserError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the sweep; made if missing, continued if it holds one")
-ONLY = flags.DEFINE_string("only", None, "I/N: train only the I-th of N shares of the runs, equal in FLOPs")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the planning table and stop; nothing is written")
-RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "train failed runs again, from their last good checkpoint")
-RETRY_RATE = flags.DEFINE_float(
+FLAGS = CommandFlags(experiment.FLAGS)
+WORKDIR = FLAGS.define_string("workdir", None, "directory of the sweep; made if missing, continued if it holds one")
+ONLY = FLAGS.define_string("only", None, "I/N: train only the I-th of N shares of the runs, equal in FLOPs")
+DRY_RUN = FLAGS.define_bool("dry_run", False, "print the planning table and stop; nothing is written")
+RETRY_FAILED = FLAGS.define_bool("retry_failed", False, "train failed runs again, from their last good checkpoint")
+RETRY_RATE = FLAGS.define_float(
     "retry_rate", None, "train failed runs anew, with their peak learning rate times this, such as 0.5"
 )
-RESULTS = flags.DEFINE_multi_string("results", [], "results.csv of another sweep, to fit together with this one's")
-PREDICT = flags.DEFINE_float(
+RESULTS = FLAGS.define_multi_string("results", [], "results.csv of another sweep, to fit together with this one's")
+PREDICT = FLAGS.define_float(
     "predict", None, "a budget in FLOPs whose best models and losses the report should predict"
 )
-MACHINE = flags.DEFINE_string("machine", None, "accelerator to estimate hours for, such as v5p; default this machine")
-CHIPS = flags.DEFINE_integer("chips", 1, "how many of --machine", lower_bound=1)
-flags.adopt_module_key_flags(experiment)
+MACHINE = FLAGS.define_string("machine", None, "accelerator to estimate hours for, such as v5p; default this machine")
+CHIPS = FLAGS.define_integer("chips", 1, "how many of --machine", lower_bound=1)
 
 
 def run(overrides: dict[str, str]) -> int:

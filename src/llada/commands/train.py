@@ -11,20 +11,18 @@ pods are recognised; elsewhere --coordinator, --processes and --process_id say w
 import os
 import sys
 
-from absl import flags
-
 from llada import json_files, processes
 from llada.commands import experiment, joining, memory
+from llada.commands.command_flags import CommandFlags
 from llada.errors import UserError
 from llada.paths import user_path
 
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if missing, continued if it holds one")
-PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "print the resolved configuration as JSON and stop")
-ALLOW_RATE_JUMP = flags.DEFINE_bool(
+FLAGS = CommandFlags(experiment.FLAGS, joining.FLAGS)
+WORKDIR = FLAGS.define_string("workdir", None, "directory of the run; made if missing, continued if it holds one")
+PRINT_CONFIG = FLAGS.define_bool("print_config", False, "print the resolved configuration as JSON and stop")
+ALLOW_RATE_JUMP = FLAGS.define_bool(
     "allow_rate_jump", False, "go on where another length of the run moves its schedule, so that the rate jumps"
 )
-flags.adopt_module_key_flags(experiment)
-flags.adopt_module_key_flags(joining)
 
 
 def run(overrides: dict[str, str]) -> int:
