@@ -128,10 +128,10 @@ def test_tokenizers_are_ours(exports, seen):
         assert (found["mask"], found["eos"], found["pad"]) == (tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id)
 
 
-def test_the_five_lines_of_the_readme_run_as_they_stand(exports):
+def test_the_five_lines_of_the_docs_run_as_they_stand(exports):
     """With the path exchanged, in a process without JAX."""
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    block = readme.split("```python\nfrom transformers import")[1].split("```")[0]
+    page = (Path(__file__).resolve().parents[2] / "docs" / "pytorch.md").read_text()
+    block = page.split("```python\nfrom transformers import")[1].split("```")[0]
     lines = ("from transformers import" + block).replace("runs/quickstart/export", str(exports[0] / "0"))
     lines = lines.replace("=32", "=8")
     assert len([line for line in lines.splitlines() if line.strip()]) == 5
