@@ -1,7 +1,7 @@
-"""JSON on disk: read with one line for whatever is wrong with it, written so that every reader takes it.
+"""JSON files: read defensively, with one-line errors, and written as strict JSON that every parser accepts.
 
-What is read may be damaged or hostile: kind and size of the file are looked at first, text is UTF-8, and errors name
-the file and the position. What is written has null for numbers that do not exist; NaN and Infinity are not JSON.
+Input may be damaged or hostile: the file's kind and size are checked before it is read, text must be UTF-8, and errors
+name the file and the position. Output has null for NaN and infinity, which are not JSON.
 """
 
 import json
@@ -21,32 +21,33 @@ def read_bytes(path: Path, most: int = MOST_BYTES, name: str | None = None) -> b
     """All of a regular file of at most `most` bytes; `name` is what errors call it (default the path). UserError."""
     name = name or str(path)
     try:
-        # Opened so that a FIFO does not wait for a writer.
+        # Without O_NONBLOCK opening a FIFO would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with open(descriptor, "rb") as file:
-            found = os.fstat(file.fileno())
-            if stat.S_ISDIR(found.st_mode):
+            status = os.fstat(file.fileno())
+            if stat.S_ISDIR(status.st_mode):
                 raise UserError(f"{name} is a directory, not a file")
-            if not stat.S_ISREG(found.st_mode):
+            if not stat.S_ISREG(status.st_mode):
                 raise UserError(f"{name} is no regular file (a pipe or a device)")
-            if found.st_size > most:
-                raise UserError(f"{name} has {found.st_size:,} bytes, more than the {most:,} that such a file can have")
+            if status.st_size > most:
+                raise UserError(
+                    f"{name} has {status.st_size:,} bytes, more than the {most:,} that such a file can have"
+                )
             return file.read(most + 1)
-    except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name} cannot be read: {error}") from error
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name} cannot be read: {reason}") from error
 
 
 def read_text(path: Path, most: int = MOST_BYTES, name: str | None = None) -> str:
-    """The same as UTF-8 text. UserError naming the first bad byte."""
+    """All of a file as UTF-8 text; otherwise as `read_bytes`. UserError naming the first bad byte."""
     return decode(read_bytes(path, most, name), name or str(path))
 
 
 def decode(content: bytes, name: str) -> str:
-    """UTF-8 text. UserError naming the first bad byte."""
+    """UTF-8 bytes as text. UserError naming the first bad byte."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -60,11 +61,11 @@ def parse(content: str | bytes, name: str, kind: type = dict) -> Any:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{name} is not JSON: {error.msg} at line {error.lineno} column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # digits without end, brackets without end
+    except (ValueError, RecursionError) as error:  # too many digits, too deep nesting
         raise UserError(f"{name} is not JSON that can be read: {error}") from error
     if not isinstance(value, kind):
-        wanted = {dict: "a JSON object", list: "a JSON list"}.get(kind, kind.__name__)
-        raise UserError(f"{name} must hold {wanted}, not {type(value).__name__}")
+        expected = "a JSON object" if kind is dict else "a JSON list" if kind is list else kind.__name__
+        raise UserError(f"{name} must hold {expected}, not {type(value).__name__}")
     return value
 
 
@@ -74,16 +75,16 @@ def read(path: Path, kind: type = dict, most: int = MOST_BYTES, name: str | None
 
 
 def read_lines(path: Path, name: str | None = None, kind: type = dict) -> Iterator[tuple[int, Any]]:
-    """Number (from 1) and value of every line of a JSON-lines file that is not blank; lines end at \\n only.
+    """Line number (from 1) and value of every line of a JSON-lines file that is not blank. UserError naming the line.
 
-    UserError naming file and line.
+    Only the newline character ends a line: JSON strings may hold U+2028 and others at which `str.splitlines` splits.
     """
     name = name or str(path)
     yield from lines(read_bytes(path, name=name), name, kind)
 
 
 def lines(content: bytes, name: str, kind: type = dict) -> Iterator[tuple[int, Any]]:
-    """The same of what has been read already."""
+    """As `read_lines`, of the file's content."""
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             yield number, parse(line, f"{name} line {number}", kind)
@@ -101,5 +102,5 @@ def finite(value: Any) -> Any:
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """`value` as strict JSON: null for what is not finite, text as it is."""
+    """`value` as strict JSON: null for NaN and infinity, non-ASCII characters unescaped."""
     return json.dumps(finite(value), indent=indent, allow_nan=False, ensure_ascii=False)

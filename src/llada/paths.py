@@ -1,4 +1,4 @@
-"""Paths as users type them: one reading of them for every flag and every config key."""
+"""Paths as users type them: one set of rules for every flag and config key."""
 
 import os
 import re
@@ -8,14 +8,14 @@ from pathlib import Path
 from llada.errors import UserError
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
-_NAME_BYTES = 255  # of one component, on every file system that matters
+_NAME_BYTES = 255  # limit for one component of a path on common file systems
 
 
 def user_path(given: str | os.PathLike, flag: str) -> Path:
-    """The path that a user gave to `flag` ("--out", "--config.data.directory"): "~" expanded, otherwise as it is.
+    """The path given to `flag` ("--out", "--config.data.directory") with "~" expanded, otherwise unchanged.
 
     UserError for what is no local path: empty, "-", scheme://, NUL, bytes that no file name can hold, a component that
-    is too long. On the disk only ".." behind what is not there is looked up.
+    is too long. The disk is consulted only for a ".." below a directory that does not exist.
     """
     text = os.fspath(given)
     if not text.strip():
@@ -37,14 +37,14 @@ def user_path(given: str | os.PathLike, flag: str) -> Path:
         raise UserError(f"{flag}={text[:40]}... has a name of more than {_NAME_BYTES} bytes; give a shorter one")
     try:
         path = Path(text).expanduser()
-        # Through what is not there, ".." would have directories made that nobody asked for.
+        # Creating "missing/../out" would also create `missing`.
         return path.resolve() if ".." in path.parts and not path.parent.exists() else path
     except RuntimeError as error:  # ~someone, or no home directory
         raise UserError(f"{flag}={text}: {error}; write the path out") from error
 
 
 def readable_file(given: str | os.PathLike, flag: str) -> Path:
-    """`user_path` of a file that is there. UserError where it is missing, a directory, or neither."""
+    """`user_path` of an existing file. UserError if it is missing, a directory or no regular file."""
     path = user_path(given, flag)
     try:
         if path.is_file():
@@ -56,9 +56,9 @@ def readable_file(given: str | os.PathLike, flag: str) -> Path:
 
 
 def writable_target(given: str | os.PathLike, flag: str) -> Path:
-    """`user_path` of a file to be written, checked before the work: its directory exists or can be made, and takes it.
+    """`user_path` of a file to be written later: its directory exists or can be created, and is writable.
 
-    UserError naming `flag` otherwise. Nothing is written.
+    UserError naming `flag` otherwise, before any work is done. Nothing is written.
     """
     path = user_path(given, flag)
     try:
@@ -66,7 +66,7 @@ def writable_target(given: str | os.PathLike, flag: str) -> Path:
             raise UserError(f"{flag}={path} is a directory; give a file in it")
         if path.exists() and not path.is_file():
             raise UserError(f"{flag}={path} is no regular file; give another path")
-        _require_place(path, path.absolute().parent, flag)
+        _require_writable(path, path.absolute().parent, flag)
         if path.exists() and not os.access(path, os.W_OK):
             raise UserError(f"{flag}={path} cannot be written: permission denied, or a read-only disk; choose another")
     except OSError as error:
@@ -75,26 +75,27 @@ def writable_target(given: str | os.PathLike, flag: str) -> Path:
 
 
 def writable_directory(given: str | os.PathLike, flag: str, read_only: bool = False) -> Path:
-    """`user_path` of a directory to be written in, checked before the work: there or to be made, and taking files.
+    """`user_path` of a directory for output: it exists or can be created, and is writable.
 
-    With `read_only` only that it is no file. UserError naming `flag` otherwise. Nothing is written.
+    With `read_only` it only must not be a file. UserError naming `flag` otherwise. Nothing is written.
     """
     path = user_path(given, flag)
     try:
         if os.path.lexists(path) and not path.is_dir():
             raise UserError(f"{flag}={path} is no directory; choose another")
-        _require_place(path, path.absolute(), flag, read_only)
+        _require_writable(path, path.absolute(), flag, read_only)
     except OSError as error:
         raise UserError(f"{flag}={path} cannot be written: {error.strerror}; choose another") from error
     return path
 
 
-def _require_place(path: Path, above: Path, flag: str, read_only: bool = False) -> None:
-    """UserError unless the nearest directory there is, from `above` up, takes files; OSError says why it may not."""
-    while not above.exists():
-        above = above.parent
-    if not above.is_dir():
-        raise UserError(f"{flag}={path} cannot be written: {above} is no directory; choose another")
+def _require_writable(path: Path, directory: Path, flag: str, read_only: bool = False) -> None:
+    """UserError unless the nearest existing ancestor of `directory` is a directory; OSError if it is not writable."""
+    while not directory.exists():
+        directory = directory.parent
+    if not directory.is_dir():
+        raise UserError(f"{flag}={path} cannot be written: {directory} is no directory; choose another")
     if not read_only:
-        with tempfile.TemporaryFile(dir=above):  # what root may, and a network disk says it may, need not be so
+        # Writing is tried: for root, and on network file systems, permission bits do not tell.
+        with tempfile.TemporaryFile(dir=directory):
             pass
