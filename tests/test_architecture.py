@@ -70,7 +70,7 @@ def test_partition_specs_and_libraries_stay_in_their_rooms():
         "PartitionSpec": {"mesh"},
         "flax": {"model/transformer"},
         "grain": {"data/rows"},
-        "sentencepiece": {"data/sentencepiece_tokenizer"},
+        "sentencepiece": {"data/sentencepiece_tokenizer", "data/tokenizer_training"},
         "tokenizers": {"data/huggingface_tokenizer"},
         "orbax": {"training/checkpoint"},
         "tensorstore": {"training/leaves"},

@@ -12,7 +12,7 @@ _JAX = {
 
 
 def load(workdir, step=None, **options):
-    """Open a trained workdir: config, parameters, tokenizer and model functions; see `training/workdir.py`.
+    """Open a trained workdir: config, parameters, tokenizer and model functions; see `training/run.py`.
 
     UserError where JAX has been told to compute otherwise than by default.
     """
@@ -20,7 +20,7 @@ def load(workdir, step=None, **options):
     import jax
 
     from llada.errors import UserError
-    from llada.training.workdir import load as load_run
+    from llada.training.run import load as load_run
 
     for name, wanted in _JAX.items():
         if (value := getattr(jax.config, name, wanted)) != wanted:

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from llada.errors import UserError
-from llada.inference import generation, likelihood, sampler
+from llada.inference import compiled_loop, generation, likelihood
 from llada.inference.generation import Request
-from llada.training import workdir as workdir_lib
+from llada.training import run as run_lib
 
 HUGE = "1" + "0" * 40
 VALUES = (
@@ -71,8 +71,8 @@ class Ran(Exception):
 @pytest.fixture
 def runs_nothing(trained, monkeypatch):
     """Models are opened once, and what would sample or score raises Ran."""
-    opened = {str(run.workdir): workdir_lib.load(run.workdir) for run in trained.values()}
-    real = workdir_lib.load
+    opened = {str(run.workdir): run_lib.load(run.workdir) for run in trained.values()}
+    real = run_lib.load
 
     def load(workdir, step=None, *more, **options):
         return opened[str(workdir)] if step is None else real(workdir, step, *more, **options)
@@ -80,7 +80,7 @@ def runs_nothing(trained, monkeypatch):
     def ran(*given, **options):
         raise Ran
 
-    monkeypatch.setattr(workdir_lib, "load", load)
+    monkeypatch.setattr(run_lib, "load", load)
     monkeypatch.setattr(generation, "_run", ran)
     monkeypatch.setattr(likelihood, "_batches", ran)
 
@@ -176,7 +176,7 @@ def test_requests_end_at_newlines_only_and_may_come_from_standard_input(trained,
         done = in_process.llada("likelihood", workdir, f"--requests={requests}")
         found = [json.loads(line, parse_constant=pytest.fail) for line in done.stdout.split("\n")[:-1]]
         assert [line["log_likelihood"] for line in found] == [None] * 3
-    tokenizer = workdir_lib.load(trained["llada"].workdir).tokenizer
+    tokenizer = run_lib.load(trained["llada"].workdir).tokenizer
     assert scored == 2 * [[tokenizer.encode(answer) for answer in answers]]
 
 
@@ -200,7 +200,7 @@ def test_a_page_is_refused_before_a_model_is_opened(trained, monkeypatch, tmp_pa
     def no_load(*given, **options):
         raise Ran
 
-    monkeypatch.setattr(workdir_lib, "load", no_load)
+    monkeypatch.setattr(run_lib, "load", no_load)
     (tmp_path / "file").write_text("")
     asked = ("sample", f"--workdir={trained['llada'].workdir}", "--prompt=a")
     for target in ("", "-", tmp_path, tmp_path / "file" / "a.html", "gs://bucket/a.html", "/dev/full", "x" * 300):
@@ -229,7 +229,7 @@ def test_a_page_is_refused_before_a_model_is_opened(trained, monkeypatch, tmp_pa
     ids=lambda given: given if isinstance(given, str) else "",
 )
 def test_requests_from_python_are_refused_alike(trained, runs_nothing, request_, words):
-    run = workdir_lib.load(trained["llada"].workdir)
+    run = run_lib.load(trained["llada"].workdir)
     with pytest.raises(UserError) as caught:
         generation.generate(run.config, run.params, run.tokenizer, [request_])
     assert words in str(caught.value)
@@ -240,14 +240,14 @@ def test_requests_from_python_are_refused_alike(trained, runs_nothing, request_,
 
 def test_tokens_behind_an_arms_end_are_not_counted_as_written(trained, monkeypatch):
     """Nor is a mask token needed; the figures are those of what was written."""
-    run = workdir_lib.load(trained["arm"].workdir)
+    run = run_lib.load(trained["arm"].workdir)
     tokenizer = copy.copy(run.tokenizer)
     tokenizer.mask_id = None
 
     def ended_early(config, params, canvas_BL, prompt_B, *given):
         step_BL = np.full(canvas_BL.shape, -1)
         step_BL[0, prompt_B[0] : prompt_B[0] + 3] = range(3)
-        return sampler.Sample(np.where(step_BL < 0, canvas_BL, 9), step_BL, 3, 2.0, 0.0)
+        return compiled_loop.Sample(np.where(step_BL < 0, canvas_BL, 9), step_BL, 3, 2.0, 0.0)
 
     monkeypatch.setattr(generation, "ancestral", ended_early)
     prompt = run.tokenizer.encode("the cat")

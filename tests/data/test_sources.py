@@ -16,7 +16,8 @@ from pyarrow import parquet
 
 from llada.config import DataConfig, default_config, from_config_dict
 from llada.data import text_files
-from llada.data.sources import _hash, documents, is_holdout, split, training
+from llada.data.holdout import _hash, is_holdout, split, training
+from llada.data.sources import documents
 from llada.errors import UserError
 
 
@@ -254,9 +255,10 @@ def test_text_is_the_same_whatever_is_read_at_once(tmp_path, monkeypatch, chunk)
             list(documents(f"text:{tmp_path}/a.txt"))
 
 
-def sides(*args, **kwargs) -> tuple[list[str], list[str]]:
+def sides(source, fraction, length, remark=lambda line: None, holdout_source=None) -> tuple[list[str], list[str]]:
     """(training, held out)."""
-    made = list(split(*args, **kwargs))
+    data = DataConfig(source=source, holdout_fraction=fraction, sequence_length=length, holdout_source=holdout_source)
+    made = list(split(data, remark))
     return [text for held, text in made if not held], [text for held, text in made if held]
 
 

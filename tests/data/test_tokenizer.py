@@ -9,8 +9,9 @@ import pytest
 import sentencepiece
 
 from llada.data import tokenizer_files
-from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer, _sample
+from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.sources import documents
+from llada.data.tokenizer_training import _sample, train_tokenizer
 from llada.errors import UserError
 
 TEXTS = list(itertools.islice(documents("stdlib"), 40))
@@ -34,7 +35,7 @@ NASTY = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
-    return SentencePieceTokenizer.train(TEXTS, 600, tmp_path_factory.mktemp("tokenizer") / "t.model")
+    return train_tokenizer(TEXTS, 600, tmp_path_factory.mktemp("tokenizer") / "t.model")
 
 
 def test_every_text_comes_back_and_its_bytes_are_counted(tokenizer):
@@ -77,36 +78,36 @@ def test_vocabulary_is_exact_and_control_ids_are_apart(tokenizer):
 
 def test_training_gives_the_same_bytes_and_leaves_one_file(tokenizer, tmp_path):
     path = tmp_path / "new" / "t.model"
-    again = SentencePieceTokenizer.train(iter(TEXTS), 600, path)
+    again = train_tokenizer(iter(TEXTS), 600, path)
     assert again.sha256 == tokenizer.sha256 == SentencePieceTokenizer.load(path).sha256
     assert [file.name for file in path.parent.iterdir()] == ["t.model"]
-    other = SentencePieceTokenizer.train(TEXTS[:30], 600, path)
+    other = train_tokenizer(TEXTS[:30], 600, path)
     assert other.sha256 != again.sha256 and SentencePieceTokenizer.load(path).sha256 == other.sha256
 
 
 def test_training_sample_is_bounded_and_spread(tmp_path):
     # 12 MB: words only in an endless line, or only at the very end, must still be learnt.
     texts = ["alpha beta gamma\n" * 100_000, "x " * 1_000_000, "delta " * 500_000, *["omega\n" * 100] * 8_000]
-    tokenizer = SentencePieceTokenizer.train(texts, 300, tmp_path / "t.model")
+    tokenizer = train_tokenizer(texts, 300, tmp_path / "t.model")
     assert len(tokenizer.encode("delta")) <= 2 and len(tokenizer.encode("omega")) == 1
     assert sum(len(segment.encode()) for segment in _sample(texts, 100_000)) in range(50_000, 100_001)
 
 
 def test_a_text_without_spaces_still_gives_a_lossless_model(tmp_path):
-    tokenizer = SentencePieceTokenizer.train(["a\nb\nabc\n" * 30], 267, tmp_path / "t.model")
+    tokenizer = train_tokenizer(["a\nb\nabc\n" * 30], 267, tmp_path / "t.model")
     assert tokenizer.decode(tokenizer.encode(" a  b ")) == " a  b "
 
 
 @pytest.mark.parametrize(("vocab_size", "message"), [(100, "too small.*alone take 2"), (9_000, "too large.*at most")])
 def test_impossible_vocabulary_is_explained(tmp_path, vocab_size, message):
     with pytest.raises(UserError, match=f"model.vocab_size={vocab_size} is {message}"):
-        SentencePieceTokenizer.train(["a few words only"], vocab_size, tmp_path / "t.model")
+        train_tokenizer(["a few words only"], vocab_size, tmp_path / "t.model")
     assert not list(tmp_path.iterdir())
 
 
 def test_no_text_to_train_on(tmp_path):
     with pytest.raises(UserError, match="no text to train"):
-        SentencePieceTokenizer.train([], 600, tmp_path / "t.model")
+        train_tokenizer([], 600, tmp_path / "t.model")
 
 
 def foreign(path, **options):
@@ -175,7 +176,7 @@ def test_damaged_models_are_refused_or_work(tokenizer):
 def test_processes_that_train_at_once_share_one_model(tmp_path, capfd):
     path = tmp_path / "t.model"
     with ThreadPoolExecutor(3) as pool:
-        made = list(pool.map(lambda _: SentencePieceTokenizer.train(TEXTS[:3], 400, path).sha256, range(3)))
+        made = list(pool.map(lambda _: train_tokenizer(TEXTS[:3], 400, path).sha256, range(3)))
     assert set(made) == {SentencePieceTokenizer.load(path).sha256} and [file.name for file in tmp_path.iterdir()] == [
         "t.model"
     ]
@@ -190,5 +191,5 @@ def test_training_a_tokenizer_can_be_stopped(tmp_path):
         raise Stop
 
     with pytest.raises(Stop):
-        SentencePieceTokenizer.train(TEXTS, 600, tmp_path / "t.model", check=stop)
+        train_tokenizer(TEXTS, 600, tmp_path / "t.model", check=stop)
     assert not list(tmp_path.iterdir())

@@ -21,7 +21,8 @@ from llada.evaluation.validation import Validator, stratified_variance
 from llada.objectives import diffusion
 from llada.objectives.autoregressive import shift_right
 from llada.objectives.contract import SpecialTokens
-from llada.training import workdir as workdir_lib
+from llada.training import corpus as corpus_lib
+from llada.training import run as run_lib
 
 
 def test_the_variance_of_a_stratified_mean_is_right_where_strata_are_alike_and_never_too_small():
@@ -41,12 +42,12 @@ def test_the_variance_of_a_stratified_mean_is_right_where_strata_are_alike_and_n
 
 @pytest.fixture(scope="module")
 def opened(trained):
-    return {family: workdir_lib.load(run.workdir, mesh=MeshConfig()) for family, run in trained.items()}
+    return {family: run_lib.load(run.workdir, mesh=MeshConfig()) for family, run in trained.items()}
 
 
 def figure(opened, workdir, draws: int, mesh):
     config = dataclasses.replace(opened.config, evaluate=dataclasses.replace(opened.config.evaluate, draws=draws))
-    corpus = workdir_lib.corpus_for(workdir, config, opened.tokenizer)
+    corpus = corpus_lib.corpus_for(workdir, config, opened.tokenizer)
     tokenizer = opened.tokenizer
     with jax.set_mesh(mesh):
         validator = Validator(config, tokenizer.special, tokenizer.token_bytes_V, corpus.holdout_NL, mesh)
@@ -79,7 +80,7 @@ def test_figures_are_those_of_each_row_once(trained, opened, microbatches):
     The tokenizer of an ARM needs no mask token.
     """
     run, mesh = opened["arm"], mesh_lib.make(MeshConfig())
-    rows_RL = workdir_lib.corpus_for(trained["arm"].workdir, run.config, run.tokenizer).holdout_NL[:5]
+    rows_RL = corpus_lib.corpus_for(trained["arm"].workdir, run.config, run.tokenizer).holdout_NL[:5]
     config = with_values(run.config, train={"batch_size": 4, "microbatches": microbatches}, evaluate={"batches": 2})
     bytes_V = run.tokenizer.token_bytes_V
     with jax.set_mesh(mesh):

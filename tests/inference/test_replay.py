@@ -13,6 +13,7 @@ import sentencepiece
 from rich.console import Console
 
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from llada.data.tokenizer_training import train_tokenizer
 from llada.errors import UserError
 from llada.inference import replay
 
@@ -28,9 +29,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
-    return SentencePieceTokenizer.train(
-        ["the cat sees the dog .\n" * 20], 290, tmp_path_factory.mktemp("tokenizer") / "t.model"
-    )
+    return train_tokenizer(["the cat sees the dog .\n" * 20], 290, tmp_path_factory.mktemp("tokenizer") / "t.model")
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import pytest
 
 from llada.config import default_config, from_config_dict, to_dict
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from llada.data.tokenizer_training import train_tokenizer
 from llada.model import transformer
 from llada.training.checkpoint import create
 
@@ -29,7 +30,7 @@ def shape(request) -> dict:
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
     text = "the cat sees the dog .\ndef main():\n    return 'naïve'\n" * 30
-    return SentencePieceTokenizer.train([text], V - 8, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+    return train_tokenizer([text], V - 8, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.sources import documents
+from llada.data.tokenizer_training import train_tokenizer
 from llada.errors import UserError
 from llada.interop.sentencepiece_files import tokenizer_files
 
@@ -141,7 +142,7 @@ def trained_here(folder):
     """Name to tokenizer, texts and further arguments of the export."""
 
     def train(name, texts, vocab_size):
-        return SentencePieceTokenizer.train(texts, vocab_size, folder / f"{name}.model")
+        return train_tokenizer(texts, vocab_size, folder / f"{name}.model")
 
     code = train("code", DOCUMENTS, 900)
     yield "code", (code, [*NASTY, *fuzzed(code, 4_000), *DOCUMENTS[:20]], {})

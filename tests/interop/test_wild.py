@@ -21,7 +21,7 @@ from llada.interop import importing
 from llada.interop.export import export
 from llada.model import transformer
 from llada.objectives import autoregressive
-from llada.training import workdir as workdir_lib
+from llada.training import corpus as corpus_lib
 
 TEXT = "the  cat sees\n    the dog \u2581x"
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=300)
@@ -134,12 +134,12 @@ def test_what_export_would_refuse_of_a_tokenizer_is_refused_before_training(tiny
     proto = sentencepiece_model_pb2.ModelProto.FromString(spaced(range(2, 17), mask=True))
     (tmp_path / "good.model").write_bytes(proto.SerializeToString())
     config = tiny("llada", {"data.tokenizer": str(tmp_path / "good.model")})
-    assert isinstance(workdir_lib.tokenizer_for(tmp_path / "good", config), SentencePieceTokenizer)
+    assert isinstance(corpus_lib.tokenizer_for(tmp_path / "good", config), SentencePieceTokenizer)
     proto.trainer_spec.treat_whitespace_as_suffix = True
     (tmp_path / "bad.model").write_bytes(proto.SerializeToString())
     config = tiny("llada", {"data.tokenizer": str(tmp_path / "bad.model")})
     with pytest.raises(UserError, match="data.tokenizer=.*bad.model: .*whitespace_as_suffix.*llada export could not"):
-        workdir_lib.tokenizer_for(tmp_path / "bad", config)
+        corpus_lib.tokenizer_for(tmp_path / "bad", config)
     assert not (tmp_path / "bad").exists()
 
 

@@ -12,10 +12,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 import llada
-from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from llada.data.tokenizer_training import train_tokenizer
 from llada.errors import DataError, UserError
 from llada.training import loop, metrics
-from llada.training import workdir as workdir_lib
+from llada.training import run as run_lib
 from llada.training.checkpoint import Checkpoints
 
 
@@ -179,7 +179,7 @@ def test_a_lost_tokenizer_comes_back_from_the_checkpoint(tiny, copies):
 
 def test_another_tokenizer_than_the_checkpoints_is_refused(tiny, copies):
     w = copies("llada")
-    SentencePieceTokenizer.train(["other words entirely " * 50], 300, w / "tokenizer.model")
+    train_tokenizer(["other words entirely " * 50], 300, w / "tokenizer.model")
     for use in (lambda: llada.load(w), lambda: loop.train(tiny("llada"), w)):
         with pytest.raises(UserError, match="is not the tokenizer of the checkpoint of step 12"):
             use()
@@ -187,7 +187,7 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(tiny, copies):
 
 def rows_of(w):
     opened = llada.load(w)
-    return workdir_lib.corpus_of_run(w, opened.config, opened.tokenizer, opened.step)
+    return run_lib.corpus_of_run(w, opened.config, opened.tokenizer, opened.step)
 
 
 @pytest.mark.parametrize("there", [True, False])

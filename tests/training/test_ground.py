@@ -14,10 +14,12 @@ import pytest
 
 import llada
 from llada import accounting, files
-from llada.data import sources
+from llada.data import holdout
 from llada.errors import DiskError, Interrupted, UserError
 from llada.inference import generation
+from llada.training import corpus as corpus_lib
 from llada.training import loop, metrics, stopping
+from llada.training import run as run_lib
 from llada.training import step as step_lib
 from llada.training import workdir as workdir_lib
 from llada.training.checkpoint import Checkpoints
@@ -133,11 +135,11 @@ def test_a_first_mistake_settles_nothing(tiny, trained, tmp_path, monkeypatch):
     for right in ({"model.vocab_size": 310, "data.sequence_length": 30}, {}):
         with pytest.raises(Interrupted):
             loop.train(tiny("llada", right), w)
-        config = workdir_lib.read_config(w)
+        config = run_lib.read_config(w)
         assert config == tiny("llada", right)
-        tokenizer = workdir_lib.tokenizer_for(w, config)
+        tokenizer = corpus_lib.tokenizer_for(w, config)
         assert tokenizer.vocab_size == config.model.vocab_size
-        assert workdir_lib.corpus_for(w, config, tokenizer).train_NL.shape[1] == config.data.sequence_length
+        assert corpus_lib.corpus_for(w, config, tokenizer).train_NL.shape[1] == config.data.sequence_length
 
 
 def _stopped(*_):
@@ -145,7 +147,7 @@ def _stopped(*_):
 
 
 def test_a_signal_while_preparing_stops_at_the_next_document(tiny, tmp_path, monkeypatch):
-    read, seen = sources.training, []
+    read, seen = holdout.training, []
 
     def counted(*arguments):
         for text in read(*arguments):
@@ -154,7 +156,7 @@ def test_a_signal_while_preparing_stops_at_the_next_document(tiny, tmp_path, mon
                 signal.raise_signal(signal.SIGTERM)
             yield text
 
-    monkeypatch.setattr(sources, "training", counted)
+    monkeypatch.setattr(holdout, "training", counted)
     with pytest.raises(Interrupted, match="stopped by SIGTERM while preparing; run again") as stopped:
         loop.train(tiny("llada"), tmp_path / "run")
     assert len(seen) == 3 and stopped.value.status == 143

@@ -218,9 +218,9 @@ def test_a_moved_tokenizer_is_no_other_experiment_but_another_tokenizer_is(tiny,
     here.rename(tmp_path / "there.model")
     for path in ("here.model", "there.model"):
         loop.train(tiny("arm", {"data.tokenizer": str(tmp_path / path)}), tmp_path / "run")
-    from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
+    from llada.data.tokenizer_training import train_tokenizer
 
-    SentencePieceTokenizer.train(["other words entirely " * 50], 300, tmp_path / "other.model")
+    train_tokenizer(["other words entirely " * 50], 300, tmp_path / "other.model")
     with pytest.raises(UserError, match="not the tokenizer that"):
         loop.train(tiny("arm", {"data.tokenizer": str(tmp_path / "other.model")}), tmp_path / "run")
 

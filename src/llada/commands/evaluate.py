@@ -38,16 +38,16 @@ def run(overrides: dict[str, str]) -> int:
     import jax
 
     from llada.evaluation import validation
-    from llada.training import workdir as workdir_lib
+    from llada.training import run as run_lib
 
     with processes.agreement():
-        validation.estimator_for(workdir_lib.read_config(WORKDIR.value), ESTIMATOR.value)
+        validation.estimator_for(run_lib.read_config(WORKDIR.value), ESTIMATOR.value)
     asked = [flag.value for flag in (STEP, DRAWS, BATCHES, MICROBATCHES, ESTIMATOR, opening.DTYPE)]
     opening.require_same([mesh, *asked])
     opened = opening.open_run(WORKDIR.value, STEP.value, mesh)
     config = _changed(opened.config)
     with processes.agreement():
-        corpus = workdir_lib.corpus_of_run(opened.workdir, config, opened.tokenizer, opened.step)
+        corpus = run_lib.corpus_of_run(opened.workdir, config, opened.tokenizer, opened.step)
     with jax.set_mesh(opened.mesh), processes.ending_together(UserError):
         validator = validation.Validator(
             config,

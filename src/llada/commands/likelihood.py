@@ -64,7 +64,7 @@ def run(overrides: dict[str, str]) -> int:
     import jax
 
     from llada.inference import canvas, likelihood
-    from llada.training import workdir as workdir_lib
+    from llada.training import run as run_lib
 
     settings = likelihood.LikelihoodConfig(
         estimator=ESTIMATOR.value,
@@ -72,7 +72,7 @@ def run(overrides: dict[str, str]) -> int:
         cfg_scale=CFG_SCALE.value,
         batch_tokens=BATCH_TOKENS.value,
     )
-    model = workdir_lib.read_config(WORKDIR.value).model
+    model = run_lib.read_config(WORKDIR.value).model
     likelihood.check_settings(model, settings)
     _refuse_idle_flags(model.causal)
     if ROLLING.value:

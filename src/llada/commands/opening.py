@@ -34,10 +34,10 @@ def mesh(overrides: dict[str, str]) -> MeshConfig:
 
 
 def open_run(workdir: str | os.PathLike | Path, step: int | None, mesh_config: MeshConfig):
-    """`workdir.load` by these flags; of several processes all must call it."""
-    from llada.training import workdir as workdir_lib
+    """`run.load` by these flags; of several processes all must call it."""
+    from llada.training import run as run_lib
 
-    return workdir_lib.load(workdir, step, mesh_config, DTYPE.value)
+    return run_lib.load(workdir, step, mesh_config, DTYPE.value)
 
 
 def require_same(asked) -> None:

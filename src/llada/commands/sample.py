@@ -59,7 +59,7 @@ def run(overrides: dict[str, str]) -> int:
     import jax
 
     from llada.inference import generation, replay
-    from llada.training import workdir as workdir_lib
+    from llada.training import run as run_lib
 
     options = {flag.name: flag.value for flag in OPTIONS}
     given = [flag for flag in ASKED if flag.value]
@@ -69,7 +69,7 @@ def run(overrides: dict[str, str]) -> int:
     asked = [{given[0].name: text} for text in given[0].value]
     _check_count(len(asked) * SAMPLES.value)
     page = None if HTML.value is None else writable_target(HTML.value, "--html")
-    config = workdir_lib.read_config(WORKDIR.value)
+    config = run_lib.read_config(WORKDIR.value)
     for what in asked:
         generation.check(config, generation.Request(**what, **options))
     seeds = range(SEED.value, SEED.value + SAMPLES.value)

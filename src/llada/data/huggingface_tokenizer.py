@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from llada import json_files
-from llada.data.tokenizer import NAMES, Tokenizer
+from llada.data.tokenizer import NAMES, SPACE_MARK, Tokenizer
 from llada.errors import UserError
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_SPACE_MARK = "\u2581"
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _MOST_GROWTH = 64
 
@@ -110,7 +109,7 @@ class HuggingFaceTokenizer(Tokenizer):
             elif before and text.startswith(before):
                 found[token] = text.removeprefix(before).encode()
             else:
-                found[token] = piece.replace(_SPACE_MARK, " ").encode()
+                found[token] = piece.replace(SPACE_MARK, " ").encode()
         return found
 
     def _checked(self, ids: list[int]) -> list[int]:

@@ -1,36 +1,96 @@
-"""The files that a source names: paths, directories and patterns, each file once.
+"""The user's files as a source: paths, directories and patterns, each file once.
 
-What exists is taken as it is written; "*", "?", "[ab]", "{a,b}" and "**" are looked at only in what does not.
+What exists is taken as it is written; "*", "?", "[ab]", "{a,b}" and "**" are looked at only in what does not. A
+directory stands for the files in it, at any depth, but for hidden ones and those that are no text. A file that has
+several names, by links, is read once, under the first of them; files are read in the order of their names.
 """
 
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from llada import paths
+from llada.data import text_files
 from llada.errors import UserError
 
 
-def parts_of(pattern: str) -> list[str]:
+def documents(pattern: str, text_key: str, remark: Callable[[str], None], flag: str) -> tuple[Iterator[str], str]:
+    """The documents of files that match "GLOB[,GLOB ...]", and what to say if there are none: see `sources.SOURCES`."""
+    try:
+        pattern.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{flag}={pattern!r} is no Unicode text; rename the file or directory") from error
+    in_directory: dict[Path, bool] = {}  # of each file, whether no pattern but only a directory stands for it
+    for alternative in _split(pattern):
+        for path, below in _matching(alternative, flag):
+            in_directory[path] = below and in_directory.get(path, True)
+    reason = f"all {len(in_directory)} files matching {pattern!r} are empty or no text; check {flag}=text:GLOB"
+    return _texts(in_directory, text_key, remark), reason
+
+
+def _texts(in_directory: dict[Path, bool], text_key: str, remark: Callable[[str], None]) -> Iterator[str]:
+    first: dict[tuple, Path] = {}
+    for path in sorted(in_directory):
+        first.setdefault(_identity(path), path)
+    if links := len(in_directory) - len(first):
+        remark(f"{links} files are other names (links) of files that are read already, and left out")
+    no_text = []
+    for path in first.values():
+        try:
+            yield from text_files.read(path, text_key)
+        except text_files.NotText:
+            if not in_directory[path]:
+                raise
+            no_text.append(path.name)
+    if no_text:
+        names = ", ".join(no_text[:3]) + (", ..." if len(no_text) > 3 else "")
+        remark(f"{len(no_text)} files are no UTF-8 text, and left out: {names}")
+
+
+def _split(pattern: str) -> list[str]:
     """A list's patterns. Commas within braces are theirs, and what exists is one path whatever its characters."""
     if os.path.lexists(os.path.expanduser(pattern)):
         return [pattern]
-    parts = [part.strip() for part in re.split(r",(?![^{}]*\})", pattern)]
-    return [part for part in parts if part] or [pattern]
+    pieces = [piece.strip() for piece in re.split(r",(?![^{}]*\})", pattern)]
+    return [piece for piece in pieces if piece] or [pattern]
+
+
+def _matching(pattern: str, flag: str) -> list[tuple[Path, bool]]:
+    """The files of one pattern, each with whether it lies below a directory that the pattern names.
+
+    UserError if there are none, or the pattern is no file or directory of this machine.
+    """
+    path = os.fspath(paths.user_path(pattern, flag))
+    alternatives = [path] if os.path.lexists(path) else _alternatives(path)
+    files = [file for alternative in alternatives for file in _files(Path(alternative), flag)]
+    if not files:
+        raise UserError(f"no file matches {pattern!r}; check {flag}=text:GLOB")
+    return files
+
+
+def _files(path: Path, flag: str) -> Iterator[tuple[Path, bool]]:
+    """The same of a pattern without braces, or of what exists."""
+    matches: Iterable[Path] = [path]
+    below = path.is_dir()
+    if below:
+        matches = _matches(os.path.join(glob.escape(os.fspath(path)), "**"), flag)
+    elif not os.path.lexists(path):
+        matches = _matches(_literal_as_far_as_it_exists(os.fspath(path)), flag)
+    elif not path.is_file():
+        what = "is no regular file (a pipe or a device)" if path.exists() else "is a link to nothing"
+        raise UserError(f"{flag}: {path} {what}; give files or a directory")
+    return ((match, below) for match in matches if match.is_file())
 
 
 def _alternatives(pattern: str) -> list[str]:
     """`a{b,c}` as `ab` and `ac`, from the innermost braces out."""
-    found = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
-    if not found:
+    braces = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
+    if not braces:
         return [pattern]
-    return [
-        whole
-        for part in found[1].split(",")
-        for whole in _alternatives(pattern[: found.start()] + part + pattern[found.end() :])
-    ]
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    return [each for choice in braces[1].split(",") for each in _alternatives(before + choice + after)]
 
 
 def _literal_as_far_as_it_exists(pattern: str) -> str:
@@ -44,83 +104,40 @@ def _literal_as_far_as_it_exists(pattern: str) -> str:
     return os.path.join(glob.escape(os.fspath(literal.parent)), literal.name, *rest)
 
 
-def _at_double_star(pattern: str) -> tuple[str, str, str]:
-    """Parts of a pattern before, at and after its first "**", which stands for directories at any depth."""
-    parts = Path(pattern).parts
-    at = parts.index("**") if "**" in parts else len(parts)
-    head, rest = (os.path.join(*some) if some else "" for some in (parts[:at], parts[at + 1 :]))
-    return head, "".join(parts[at : at + 1]), rest
+def _matches(pattern: str, flag: str) -> Iterator[Path]:
+    """What a pattern stands for. Each directory below a "**" is met once: glob's own goes round with links."""
+    names = Path(pattern).parts
+    if "**" not in names:
+        yield from map(Path, glob.glob(pattern))
+        return
+    at = names.index("**")
+    rest = os.path.join(*names[at + 1 :]) if names[at + 1 :] else "*"
+    for base in glob.glob(os.path.join(*names[:at])) if at else [os.curdir]:
+        for folder in _folders(base, flag):
+            yield from _matches(os.path.join(glob.escape(folder), rest), flag)
 
 
-class Files:
-    """The files of a source: each once, whatever names and links it has."""
+def _folders(root: str, flag: str) -> Iterator[str]:
+    """A directory and those below it, but for hidden ones."""
 
-    def __init__(self, flag: str):
-        self.flag = flag
-        self.found: dict[Path, bool] = {}  # path, and whether it was met in a directory
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; check {flag}") from error
 
-    def add(self, part: str) -> None:
-        """Take one pattern's files. UserError if there are none, or it is no file or directory of this machine."""
-        path = paths.user_path(part, self.flag)
-        patterns = [os.fspath(path)] if os.path.lexists(path) else _alternatives(os.fspath(path))
-        if not sum([self._add(pattern) for pattern in patterns]):
-            raise UserError(f"no file matches {part!r}; check {self.flag}=text:GLOB")
-
-    def _add(self, pattern: str) -> int:
-        """How many files a pattern without braces, or what exists, stands for; each is noted."""
-        path, in_directory = Path(pattern), False
-        if not os.path.lexists(path):
-            matches = [match for match in self._matches(_literal_as_far_as_it_exists(pattern)) if match.is_file()]
-        elif path.is_dir():
-            matches, in_directory = self._matches(os.path.join(glob.escape(pattern), "**")), True
-            matches = [match for match in matches if match.is_file()]
-        elif path.is_file():
-            matches = [path]
-        else:
-            what = "is no regular file (a pipe or a device)" if path.exists() else "is a link to nothing"
-            raise UserError(f"{self.flag}: {path} {what}; give files or a directory")
-        for match in matches:
-            self.found[match] = in_directory and self.found.get(match, True)
-        return len(matches)
-
-    def _matches(self, pattern: str) -> Iterator[Path]:
-        """What a pattern stands for. Each directory below a "**" is met once: glob's own goes round with links."""
-        head, star, rest = _at_double_star(pattern)
-        if not star:
-            yield from map(Path, glob.glob(pattern))
-            return
-        for base in glob.glob(head) if head else [os.curdir]:
-            for folder in self._folders(base):
-                yield from self._matches(os.path.join(glob.escape(folder), rest or "*"))
-
-    def _folders(self, root: str) -> Iterator[str]:
-        """A directory and those below it, but for hidden ones."""
-
-        def refuse(error: OSError):
-            raise UserError(f"cannot read {error.filename}: {error.strerror}; check {self.flag}") from error
-
-        seen = set()
-        for folder, subfolders, _ in os.walk(root, onerror=refuse, followlinks=True):
-            identity = _identity(Path(folder))
-            if identity in seen:
-                subfolders.clear()
-                continue
-            seen.add(identity)
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            yield folder
-
-    def once(self) -> tuple[list[Path], int]:
-        """The paths in order, the first name of each file, and how many other names there are."""
-        first: dict[tuple, Path] = {}
-        for path in sorted(self.found):
-            first.setdefault(_identity(path), path)
-        return list(first.values()), len(self.found) - len(first)
+    seen = set()
+    for folder, subfolders, _ in os.walk(root, onerror=refuse, followlinks=True):
+        identity = _identity(Path(folder))
+        if identity in seen:
+            subfolders.clear()
+            continue
+        seen.add(identity)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield folder
 
 
-def _identity(path: Path) -> tuple:
+def _identity(path: Path) -> tuple[str | int, ...]:
     """The same for two names of one file or directory."""
     try:
-        found = os.stat(path)
+        stat = os.stat(path)
     except OSError:
         return (os.path.realpath(path),)
-    return (found.st_dev, found.st_ino) if found.st_ino else (os.path.realpath(path),)
+    return (stat.st_dev, stat.st_ino) if stat.st_ino else (os.path.realpath(path),)

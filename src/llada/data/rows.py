@@ -1,31 +1,24 @@
-"""Documents to rows of token ids on disk, and rows to training batches.
+"""Rows of token ids on disk, and the training batches made of them.
 
 Every row holds `sequence_length` ids cut from one long stream of documents, each ended by eos: no padding. A batch is
 a pure function of (seed, step), so a resumed run, a run on other machines, and a run with another objective all read
-the same rows in the same order. Letters: N rows on disk, B rows in a batch, L tokens in a row.
+the same rows in the same order. Rows are written by `prepare.py`.
+Letters: N rows on disk, B rows in a batch, L tokens in a row.
 """
 
 import dataclasses
 import hashlib
-import sys
 import typing
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grain
 import numpy as np
 
 from llada import json_files
-from llada.data.row_files import RowWriter, id_dtype, open_rows
-from llada.data.sources import split
-from llada.data.tokenizer import Tokenizer
-from llada.data.waiting import Report
-from llada.errors import DataError, DiskError, UserError, disk_error
-from llada.files import in_turn, replacing, write_atomically
-from llada.paths import user_path
+from llada.config import DataConfig
+from llada.errors import DataError, UserError
 
-_ENCODE_CHARACTERS = 1_000_000
 _MOST_OF_ANYTHING = 1 << 62
 _STEPS_FOREVER = 1 << 62
 
@@ -62,167 +55,51 @@ class Corpus:
     holdout_NL: np.ndarray
     metadata: Metadata
 
-    def verify(self) -> None:
-        """Re-read every row; raises DataError if the bytes are not those that were prepared."""
-        if _digest(self.train_NL, self.holdout_NL) != self.metadata.digest:
-            raise DataError("corpus rows changed since they were prepared; delete the data directory to prepare again")
-
     def text_bytes(self, token_bytes_V: np.ndarray) -> np.ndarray:
         """Bytes of held-out text that each id stands for, of shape V, so that all together they are the documents'.
 
         That is what the tokenizer says, but for one that begins each text with a space, or changes text: there its
         count is spread over the bytes that there are.
         """
-        counted, there = self.metadata.holdout_token_bytes, self.metadata.holdout_bytes
-        return token_bytes_V * (there / counted) if counted and counted != there else token_bytes_V
+        counted, actual = self.metadata.holdout_token_bytes, self.metadata.holdout_bytes
+        return token_bytes_V * (actual / counted) if counted and counted != actual else token_bytes_V
 
 
-def prepare(
-    directory: str | Path,
-    source: str,
-    tokenizer: Tokenizer,
-    sequence_length: int,
-    holdout_fraction: float,
-    *,
-    text_key: str = "text",
-    holdout_source: str | None = None,
-    progress: Callable[[str], None] | None = None,
-    check: Callable[[], None] | None = None,
-) -> Corpus:
-    """Tokenise `source` into rows under `directory`, or reopen them if the same request made them before.
-
-    metadata.json is written last: without it nothing here counts, and an interrupted call starts again. Of several
-    processes that share a directory one prepares, and the others wait for it. `source`, `text_key`, `holdout_fraction`
-    and `holdout_source` are those of sources.split. `progress` is told how far it is, about once a second; `check` is
-    called as often, and may raise to end the call.
-    Raises UserError if the directory holds another corpus or cannot be written, if the source is bad (see sources.py),
-    or if either side has too little text for one row; DataError for damaged rows; DiskError where there is no room.
-    """
-    directory = user_path(directory, "--config.data.directory")
-    if sequence_length < 1:
-        raise UserError(f"data.sequence_length={sequence_length} must be at least 1")
-    if not 0 < holdout_fraction < 1:
-        raise UserError(f"data.holdout_fraction={holdout_fraction} must lie between 0 and 1, both excluded")
-    request = {
-        "source": source,
-        "sequence_length": sequence_length,
-        "holdout_fraction": holdout_fraction,
-        "tokenizer_sha256": tokenizer.sha256,
-        "text_key": text_key,
-        "holdout_source": holdout_source,
-    }
-    if (directory / "metadata.json").exists():
-        return reopened(directory, request)
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"--config.data.directory={directory} is no directory; choose another")
-    report = Report(progress, check)
-    try:
-        with in_turn(directory / ".lock", f"prepares {directory}", report.check):
-            if (directory / "metadata.json").exists():  # made while this call waited
-                return reopened(directory, request)
-            return _made(directory, request, tokenizer, report)
-    except OSError as error:
-        if not str(error.filename or "").startswith(str(directory)):
-            raise
-        reason = error.strerror or error
-        raise UserError(f"--config.data.directory={directory} cannot be written: {reason}; choose another") from error
-
-
-def reopened(directory: Path, request: dict, flag: str = "") -> Corpus:
-    """The rows that lie in `directory`. UserError where they were made by other values than those of `request`."""
-    corpus = open_corpus(directory)
-    found = dataclasses.asdict(corpus.metadata)
-    changed = [f"{name} ({found[name]!r}, asked {asked!r})" for name, asked in request.items() if asked != found[name]]
-    if changed:
-        raise UserError(f"{flag}{directory} holds a corpus with another {', '.join(changed)}; give a fresh directory")
-    return corpus
-
-
-def _made(directory: Path, request: dict, tokenizer: Tokenizer, report: Report) -> Corpus:
-    length = request["sequence_length"]
-    asked = (request[name] for name in ("source", "holdout_fraction", "sequence_length", "text_key", "holdout_source"))
-    texts = split(*asked, remark=lambda line: print(line, file=sys.stderr))
-    with (
-        replacing(directory / "train.npy") as train_path,
-        replacing(directory / "holdout.npy") as holdout_path,
-        train_path.open("wb") as train_file,
-        holdout_path.open("wb") as holdout_file,
-    ):
-        try:
-            train, holdout = (RowWriter(file, length, tokenizer.vocab_size) for file in (train_file, holdout_file))
-            token_bytes = _write(train, holdout, texts, tokenizer, report)
-            _require_rows(train, holdout, request)
-            for side in (train, holdout):
-                side.finish()
-        except OSError as error:
-            raise disk_error(error, f"writing rows to {directory}") or error from error
-    train_NL, holdout_NL = (open_rows(directory / name) for name in ("train.npy", "holdout.npy"))
-    digest, *found = _digest_and_checksums(train_NL, holdout_NL)
-    if found != [train.checksum, holdout.checksum]:
-        raise DiskError(f"the rows in {directory} are not those that were written; check the disk, then call again")
-    metadata = Metadata(
-        **request,
-        vocab_size=tokenizer.vocab_size,
-        **{f"train_{name}": getattr(train, name) for name in ("documents", "tokens", "bytes", "rows")},
-        **{f"holdout_{name}": getattr(holdout, name) for name in ("documents", "tokens", "bytes", "rows")},
-        unigram_entropy_nats=_entropy_nats(train.counts_V),
-        digest=digest,
-        holdout_token_bytes=token_bytes,
-    )
-    write_atomically(directory / "metadata.json", json_files.dumps(dataclasses.asdict(metadata), indent=2).encode())
-    return Corpus(train_NL, holdout_NL, metadata)
-
-
-def _write(train: RowWriter, holdout: RowWriter, texts: Iterator, tokenizer: Tokenizer, report: Report) -> int:
-    """Give each document to its side; how many bytes the tokenizer counts on the held-out one."""
-    token_bytes = 0
-    for group in _groups(texts):
-        for (held, text), ids in zip(group, tokenizer.encode_many([text for _, text in group]), strict=True):
-            (holdout if held else train).add([*ids, tokenizer.eos_id], len(text.encode()))
-            token_bytes += int(tokenizer.token_bytes_V[ids].sum()) if held else 0
-        documents, tokens = train.documents + holdout.documents, train.tokens + holdout.tokens
-        report(f"tokenising: {documents:,} documents, {tokens / 1e6:.1f} M tokens")
-    return token_bytes
-
-
-def _require_rows(train: RowWriter, holdout: RowWriter, request: dict) -> None:
-    for name, side in (("training", train), ("hold-out", holdout)):
-        if not side.rows:
-            raise UserError(
-                f"the {name} side has {side.tokens} tokens of {side.documents} documents, less than one row of "
-                f"data.sequence_length={request['sequence_length']}; shorten it, give more documents, change "
-                f"data.holdout_fraction={request['holdout_fraction']} or set --config.data.holdout_source"
-            )
-
-
-def open_corpus(directory: str | Path) -> Corpus:
-    """Open what `prepare` made. Raises DataError if it is missing, damaged, or its files disagree on their shape."""
-    directory = Path(directory)
+def open_corpus(directory: Path) -> Corpus:
+    """Open what `prepare.prepare` wrote. DataError if it is missing, damaged, or its files disagree on their shape."""
     again = "delete it to prepare again"
     try:
         metadata = _metadata(directory / "metadata.json")
         train_NL, holdout_NL = (open_rows(directory / name) for name in ("train.npy", "holdout.npy"))
     except (UserError, OSError) as error:
         raise DataError(f"no usable corpus in {directory} ({error}); {again}") from error
-    found = train_NL.shape, holdout_NL.shape, train_NL.dtype, holdout_NL.dtype
+    shapes = train_NL.shape, holdout_NL.shape, train_NL.dtype, holdout_NL.dtype
     length, dtype = metadata.sequence_length, id_dtype(metadata.vocab_size)
     expected = (metadata.train_rows, length), (metadata.holdout_rows, length), dtype, dtype
-    if found != expected:
-        raise DataError(f"rows in {directory} are {found}, metadata.json says {expected}; {again}")
+    if shapes != expected:
+        raise DataError(f"rows in {directory} are {shapes}, metadata.json says {expected}; {again}")
     return Corpus(train_NL, holdout_NL, metadata)
 
 
-def require_known(rows_NL: np.ndarray, vocab_size: int, row_N: np.ndarray) -> None:
-    """DataError unless all ids of these rows are below `vocab_size`; `row_N` are their numbers in the file.
+def open_matching(directory: Path, data: DataConfig, tokenizer_sha256: str | None = None, flag: str = "") -> Corpus:
+    """The rows in `directory`; UserError where they were prepared by other values of `data`, or another tokenizer.
 
-    JAX takes the last row of a table for what lies beyond it, and would train on damaged rows without a word.
+    None for a tokenizer that is not known yet.
     """
-    if rows_NL.size and rows_NL.max() >= vocab_size:
-        bad = int(np.argmax((rows_NL >= vocab_size).any(axis=1)))
-        raise DataError(
-            f"row {int(row_N[bad])} of the corpus holds id {int(rows_NL[bad].max())}, beyond the {vocab_size} of the "
-            "vocabulary: the rows are damaged; delete the data directory to prepare again"
-        )
+    corpus = open_corpus(directory)
+    if changed := differences(corpus.metadata, data, tokenizer_sha256):
+        raise UserError(f"{flag}{directory} holds a corpus with another {', '.join(changed)}; give a fresh directory")
+    return corpus
+
+
+def differences(metadata: Metadata, data: DataConfig, tokenizer_sha256: str | None = None) -> list[str]:
+    """What rows that `data` and the tokenizer ask for would be prepared by, and these were not."""
+    names = ("source", "sequence_length", "holdout_fraction", "text_key", "holdout_source")
+    asked = {name: getattr(data, name) for name in names} | {"tokenizer_sha256": tokenizer_sha256}
+    if tokenizer_sha256 is None:
+        del asked["tokenizer_sha256"]
+    has = dataclasses.asdict(metadata)
+    return [f"{name} ({has[name]!r}, asked {value!r})" for name, value in asked.items() if value != has[name]]
 
 
 def _metadata(path: Path) -> Metadata:
@@ -241,6 +118,37 @@ def _metadata(path: Path) -> Metadata:
     if min(values[name] for name in ("sequence_length", "vocab_size", "train_rows", "holdout_rows")) < 1:
         raise UserError(f"{path.name} says that there are no rows")
     return Metadata(**{field.name: values[field.name] for field in fields if field.name in values})
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """Of ids on disk: uint16, or uint32 above 65,536 of them."""
+    return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
+
+
+def open_rows(path: Path) -> np.ndarray:
+    """Rows, memory-mapped. UserError for what is no .npy file, or has more or less in it than it says."""
+    if not path.is_file():
+        raise UserError(f"{path.name} is {'no regular file' if path.exists() else 'missing'}")
+    try:
+        rows_NL = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, TypeError, EOFError, OverflowError, MemoryError) as error:
+        raise UserError(f"{path.name}: {' '.join(str(error).split())}") from error
+    if not rows_NL.flags.c_contiguous or path.stat().st_size != rows_NL.offset + rows_NL.nbytes:
+        raise UserError(f"{path.name} holds more or less than its header says")
+    return rows_NL
+
+
+def require_known(rows_NL: np.ndarray, vocab_size: int, row_N: np.ndarray) -> None:
+    """DataError unless all ids of these rows are below `vocab_size`; `row_N` are their numbers in the file.
+
+    JAX takes the last row of a table for what lies beyond it, and would train on damaged rows without a word.
+    """
+    if rows_NL.size and rows_NL.max() >= vocab_size:
+        bad = int(np.argmax((rows_NL >= vocab_size).any(axis=1)))
+        raise DataError(
+            f"row {int(row_N[bad])} of the corpus holds id {int(rows_NL[bad].max())}, beyond the {vocab_size} of the "
+            "vocabulary: the rows are damaged; delete the data directory to prepare again"
+        )
 
 
 def unique_rows(rows_NL: np.ndarray, unique_tokens: int | None) -> np.ndarray:
@@ -276,14 +184,10 @@ class Batches:
         positions: np.ndarray | None = None,
         vocab_size: int | None = None,
     ):
-        """Take N rows, the global batch size, which positions of it to read (default all). UserError if impossible.
+        """Take N rows, the global batch size, and which positions of it to read (default all).
 
-        With `vocab_size` the ids of each batch are compared with it: see `require_known`.
+        With `vocab_size` the ids of each batch are compared with it: see `require_known`. UserError as `unique_rows`.
         """
-        if batch_size < 1:
-            raise UserError(f"train.batch_size={batch_size} must be positive")
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed={seed} must lie in 0..4294967295; set --config.seed")
         self.rows_NL = rows_NL
         self.batch_size = batch_size
         self._used = unique_rows(rows_NL, unique_tokens)
@@ -316,38 +220,3 @@ def chain_digest(digest: str, batch_BL: np.ndarray) -> str:
     Equal digests after step s mean that two runs read identical rows in identical order up to s.
     """
     return hashlib.sha256(digest.encode() + np.ascontiguousarray(batch_BL, "<i4").tobytes()).hexdigest()
-
-
-def _groups(texts: Iterator[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
-    """Gather documents until there is enough for all cores, and not more than a second's work."""
-    group, characters = [], 0
-    for held, text in texts:
-        group.append((held, text))
-        characters += len(text)
-        if characters >= _ENCODE_CHARACTERS:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
-
-
-def _entropy_nats(counts_V: np.ndarray) -> float:
-    frequency = counts_V[counts_V > 0] / counts_V.sum()
-    return float(-(frequency * np.log(frequency)).sum())
-
-
-def _digest(*sides_NL: np.ndarray) -> str:
-    return _digest_and_checksums(*sides_NL)[0]
-
-
-def _digest_and_checksums(*sides_NL: np.ndarray) -> tuple:
-    """sha256 (hex) over the bytes of all sides, and the crc32 of each."""
-    sha, checksums = hashlib.sha256(), []
-    for rows_NL in sides_NL:
-        checksum = 0
-        for start in range(0, len(rows_NL), 4_096):
-            block = np.ascontiguousarray(rows_NL[start : start + 4_096])
-            sha.update(block)
-            checksum = zlib.crc32(block, checksum)
-        checksums.append(checksum)
-    return sha.hexdigest(), *checksums

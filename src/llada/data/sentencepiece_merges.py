@@ -8,15 +8,13 @@ import itertools
 import re
 from typing import Any, NamedTuple
 
+from llada.data.tokenizer import SPACE_MARK
 from llada.errors import UserError
 
 # Numbers of sentencepiece_model.proto.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 UNIGRAM, BPE = 1, 2
 _MODEL_TYPES = {3: "word", 4: "char"}
-
-# SentencePiece writes every space as this character, and so reads the character itself as a space.
-SPACE_MARK = "\u2581"
 
 _LONGEST_RUN = 64
 

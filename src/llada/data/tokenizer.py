@@ -19,6 +19,7 @@ NAMES = {
     "eot": ("<|eot_id|>", "<eot>", "<|im_end|>"),
     "pad": ("<pad>", "[PAD]"),
 }
+SPACE_MARK = "\u2581"  # how SentencePiece, and those who follow it, spell a space
 _MOST_IDS = 1 << 24
 
 

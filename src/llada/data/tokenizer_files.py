@@ -4,15 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llada import json_files
-from llada.data import huggingface_tokenizer
-from llada.data.huggingface_tokenizer import HuggingFaceTokenizer
-from llada.data.sentencepiece_merges import require_expressible
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.tokenizer import NAMES, Tokenizer, read_content
 from llada.errors import UserError
 from llada.paths import user_path
 
-KINDS = (SentencePieceTokenizer, HuggingFaceTokenizer)
+# What a workdir calls its tokenizer, by kind.
+_IN_WORKDIR = (SentencePieceTokenizer.file_name, "tokenizer.bundle.json")
 
 
 def load(path: str | Path, flag: str = "--config.data.tokenizer") -> Tokenizer:
@@ -26,8 +24,39 @@ def load(path: str | Path, flag: str = "--config.data.tokenizer") -> Tokenizer:
     content = read_content(path, flag)
     if path.name == "tokenizer.json":
         return _from_directory(path.parent, flag)
-    own = path.name in [kind.file_name for kind in KINDS]  # most likely a workdir's, which nobody typed
-    return parse(content, str(path) if own else f"{flag}={path}")
+    in_workdir = path.name in _IN_WORKDIR  # which nobody typed
+    return parse(content, str(path) if in_workdir else f"{flag}={path}")
+
+
+def parse(content: bytes, name: str) -> Tokenizer:
+    """The tokenizer that `Tokenizer.content` stands for; `name` is what errors call it."""
+    if not content.lstrip().startswith(b"{"):
+        return SentencePieceTokenizer(content, name)
+    from llada.data import huggingface_tokenizer  # not needed for SentencePiece
+
+    try:
+        values = json_files.parse(content, "it")
+    except UserError as error:
+        raise UserError(f"tokenizer {name} is not a bundle of a Hugging Face tokenizer ({error})") from error
+    if "files" not in values and "model" in values:  # a tokenizer.json by another name
+        files = {"tokenizer.json": json_files.decode(content, f"tokenizer {name}")}
+        content = huggingface_tokenizer.bundle(files, name)
+    return huggingface_tokenizer.HuggingFaceTokenizer(content, name)
+
+
+def _from_directory(path: Path, flag: str) -> Tokenizer:
+    from llada.data import huggingface_tokenizer
+
+    files = huggingface_tokenizer.read_files(path)
+    if "tokenizer.json" not in files and (path / SentencePieceTokenizer.file_name).exists():
+        return SentencePieceTokenizer.load(path / SentencePieceTokenizer.file_name)
+    name = f"{flag}={path}"
+    return huggingface_tokenizer.HuggingFaceTokenizer(huggingface_tokenizer.bundle(files, name), name)
+
+
+def in_workdir(workdir: Path) -> Path | None:
+    """The tokenizer's file in a workdir, or None where there is none yet."""
+    return next((workdir / name for name in _IN_WORKDIR if (workdir / name).exists()), None)
 
 
 def fitted(tokenizer: Tokenizer, vocab_size: int, masks: bool, remark: Callable[[str], None]) -> Tokenizer:
@@ -53,37 +82,12 @@ def require_exportable(tokenizer: Tokenizer, given: str) -> None:
     """UserError, naming `given`, if `llada export` could not write the tokenizer: asked before anything is trained."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return  # its files are handed on as they are
+    from llada.data import sentencepiece_merges
+
     try:
-        require_expressible(tokenizer.proto)
+        sentencepiece_merges.require_expressible(tokenizer.proto)
     except UserError as error:
         raise UserError(
             f"{given}: {error}; llada export could not write it, so give its tokenizer.json, if it has one, or train "
             "another"
         ) from error
-
-
-def parse(content: bytes, name: str) -> Tokenizer:
-    """The tokenizer that `Tokenizer.content` stands for; `name` is what errors call it."""
-    if not content.lstrip().startswith(b"{"):
-        return SentencePieceTokenizer(content, name)
-    try:
-        values = json_files.parse(content, "it")
-    except UserError as error:
-        raise UserError(f"tokenizer {name} is not a bundle of a Hugging Face tokenizer ({error})") from error
-    if "files" not in values and "model" in values:
-        files = {"tokenizer.json": json_files.decode(content, f"tokenizer {name}")}  # by another name
-        content = huggingface_tokenizer.bundle(files, name)
-    return HuggingFaceTokenizer(content, name)
-
-
-def in_workdir(workdir: Path) -> Path | None:
-    """The tokenizer's file in a workdir, or None where there is none yet."""
-    return next((workdir / kind.file_name for kind in KINDS if (workdir / kind.file_name).exists()), None)
-
-
-def _from_directory(path: Path, flag: str) -> Tokenizer:
-    files = huggingface_tokenizer.read_files(path)
-    if "tokenizer.json" not in files and (path / SentencePieceTokenizer.file_name).exists():
-        return SentencePieceTokenizer.load(path / SentencePieceTokenizer.file_name)
-    name = f"{flag}={path}"
-    return HuggingFaceTokenizer(huggingface_tokenizer.bundle(files, name), name)

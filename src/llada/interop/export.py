@@ -17,12 +17,13 @@ from llada.config import Config
 from llada.data.huggingface_tokenizer import HuggingFaceTokenizer
 from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError
-from llada.files import ahead, new_directory, write_atomically
+from llada.files import new_directory, prefetch, write_atomically
 from llada.inference.canvas import forbidden_ids
 from llada.interop import layout, llada_schema, llama_schema, model_card, safetensors_files, sentencepiece_files
 from llada.interop.schema import SOURCE_CONFIG, TRANSFORMERS_VERSION, Special
-from llada.training import workdir as workdir_lib
+from llada.training import run as run_lib
 from llada.training.checkpoint import Checkpoints
+from llada.training.corpus import saved_tokenizer
 from llada.training.leaves import Leaf
 
 SHARD_BYTES = 5_000_000_000
@@ -59,14 +60,14 @@ def export(
         raise UserError(f"--dtype={dtype} is not one of {', '.join(safetensors_files.DTYPES)}")
     if shard_bytes < 1:
         raise UserError(f"--shard_bytes={shard_bytes} must be positive")
-    config = workdir_lib.read_config(workdir)
+    config = run_lib.read_config(workdir)
     _require_apart(out, workdir)
     if overwrite:
         _check_replaceable(out)
     with Checkpoints(workdir) as checkpoints:
         step = checkpoints.resolve(step)
         leaves = checkpoints.open_parameters(step)
-        tokenizer = workdir_lib.saved_tokenizer(workdir, checkpoints, step)
+        tokenizer = saved_tokenizer(workdir, checkpoints.item(step))
         schema = llama_schema if config.model.causal else llada_schema
         shards = safetensors_files.plan(layout.tensors(config.model, schema.NAMES), dtype, shard_bytes)
         index = safetensors_files.index(shards, dtype)
@@ -76,7 +77,7 @@ def export(
 
         def counted(tensors: list[layout.Tensor]) -> Iterator[np.ndarray]:
             nonlocal done
-            for piece in ahead(_pieces(tensors, leaves, dtype, lambda: checkpoints.usable(step))):
+            for piece in prefetch(_pieces(tensors, leaves, dtype, lambda: checkpoints.usable(step))):
                 yield piece
                 done += piece.nbytes
                 if progress:

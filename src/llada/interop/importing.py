@@ -23,13 +23,14 @@ from llada.data.huggingface_tokenizer import HuggingFaceTokenizer
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer, parse_proto
 from llada.data.tokenizer import NAMES, Tokenizer
 from llada.errors import UserError
-from llada.files import ahead, new_directory, write_atomically
+from llada.files import new_directory, prefetch, write_atomically
 from llada.interop import layout, llada_schema, llama_schema, sentencepiece_files
 from llada.interop.safetensors_files import Weights
 from llada.interop.schema import SOURCE_CONFIG
+from llada.training import run as run_lib
 from llada.training import run_item
-from llada.training import workdir as workdir_lib
 from llada.training.checkpoint import Checkpoints, create, require_plain
+from llada.training.corpus import saved_tokenizer
 
 FAMILIES = {"diffusion": False, "autoregressive": True}  # objective: causal
 # Tokens that makers set aside: free to be the mask of a model that had none.
@@ -110,7 +111,7 @@ def write(source: Source, config: Config, workdir: Path, progress: Progress | No
             write_atomically(directory / name, content)
         leaves = create(directory, config, source.tokenizer.content)
         writing: deque = deque()
-        for leaf, index, values in ahead(pieces):
+        for leaf, index, values in prefetch(pieces):
             writing.append(leaves[leaf].write(values, *index))
             if len(writing) > _WRITES:
                 writing.popleft().result()
@@ -138,11 +139,11 @@ def _require_directory(path: Path) -> None:
 
 def _open_workdir(path: Path, objective: str | None, mask_token: str | None, allow_nonfinite: bool) -> Source:
     """The latest checkpoint of another run."""
-    old = workdir_lib.read_config(path)
+    old = run_lib.read_config(path)
     checkpoints = Checkpoints(path)
     step = checkpoints.resolve(None)
     run_item.require_same(checkpoints.item(step), old, path / "checkpoints")
-    tokenizer = workdir_lib.saved_tokenizer(path, checkpoints, step)
+    tokenizer = saved_tokenizer(path, checkpoints.item(step))
     if mask_token is not None:
         raise UserError(f"--mask_token={mask_token} is for a Hugging Face directory; a workdir keeps its tokenizer")
     family = objective or old.objective.name

@@ -23,12 +23,12 @@ from llada.config import Config
 from llada.data import tokenizer_files
 from llada.data.rows import Metadata, open_corpus
 from llada.errors import Diverged, UserError, disk_error
-from llada.files import Locked, in_turn, lock, write_atomically
+from llada.files import Locked, lock, queue_for_lock, write_atomically
 from llada.scaling.grid import MATCHING, PlannedRun, SweepConfig, check_epochs, check_used, left_out, parse, plan
 from llada.scaling.results import DIVERGED, FAILED, FINISHED, RUNNING, WAITING, Result, failure, write_failure
 from llada.training import loop
 from llada.training import metrics as metrics_lib
-from llada.training import workdir as workdir_lib
+from llada.training.corpus import corpus_for, tokenizer_for
 from llada.training.optimizer import parse_schedule
 from llada.training.progress import Progress
 
@@ -198,7 +198,9 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def require_documents(sweep: Sweep) -> None:
     """UserError where the rows are still to be made and there is nothing to make them from."""
     if corpus_metadata(sweep) is None:
-        workdir_lib.require_documents(sweep.runs[0].config)
+        from llada.data import holdout  # not needed where there are rows
+
+        holdout.require_documents(sweep.runs[0].config.data)
 
 
 def prepare(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> None:
@@ -214,14 +216,14 @@ def prepare(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Non
     before = json_files.read_bytes(path) if path.exists() else None
     try:
         sweep.directory.mkdir(parents=True, exist_ok=True)
-        with in_turn(sweep.directory / "prepare.lock", f"prepares {sweep.directory}", lambda: None):
+        with queue_for_lock(sweep.directory / "prepare.lock", f"prepares {sweep.directory}", lambda: None):
             _clear(sweep)
             write_atomically(path, (json_files.dumps(tree, indent=2) + "\n").encode())
             # An ARM's tokenizer needs no mask token, a LLaDA's does.
             config = next((r for r in sweep.runs if r.objective == "diffusion"), sweep.runs[0]).config
             data = _replaced(config, tokenizer=sweep.base["data"]["tokenizer"] and config.data.tokenizer)
-            tokenizer = workdir_lib.tokenizer_for(sweep.directory, data, say)
-            corpus = workdir_lib.corpus_for(sweep.directory, config, tokenizer, say=say)
+            tokenizer = tokenizer_for(sweep.directory, data, say)
+            corpus = corpus_for(sweep.directory, config, tokenizer, log=say)
         check_epochs(sweep.runs, sweep.config, corpus.metadata.train_tokens)
     except UserError:
         if before is not None:

@@ -1,18 +1,30 @@
-"""The rows of a run: made, found again, and compared with those that it has been trained on."""
+"""The tokenizer and the rows of a run: opened where they are, else prepared, and compared with those trained on."""
 
 import contextlib
+import hashlib
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from llada import json_files
 from llada.config import Config
-from llada.data import rows
+from llada.data import rows, tokenizer_files
 from llada.data.tokenizer import Tokenizer
 from llada.errors import DataError, UserError
+from llada.files import write_atomically
+from llada.objectives import families
 from llada.paths import user_path
-from llada.training import run_item
 from llada.training.run_item import RunItem
+
+Log = Callable[[str], None]
+Check = Callable[[], None]
+
+
+def rows_directory(workdir: Path, config: Config) -> Path:
+    """Where the run's rows are stored."""
+    directory = config.data.directory
+    return workdir / "data" if directory is None else user_path(directory, "--config.data.directory")
 
 
 def corpus_for(
@@ -20,66 +32,33 @@ def corpus_for(
     config: Config,
     tokenizer: Tokenizer,
     digest: str | None = None,
-    say: Callable[[str], None] | None = None,
-    check: Callable[[], None] | None = None,
+    log: Log | None = None,
+    check: Check | None = None,
 ) -> rows.Corpus:
-    """The run's rows, tokenised once and kept under `data.directory`, or else `workdir/data`.
+    """The run's rows, tokenised once and stored under `data.directory`, or else `workdir/data`.
 
-    With the `digest` of what the run has been trained on, other rows are a DataError, and those made anew are compared
-    before they take their place. `say` and `check` are the `progress` and `check` of rows.prepare.
+    With the `digest` of what the run has been trained on, other rows are a DataError; those that are prepared again are
+    compared before they take their place. `log` and `check` are those of prepare.prepare.
     """
-    d, directory = config.data, rows_directory(workdir, config)
-    made = directory
-    if digest and not (directory / "metadata.json").exists():
-        made = directory / "made-anew"
+    directory = rows_directory(workdir, config)
+    if (directory / "metadata.json").exists():
+        corpus = rows.open_matching(directory, config.data, tokenizer.sha256)
+        require_digest(workdir, directory, corpus, digest)
+        return corpus
+    from llada.data.prepare import prepare  # not needed where there are rows
+
+    if digest is None:
+        return prepare(directory, config.data, tokenizer, log, check)
+    again = directory / "prepared-again"
     try:
-        corpus = rows.prepare(
-            made,
-            *(d.source, tokenizer, d.sequence_length, d.holdout_fraction),
-            text_key=d.text_key,
-            holdout_source=d.holdout_source,
-            progress=say,
-            check=check,
-        )
-        if digest and corpus.metadata.digest != digest:
-            raise _another_corpus(workdir, directory, corpus.metadata.digest, digest)
-        if made != directory:
-            for name in ("train.npy", "holdout.npy", "metadata.json"):  # which counts, last
-                (made / name).replace(directory / name)
-            corpus = rows.open_corpus(directory)
+        require_digest(workdir, directory, prepare(again, config.data, tokenizer, log, check), digest)
+        for name in ("train.npy", "holdout.npy", "metadata.json"):  # which counts, last
+            (again / name).replace(directory / name)
     finally:
-        if made != directory:
-            shutil.rmtree(made, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                directory.rmdir()  # where there was none before
-    return corpus
-
-
-def corpus_of_run(workdir: Path, config: Config, tokenizer: Tokenizer, step: int) -> rows.Corpus:
-    """The rows that the run of `step` was trained on, opened where they are and never made.
-
-    They lie where the config says, in the workdir, or in the sweep that the workdir belongs to. UserError where there
-    are none, DataError where they are others.
-    """
-    item = run_item.read(workdir / "checkpoints", step)
-    digest = corpus_digest(workdir, item)
-    own = rows_directory(workdir, config)
-    places = list(dict.fromkeys([own, workdir / "data", workdir.absolute().parent.parent / "data"]))
-    found = [place for place in places if (place / "metadata.json").exists()]
-    for place in found:
-        corpus = rows.open_corpus(place)
-        d, m = config.data, corpus.metadata
-        asked = (d.source, d.sequence_length, d.holdout_fraction, d.text_key, d.holdout_source, tokenizer.sha256)
-        found_ = (m.source, m.sequence_length, m.holdout_fraction, m.text_key, m.holdout_source, m.tokenizer_sha256)
-        as_asked = asked == found_
-        if m.digest == digest or (digest is None and as_asked):
-            return corpus
-    if own in found and digest is not None:
-        raise _another_corpus(workdir, own, rows.open_corpus(own).metadata.digest, digest)
-    raise UserError(
-        f"no rows of {workdir} in {' or '.join(map(str, places[:2]))}; llada train --workdir={workdir} makes them from "
-        f"data.source={config.data.source}, or finds them with --config.data.directory=DIR"
-    )
+        shutil.rmtree(again, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            directory.rmdir()  # where there was none before
+    return rows.open_corpus(directory)
 
 
 def corpus_digest(workdir: Path, item: RunItem) -> str | None:
@@ -91,15 +70,56 @@ def corpus_digest(workdir: Path, item: RunItem) -> str | None:
     return digest
 
 
-def _another_corpus(workdir: Path, directory: Path, found: str, wanted: str) -> DataError:
-    return DataError(
-        f"{directory}: these rows (digest {found}) are not those that {workdir} was trained on (digest {wanted}); put "
-        "back the documents that it was made from, or give its rows by --config.data.directory=DIR; for another corpus "
-        "give a new --workdir"
-    )
+def require_digest(workdir: Path, directory: Path, corpus: rows.Corpus, digest: str | None) -> None:
+    """DataError unless the rows are those that were trained on; None where that is not known."""
+    if digest and corpus.metadata.digest != digest:
+        raise DataError(
+            f"{directory}: these rows (digest {corpus.metadata.digest}) are not those that {workdir} was trained on "
+            f"(digest {digest}); put back the documents that it was made from, or give its rows by "
+            "--config.data.directory=DIR; for another corpus give a new --workdir"
+        )
 
 
-def rows_directory(workdir: Path, config: Config) -> Path:
-    """Where the run's rows are kept."""
-    given = config.data.directory
-    return workdir / "data" if given is None else user_path(given, "--config.data.directory")
+def tokenizer_for(
+    workdir: Path, config: Config, log: Log = lambda text: None, check: Check = lambda: None
+) -> Tokenizer:
+    """The run's tokenizer: the workdir's copy, else `data.tokenizer`, else one trained on the training documents.
+
+    `log` is called where it is trained; `check` between documents, and may raise to end it.
+    """
+    path = tokenizer_files.in_workdir(workdir)
+    named = config.data.tokenizer and user_path(config.data.tokenizer, "--config.data.tokenizer")
+
+    def fitted(tokenizer: Tokenizer, remark: Log = lambda line: None) -> Tokenizer:
+        return tokenizer_files.fitted(tokenizer, config.model.vocab_size, families.of(config).masks, remark)
+
+    if path is not None:
+        tokenizer = fitted(tokenizer_files.load(path))
+        # A file that has moved is no matter: the workdir's copy counts.
+        if named and named.exists() and fitted(tokenizer_files.load(named)).sha256 != tokenizer.sha256:
+            raise UserError(f"--config.data.tokenizer={named} is not the tokenizer that {workdir} was begun with")
+        return tokenizer
+    if named:
+        tokenizer = fitted(tokenizer_files.load(named), lambda line: print(line, file=sys.stderr))
+        tokenizer_files.require_exportable(tokenizer, f"--config.data.tokenizer={named}")
+        write_atomically(workdir / tokenizer.file_name, tokenizer.content)
+        return tokenizer
+    from llada.data import holdout, tokenizer_training  # not needed where there is a tokenizer
+
+    log(f"training the tokenizer: {config.model.vocab_size:,} pieces, from {config.data.source}")
+    path = workdir / tokenizer_training.SentencePieceTokenizer.file_name
+    return tokenizer_training.train_tokenizer(holdout.training(config.data), config.model.vocab_size, path, log, check)
+
+
+def saved_tokenizer(workdir: Path, item: RunItem) -> Tokenizer:
+    """The workdir's tokenizer, or else the copy in a checkpoint. UserError where the two differ."""
+    path = tokenizer_files.in_workdir(workdir)
+    if path is None:
+        return tokenizer_files.parse(item.tokenizer, f"the tokenizer in the checkpoint of step {item.step}")
+    tokenizer = tokenizer_files.load(path)
+    if tokenizer.sha256 != hashlib.sha256(item.tokenizer).hexdigest():
+        raise UserError(
+            f"{path} is not the tokenizer of the checkpoint of step {item.step}, which holds a copy of its own; "
+            f"move {path} away to use that"
+        )
+    return tokenizer

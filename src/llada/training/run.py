@@ -1,14 +1,24 @@
-"""A trained model, ready to be used: `llada.load(workdir)`."""
+"""A trained model, ready to be used: `llada.load(workdir)`, and what else a finished run is asked for."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
-from llada import accounting
-from llada.config import Config
+from llada import accounting, processes
+from llada import config as config_lib
+from llada import mesh as mesh_lib
+from llada.config import Config, MeshConfig
+from llada.data import rows
 from llada.data.tokenizer import Tokenizer
+from llada.errors import UserError
 from llada.model import transformer
+from llada.paths import user_path
+from llada.training import run_item
+from llada.training.checkpoint import Checkpoints
+from llada.training.corpus import corpus_digest, require_digest, rows_directory, saved_tokenizer
+from llada.training.run_item import StepRemoved
 
 
 class Run(NamedTuple):
@@ -65,3 +75,67 @@ class Run(NamedTuple):
         with jax.set_mesh(self.mesh):
             requests = [generation.Request(**request)]
             return generation.generate(self.config, self.params, self.tokenizer, requests)[0].text
+
+
+def read_config(workdir: Path) -> Config:
+    """The experiment of an existing workdir; UserError if there is none."""
+    path = user_path(workdir, "--workdir") / "config.json"
+    if not path.exists():
+        raise UserError(f"--workdir={workdir} holds no config.json; give the workdir of a run of llada train")
+    return config_lib.load(path)
+
+
+def load(
+    workdir: str | os.PathLike, step: int | None = None, mesh: MeshConfig | None = None, dtype: str = "float32"
+) -> Run:
+    """Open a workdir for inference, at `step` or the latest checkpoint, its parameters in `dtype` sharded over `mesh`.
+
+    UserError where there is no run, no checkpoint, or no such step, and for a mesh that the model does not divide over.
+    `mesh` defaults to all devices, of all processes, on the data axis. Of several processes all must call it.
+    """
+    workdir = user_path(workdir, "--workdir")
+    with processes.agreement():
+        config = read_config(workdir)
+        device_mesh = mesh_lib.make(mesh or MeshConfig())
+        mesh_lib.check_parameters(config, device_mesh)
+    with Checkpoints(workdir) as checkpoints:
+        try:
+            return _open(workdir, checkpoints, config, device_mesh, step, dtype)
+        except StepRemoved:
+            if step is not None:
+                raise
+            return _open(workdir, checkpoints, config, device_mesh, None, dtype)  # training has saved a newer one
+
+
+def _open(
+    workdir: Path, checkpoints: Checkpoints, config: Config, mesh: jax.sharding.Mesh, step: int | None, dtype: str
+) -> Run:
+    with processes.agreement():
+        step = checkpoints.resolve(step)
+    step = processes.from_first(step)
+    with processes.agreement():
+        tokenizer = saved_tokenizer(workdir, checkpoints.item(step))
+    return Run(config, checkpoints.restore_parameters(config, mesh, step, dtype), tokenizer, step, mesh, workdir)
+
+
+def corpus_of_run(workdir: Path, config: Config, tokenizer: Tokenizer, step: int) -> rows.Corpus:
+    """The rows that the run of `step` was trained on, opened where they are and never prepared.
+
+    They lie where the config says, in the workdir, or in the sweep that the workdir belongs to. UserError where there
+    are none, DataError where they are others.
+    """
+    digest = corpus_digest(workdir, run_item.read(workdir / "checkpoints", step))
+    configured = rows_directory(workdir, config)
+    directories = list(dict.fromkeys([configured, workdir / "data", workdir.absolute().parent.parent / "data"]))
+    for directory in directories:
+        if (directory / "metadata.json").exists():
+            corpus = rows.open_corpus(directory)
+            matches = not rows.differences(corpus.metadata, config.data, tokenizer.sha256)
+            if corpus.metadata.digest == digest or (digest is None and matches):
+                return corpus
+    if (configured / "metadata.json").exists():
+        require_digest(workdir, configured, rows.open_corpus(configured), digest)
+    raise UserError(
+        f"no rows of {workdir} in {' or '.join(map(str, directories[:2]))}; llada train --workdir={workdir} makes them "
+        f"from data.source={config.data.source}, or finds them with --config.data.directory=DIR"
+    )

@@ -1,4 +1,4 @@
-"""A work directory: what is in it, when it may be continued, and opening one for inference.
+"""A work directory under training: who may continue it, and what is prepared in it.
 
 config.json  tokenizer.model (or tokenizer.bundle.json)  data/  checkpoints/  metrics.jsonl  summary.json
 events.out.tfevents.*
@@ -6,30 +6,23 @@ events.out.tfevents.*
 
 import contextlib
 import dataclasses
-import hashlib
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llada import config as config_lib
 from llada import json_files, processes
-from llada import mesh as mesh_lib
-from llada.config import Config, MeshConfig
-from llada.data import rows, sources, tokenizer_files
-from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from llada.config import Config
+from llada.data import tokenizer_files
+from llada.data.rows import Corpus, open_matching
 from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError, disk_error
 from llada.files import lock, write_atomically
-from llada.paths import user_path, writable_directory
+from llada.paths import writable_directory
 from llada.training import optimizer, run_item
-from llada.training.checkpoint import Checkpoints, require_plain
-from llada.training.corpus import corpus_digest, corpus_for, corpus_of_run, rows_directory
-from llada.training.run import Run
-from llada.training.run_item import RunItem, StepRemoved
-
-__all__ = ["corpus_for", "corpus_of_run"]  # of corpus.py, where callers look for what belongs to a workdir
+from llada.training.checkpoint import require_plain
+from llada.training.corpus import corpus_digest, corpus_for, rows_directory, saved_tokenizer, tokenizer_for
+from llada.training.run_item import RunItem
 
 
 def require_same(config: Config) -> None:
@@ -52,24 +45,17 @@ def require_source(workdir: Path, config: Config) -> None:
         rows_made = (directory / "metadata.json").exists()
         if processes.is_first() and d.directory is not None:
             if rows_made:
-                asked = ("source", "sequence_length", "holdout_fraction", "text_key", "holdout_source")
-                rows.reopened(directory, {name: getattr(d, name) for name in asked}, "--config.data.directory=")
+                open_matching(directory, d, flag="--config.data.directory=")
             else:
                 writable_directory(d.directory, "--config.data.directory")
         if processes.is_first() and not run_item.saved_steps(workdir / "checkpoints"):
-            own = tokenizer_files.in_workdir(workdir)
-            if d.tokenizer is not None and own is None:
-                tokenizer_files.load(user_path(d.tokenizer, "--config.data.tokenizer"))
-            if not rows_made or (d.tokenizer is None and own is None):
-                require_documents(config)
+            has_tokenizer = d.tokenizer is not None or tokenizer_files.in_workdir(workdir) is not None
+            if d.tokenizer is not None and tokenizer_files.in_workdir(workdir) is None:
+                tokenizer_files.load(d.tokenizer)
+            if not (rows_made and has_tokenizer):
+                from llada.data.holdout import require_documents  # not needed where nothing is to be prepared
 
-
-def require_documents(config: Config) -> None:
-    """UserError for sources that have none: asked before any work begins."""
-    d = config.data
-    next(sources.documents(d.source, d.text_key), None)
-    if d.holdout_source is not None:
-        next(sources.documents(d.holdout_source, d.text_key, flag="--config.data.holdout_source"), None)
+                require_documents(d)
 
 
 @contextlib.contextmanager
@@ -97,46 +83,54 @@ def held(workdir: Path) -> Iterator[None]:
 def prepare(
     workdir: Path,
     config: Config,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
     check: Callable[[], None] = lambda: None,
-) -> tuple[Tokenizer, rows.Corpus]:
+) -> tuple[Tokenizer, Corpus]:
     """Tokenizer and corpus of a workdir that `claim` has found to be this experiment's. UserError if that fails.
 
-    Of several processes the first makes them, the others wait for it and then open what it made. `say` is told how far
-    it is; `check` is called between pieces of work, and may raise to end it.
+    Of several processes the first prepares them, the others wait for it and then open what it wrote. `log` is called
+    with how far it is; `check` between pieces of work, and may raise to end it.
     """
-
-    def opened(item: RunItem | None = None) -> tuple[Tokenizer, rows.Corpus]:
-        tokenizer = tokenizer_for(workdir, config, say, check)
-        return tokenizer, corpus_for(workdir, config, tokenizer, item and corpus_digest(workdir, item), say, check)
-
     with processes.agreement():
         if processes.is_first():
-            item = newest(workdir)
-            new = not (workdir / "config.json").exists()
-            if item is None:
-                _write_config(workdir, config)
-            else:
-                _give_tokenizer(workdir, item)
-            try:
-                made = opened(item)
-            except UserError:
-                if new and tokenizer_files.in_workdir(workdir) is None:  # nothing was made by these values
-                    (workdir / "config.json").unlink(missing_ok=True)
-                raise
-            if item is not None:  # once its corpus is known to be the same
-                _write_config(workdir, config)
+            tokenizer, corpus = _prepare_first(workdir, config, log, check)
     processes.require_shared(workdir, "--workdir")
     with processes.agreement():
         if not processes.is_first():
             directory = rows_directory(workdir, config)
             if not (directory / "metadata.json").exists():
                 raise UserError(f"no corpus in --config.data.directory={directory}, where process 0 has made one")
-            made = opened()
-    digests = processes.gather(made[1].metadata.digest)
-    if len(set(digests)) > 1:
+            tokenizer = tokenizer_for(workdir, config)
+            corpus = corpus_for(workdir, config, tokenizer)
+    if len(set(processes.gather(corpus.metadata.digest))) > 1:
         raise UserError(f"--config.data.directory={config.data.directory} does not hold the same corpus on all hosts")
-    return made
+    return tokenizer, corpus
+
+
+def _prepare_first(
+    workdir: Path, config: Config, log: Callable[[str], None], check: Callable[[], None]
+) -> tuple[Tokenizer, Corpus]:
+    """What process 0 does of `prepare`, and the workdir's config.json."""
+    item = newest(workdir)
+    is_new = not (workdir / "config.json").exists()
+    digest = None
+    if item is None:
+        _write_config(workdir, config)
+    else:
+        digest = corpus_digest(workdir, item)
+        tokenizer = saved_tokenizer(workdir, item)
+        if tokenizer_files.in_workdir(workdir) is None:
+            write_atomically(workdir / tokenizer.file_name, tokenizer.content)
+    try:
+        tokenizer = tokenizer_for(workdir, config, log, check)
+        corpus = corpus_for(workdir, config, tokenizer, digest, log, check)
+    except UserError:
+        if is_new and tokenizer_files.in_workdir(workdir) is None:  # nothing was made by these values
+            (workdir / "config.json").unlink(missing_ok=True)
+        raise
+    if item is not None:  # once its corpus is known to be the same
+        _write_config(workdir, config)
+    return tokenizer, corpus
 
 
 def newest(workdir: Path) -> RunItem | None:
@@ -227,108 +221,3 @@ def _clear(workdir: Path, old: Config, config: Config) -> None:
     path = tokenizer_files.in_workdir(workdir)
     if path is not None:  # set aside: it may have been put there by hand
         path.replace(path.with_name(f"{path.name}.replaced"))
-
-
-def _give_tokenizer(workdir: Path, item: RunItem) -> None:
-    """The checkpoint's tokenizer for a workdir that has lost its own. UserError where it has another."""
-    if tokenizer_files.in_workdir(workdir) is None:
-        saved = tokenizer_files.parse(item.tokenizer, f"the tokenizer in the checkpoint of step {item.step}")
-        write_atomically(workdir / saved.file_name, saved.content)
-    _own_tokenizer(workdir, item)
-
-
-def _own_tokenizer(workdir: Path, item: RunItem) -> Tokenizer | None:
-    """The workdir's file, if there is one. UserError where it is not the tokenizer of the checkpoint."""
-    path = tokenizer_files.in_workdir(workdir)
-    if path is None:
-        return None
-    tokenizer = tokenizer_files.load(path)
-    if tokenizer.sha256 != hashlib.sha256(item.tokenizer).hexdigest():
-        raise UserError(
-            f"{path} is not the tokenizer of the checkpoint of step {item.step}, which holds a copy of its own; "
-            f"move {path} away to use that"
-        )
-    return tokenizer
-
-
-def tokenizer_for(
-    workdir: Path,
-    config: Config,
-    say: Callable[[str], None] = lambda text: None,
-    check: Callable[[], None] = lambda: None,
-) -> Tokenizer:
-    """The run's tokenizer: the workdir's copy, else `data.tokenizer`, else one trained on the training documents.
-
-    `say` is told that it is trained; `check` is called between documents, and may raise to end it.
-    """
-    path = tokenizer_files.in_workdir(workdir)
-    given = config.data.tokenizer and user_path(config.data.tokenizer, "--config.data.tokenizer")
-
-    def fitted(tokenizer: Tokenizer, remark=lambda line: None) -> Tokenizer:
-        masks = config.objective.name == "diffusion"
-        return tokenizer_files.fitted(tokenizer, config.model.vocab_size, masks, remark)
-
-    if path is not None:
-        tokenizer = fitted(tokenizer_files.load(path))
-        # A file that has moved is no matter: the workdir's copy counts.
-        if given and given.exists() and fitted(tokenizer_files.load(given)).sha256 != tokenizer.sha256:
-            raise UserError(f"--config.data.tokenizer={given} is not the tokenizer that {workdir} was begun with")
-    elif given is not None:
-        tokenizer = fitted(tokenizer_files.load(given), lambda line: print(line, file=sys.stderr))
-        tokenizer_files.require_exportable(tokenizer, f"--config.data.tokenizer={given}")
-        write_atomically(workdir / tokenizer.file_name, tokenizer.content)
-    else:
-        path = workdir / SentencePieceTokenizer.file_name
-        say(f"training the tokenizer: {config.model.vocab_size:,} pieces, from {config.data.source}")
-        texts = sources.training(config.data)
-        tokenizer = SentencePieceTokenizer.train(texts, config.model.vocab_size, path, say, check)
-    return tokenizer
-
-
-def read_config(workdir: Path) -> Config:
-    """The experiment of an existing workdir; UserError if there is none."""
-    path = user_path(workdir, "--workdir") / "config.json"
-    if not path.exists():
-        raise UserError(f"--workdir={workdir} holds no config.json; give the workdir of a run of llada train")
-    return config_lib.load(path)
-
-
-def saved_tokenizer(workdir: Path, checkpoints: Checkpoints, step: int) -> Tokenizer:
-    """The tokenizer of an existing run: the workdir's file, else the copy in the checkpoint of `step`.
-
-    UserError where the two differ.
-    """
-    item = checkpoints.item(step)
-    name = f"the tokenizer in the checkpoint of step {step}"
-    return _own_tokenizer(workdir, item) or tokenizer_files.parse(item.tokenizer, name)
-
-
-def load(
-    workdir: str | os.PathLike, step: int | None = None, mesh: MeshConfig | None = None, dtype: str = "float32"
-) -> Run:
-    """Open a workdir for inference, at `step` or the latest checkpoint, its parameters in `dtype` spread over `mesh`.
-
-    UserError where there is no run, no checkpoint, or no such step, and for a mesh that the model does not divide over.
-    `mesh` defaults to all devices, of all processes, on the data axis. Of several processes all must call it.
-    """
-    workdir = user_path(workdir, "--workdir")
-    with processes.agreement():
-        config = read_config(workdir)
-        device_mesh = mesh_lib.make(mesh or MeshConfig())
-        mesh_lib.check_parameters(config, device_mesh)
-    with Checkpoints(workdir) as checkpoints:
-        try:
-            return _opened(workdir, checkpoints, config, device_mesh, step, dtype)
-        except StepRemoved:
-            if step is not None:
-                raise
-            return _opened(workdir, checkpoints, config, device_mesh, None, dtype)  # training has saved a newer one
-
-
-def _opened(workdir: Path, checkpoints: Checkpoints, config: Config, mesh, step: int | None, dtype: str) -> Run:
-    with processes.agreement():
-        step = checkpoints.resolve(step)
-    step = processes.from_first(step)
-    with processes.agreement():
-        tokenizer = saved_tokenizer(workdir, checkpoints, step)
-    return Run(config, checkpoints.restore_parameters(config, mesh, step, dtype), tokenizer, step, mesh, workdir)

@@ -1,0 +1,192 @@
+"""Documents to rows of token ids on disk: imported only where rows have to be made."""
+
+import dataclasses
+import hashlib
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from llada import json_files
+from llada.config import DataConfig
+from llada.data import holdout, rows
+from llada.data.rows import Corpus, Metadata
+from llada.data.tokenizer import Tokenizer
+from llada.data.waiting import Report
+from llada.errors import DiskError, UserError, disk_error
+from llada.files import queue_for_lock, replacing, write_atomically
+
+_ENCODE_CHARACTERS = 1_000_000  # encoded together: enough for all cores, and not more than a second's work
+
+
+def prepare(
+    directory: Path,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    log: Callable[[str], None] | None = None,
+    check: Callable[[], None] | None = None,
+) -> Corpus:
+    """Tokenise `data.source` into rows under `directory`, or open them if the same values wrote them before.
+
+    metadata.json is written last: without it nothing here counts, and an interrupted call starts again. Of several
+    processes that share a directory one prepares, and the others wait for it. `log` is called with how far it is, about
+    once a second; `check` as often, and may raise to end the call.
+    UserError if the directory holds another corpus or cannot be written, if the source is bad (see sources.py), or if
+    either side has too little text for one row; DataError for damaged rows; DiskError where there is no room.
+    """
+    report = Report(log, check)
+    metadata = directory / "metadata.json"
+    try:
+        if not metadata.exists():
+            with queue_for_lock(directory / ".lock", f"prepares {directory}", report.check):
+                if not metadata.exists():  # else another process has prepared them while this one waited
+                    _write_corpus(directory, data, tokenizer, report)
+    except OSError as error:
+        if not str(error.filename or "").startswith(str(directory)):
+            raise
+        reason = error.strerror or error
+        raise UserError(f"--config.data.directory={directory} cannot be written: {reason}; choose another") from error
+    return rows.open_matching(directory, data, tokenizer.sha256)
+
+
+def _write_corpus(directory: Path, data: DataConfig, tokenizer: Tokenizer, report: Report) -> None:
+    texts = holdout.split(data, remark=lambda line: print(line, file=sys.stderr))
+    with (
+        replacing(directory / "train.npy") as train_path,
+        replacing(directory / "holdout.npy") as holdout_path,
+        train_path.open("wb") as train_file,
+        holdout_path.open("wb") as holdout_file,
+    ):
+        try:
+            train = RowWriter(train_file, data.sequence_length, tokenizer.vocab_size)
+            held_out = RowWriter(holdout_file, data.sequence_length, tokenizer.vocab_size)
+            token_bytes = _write_documents(train, held_out, texts, tokenizer, report)
+            for name, side in (("training", train), ("hold-out", held_out)):
+                _require_rows(name, side, data)
+                side.finish()
+        except OSError as error:
+            raise disk_error(error, f"writing rows to {directory}") or error from error
+    sides_NL = [rows.open_rows(directory / name) for name in ("train.npy", "holdout.npy")]
+    digest, checksums = _digest_and_checksums(sides_NL)
+    if checksums != [train.checksum, held_out.checksum]:
+        raise DiskError(f"the rows in {directory} are not those that were written; check the disk, then call again")
+    metadata = Metadata(
+        source=data.source,
+        sequence_length=data.sequence_length,
+        holdout_fraction=data.holdout_fraction,
+        text_key=data.text_key,
+        holdout_source=data.holdout_source,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        train_documents=train.documents,
+        train_tokens=train.tokens,
+        train_bytes=train.bytes,
+        train_rows=train.rows,
+        holdout_documents=held_out.documents,
+        holdout_tokens=held_out.tokens,
+        holdout_bytes=held_out.bytes,
+        holdout_rows=held_out.rows,
+        holdout_token_bytes=token_bytes,
+        unigram_entropy_nats=_entropy_nats(train.counts_V),
+        digest=digest,
+    )
+    write_atomically(directory / "metadata.json", json_files.dumps(dataclasses.asdict(metadata), indent=2).encode())
+
+
+class RowWriter:
+    """Appends rows to a .npy file whose length is not known in advance; counts what it sees."""
+
+    def __init__(self, file: BinaryIO, sequence_length: int, vocab_size: int):
+        self.file = file
+        self.sequence_length = sequence_length
+        self.dtype = rows.id_dtype(vocab_size)
+        self.documents = self.tokens = self.bytes = self.rows = self.checksum = 0
+        self.counts_V = np.zeros(vocab_size, np.int64)
+        self._pending: list[int] = []
+        self._write_header()
+
+    def add(self, ids: list[int], byte_count: int) -> None:
+        """Append the ids of a document of so many bytes."""
+        self.documents += 1
+        self.tokens += len(ids)
+        self.bytes += byte_count
+        self._pending += ids
+        full = len(self._pending) // self.sequence_length * self.sequence_length
+        if full:
+            block = np.array(self._pending[:full], self.dtype)
+            # Not block.tofile: NumPy writes past Python's file, and drops the error of a disk that is full.
+            self.file.write(block.tobytes())
+            self.checksum = zlib.crc32(block, self.checksum)
+            self.counts_V += np.bincount(block, minlength=len(self.counts_V))
+            self.rows += full // self.sequence_length
+            del self._pending[:full]
+
+    def finish(self) -> None:
+        """Say in the header how many rows there are; what is left of the last document is dropped."""
+        self.file.seek(0)
+        self._write_header()
+        self.file.flush()
+
+    def _write_header(self) -> None:
+        # NumPy pads the header for 21 digits of the first dimension, so rewriting it never moves the rows.
+        shape = (self.rows, self.sequence_length)
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
+def _write_documents(
+    train: RowWriter, held_out: RowWriter, texts: Iterator[tuple[bool, str]], tokenizer: Tokenizer, report: Report
+) -> int:
+    """Give each document to its side; how many bytes the tokenizer counts on the held-out one."""
+    token_bytes = 0
+    for group in _groups(texts):
+        for (held, text), ids in zip(group, tokenizer.encode_many([text for _, text in group]), strict=True):
+            (held_out if held else train).add([*ids, tokenizer.eos_id], len(text.encode()))
+            token_bytes += int(tokenizer.token_bytes_V[ids].sum()) if held else 0
+        documents, tokens = train.documents + held_out.documents, train.tokens + held_out.tokens
+        report(f"tokenising: {documents:,} documents, {tokens / 1e6:.1f} M tokens")
+    return token_bytes
+
+
+def _groups(texts: Iterator[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
+    """Documents in groups to be encoded together."""
+    group: list[tuple[bool, str]] = []
+    characters = 0
+    for held, text in texts:
+        group.append((held, text))
+        characters += len(text)
+        if characters >= _ENCODE_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _require_rows(name: str, side: RowWriter, data: DataConfig) -> None:
+    if not side.rows:
+        raise UserError(
+            f"the {name} side has {side.tokens} tokens of {side.documents} documents, less than one row of "
+            f"data.sequence_length={data.sequence_length}; shorten it, give more documents, change "
+            f"data.holdout_fraction={data.holdout_fraction} or set --config.data.holdout_source"
+        )
+
+
+def _entropy_nats(counts_V: np.ndarray) -> float:
+    frequency = counts_V[counts_V > 0] / counts_V.sum()
+    return float(-(frequency * np.log(frequency)).sum())
+
+
+def _digest_and_checksums(sides_NL: list[np.ndarray]) -> tuple[str, list[int]]:
+    """sha256 (hex) over the bytes of all sides, and the crc32 of each."""
+    sha, checksums = hashlib.sha256(), []
+    for rows_NL in sides_NL:
+        checksum = 0
+        for start in range(0, len(rows_NL), 4_096):
+            block = np.ascontiguousarray(rows_NL[start : start + 4_096])
+            sha.update(block)
+            checksum = zlib.crc32(block, checksum)
+        checksums.append(checksum)
+    return sha.hexdigest(), checksums
