@@ -10,7 +10,8 @@ from matplotlib import pyplot as plt
 from matplotlib.text import Text
 from synthetic import BUDGETS, LAWS, isoflop_readings, lost, only, repeated_readings
 
-from llada.scaling import canvas, findings, pictures, study
+from llada.scaling import figure as figure_lib
+from llada.scaling import findings, pictures, study
 from llada.scaling.laws import power_law
 from llada.scaling.published import (
     CHINCHILLA_TABLE_3,
@@ -34,7 +35,7 @@ def whole():
 def said(monkeypatch):
     """`said()`: all texts of the figure drawn last; a text that is over another fails the test."""
     kept = []
-    save = canvas.save
+    save = figure_lib.save
 
     def keep(figure, path):
         figure.canvas.draw()
@@ -47,7 +48,7 @@ def said(monkeypatch):
             assert figure.bbox.contains(*boxes[i].min) and figure.bbox.contains(*boxes[i].max), kept[i]
         save(figure, path)
 
-    monkeypatch.setattr(canvas, "save", keep)
+    monkeypatch.setattr(figure_lib, "save", keep)
     return lambda: " ".join("\n".join(kept).split())
 
 
@@ -80,7 +81,7 @@ def test_a_prediction_lies_on_the_law_at_its_own_budget(whole, tmp_path, monkeyp
     """Wherever the laws' lines end: before it, at it, or, for the sake of the gap's arrow, beyond."""
     readings, fitted = whole
     marks = []
-    monkeypatch.setattr(canvas, "save", lambda figure, path: marks.extend(
+    monkeypatch.setattr(figure_lib, "save", lambda figure, path: marks.extend(
         tuple(float(v) for v in line.get_xydata()[0]) for line in figure.axes[0].lines
         if line.get_marker() == "D" and len(line.get_xydata())
     ))  # fmt: skip
@@ -231,8 +232,8 @@ def test_ratios_and_flops_are_short():
 def test_axes_stay_with_the_data_where_laws_go_anywhere(whole, tmp_path, monkeypatch):
     """Draws of a law through noise are absurd; and what has no law is named without a point that no run had."""
     axes = {}
-    monkeypatch.setattr(canvas, "save", lambda figure, path: axes.update({path.stem: figure.axes}))
-    monkeypatch.setattr(canvas, "labels_right", lambda *_: None)  # it draws the whole
+    monkeypatch.setattr(figure_lib, "save", lambda figure, path: axes.update({path.stem: figure.axes}))
+    monkeypatch.setattr(figure_lib, "labels_right", lambda *_: None)  # it draws the whole
     rng = np.random.default_rng(1)
     noisy = [
         dataclasses.replace(r, nats_per_token=r.nats_per_token + 0.9 + 0.3 * rng.normal())

@@ -37,9 +37,9 @@ def run(overrides: dict[str, str]) -> int:
     from llada.files import write_atomically
     from llada.inference import generation
     from llada.inference.generation import Request
-    from llada.scaling import canvas, comparison
+    from llada.scaling import comparison, figure
 
-    canvas.require_matplotlib()
+    figure.require_matplotlib()
     runs = [
         comparison.read_run("LLaDA", places[0], "diffusion", "--llada"),
         comparison.read_run("ARM", places[1], "autoregressive", "--arm"),

@@ -105,9 +105,9 @@ def _check_flags() -> Path:
     if RETRY_RATE.value is not None and RETRY_FAILED.value:
         raise UserError("--retry_failed goes on at the rate of before, --retry_rate begins anew at another; give one")
     if not DRY_RUN.value:
-        from llada.scaling import canvas
+        from llada.scaling import figure
 
-        canvas.require_matplotlib()
+        figure.require_matplotlib()
     return directory
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from llada import config as config_lib
 from llada import json_files
 from llada.errors import UserError
-from llada.scaling import canvas
+from llada.scaling import figure as figure_lib
 from llada.scaling.results import same_data
 from llada.training import metrics as metrics_lib
 
@@ -212,7 +212,7 @@ def markdown_table(cells: list[list[str]]) -> str:
 
 def draw_curves(runs: list[RunRecord]) -> bytes:
     """`curves.png`: held-out nats per token (with two standard errors) and training loss against training FLOPs."""
-    canvas.require_matplotlib()
+    figure_lib.require_matplotlib()
     import matplotlib
 
     matplotlib.use("Agg")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llada.scaling import canvas, findings
+from llada.scaling import figure, findings
 from llada.scaling.findings import NAMES, flops, short, times
 from llada.scaling.isoflop import Minimum, parabolas
 from llada.scaling.laws import Point, PowerLaw
@@ -30,13 +30,13 @@ def isoflop(results: Sequence[Result], study: Study, path: Path, *, annealing_ga
     subtitle = "Dashed: through the minima. Hollow: minimum outside the sizes tried."
     if len(families) > 1:
         subtitle = f"Loss axes differ. {subtitle} {BOUND}"
-    figure, axes = canvas.figure(len(families), _isoflop_title(study), subtitle, sharex=True)
+    fig, axes = figure.panels(len(families), _isoflop_title(study), subtitle, sharex=True)
     by_family = points(results, annealing_gain)
     for family, ax in zip(families, axes, strict=True):
         ax.set(xscale="log", xlabel="parameters without embeddings N", title=NAMES[family])
         ax.set_ylabel("held-out nats per token" + (" (bound)" if family == "diffusion" else ""))
         budgets = sorted({r.budget for r in results if r.objective == family})
-        shades = dict(zip(budgets, canvas.shades(COLOURS[family], len(budgets)), strict=True))
+        shades = dict(zip(budgets, figure.shades(COLOURS[family], len(budgets)), strict=True))
         profiles = [[p for p in by_family.get(family, []) if p.budget == b] for b in budgets]
         for budget, profile in zip(budgets, profiles, strict=True):
             _profile(ax, profile, shades[budget], flops(budget))
@@ -53,11 +53,11 @@ def isoflop(results: Sequence[Result], study: Study, path: Path, *, annealing_ga
         _minima_of_panel(ax, minima, shades, (min(sizes), max(sizes)))
         _failed(ax, [r for r in results if r.objective == family], shades)
         if not any(profiles):
-            canvas.say(ax, "no finished run")
+            figure.say(ax, "no finished run")
         elif budgets:
             ax.legend(title="FLOPs", frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=8)
-    canvas.log_ticks(axes[0].xaxis, short)
-    canvas.save(figure, path)
+    figure.log_ticks(axes[0].xaxis, short)
+    figure.save(fig, path)
 
 
 def _isoflop_title(study: Study) -> str:
@@ -127,7 +127,7 @@ def frontier(
     if any(r.measured and not r.annealed for r in results):
         told = f", {annealing_gain:.2%} taken off" if annealing_gain else ""
         subtitle += f" Thin lines: one run each, before annealing{told}."
-    figure, (ax,) = canvas.figure(1, _frontier_title(gap, study), subtitle)
+    fig, (ax,) = figure.panels(1, _frontier_title(gap, study), subtitle)
     ax.set(xscale="log", xlabel=_flops_label(results), ylabel="held-out nats per token")
     largest = findings.largest_budget(study) or 0.0
     end = gap.value * gap.budget if gap and gap.value * gap.budget <= FARTHEST * largest else 0.0
@@ -155,16 +155,16 @@ def frontier(
         beyond = predict / findings.largest_budget(study)
         ax.plot([], [], ":", color="0.6", label=f"{flops(predict)} FLOPs, {times(beyond)} the largest budget")
     if not ax.has_data():
-        canvas.say(ax, "no minimum and no law to show")
+        figure.say(ax, "no minimum and no law to show")
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, loc="lower left", labelcolor="linecolor")
-    if (across := canvas.around([r.budget for r in results] + [at] * bool(entries), 0.05, log=True)) and seen:
-        ax.set(xlim=across, ylim=canvas.around(seen, 0.08))
-        canvas.log_ticks(ax.xaxis, flops)
+    if (across := figure.around([r.budget for r in results] + [at] * bool(entries), 0.05, log=True)) and seen:
+        ax.set(xlim=across, ylim=figure.around(seen, 0.08))
+        figure.log_ticks(ax.xaxis, flops)
     if end:
         _gap_arrow(ax, gap)
-    canvas.labels_right(ax, [(x, canvas.within(y, ax.get_ylim()), *rest) for x, y, *rest in entries])
-    canvas.save(figure, path)
+    figure.labels_right(ax, [(x, figure.within(y, ax.get_ylim()), *rest) for x, y, *rest in entries])
+    figure.save(fig, path)
 
 
 def _frontier_title(gap: findings.Gap | None, study: Study) -> str:
@@ -243,23 +243,23 @@ def allocation(results: Sequence[Result], study: Study, path: Path) -> None:
     quantities = ("parameters", "tokens")
     title, exponents = _allocation_texts(study)
     subtitle = "Grey: published laws, dotted outside the budgets they were fitted at. "
-    figure, axes = canvas.figure(2, title, subtitle + f"Bands: {study.level:.0%} intervals. {exponents}")
+    fig, axes = figure.panels(2, title, subtitle + f"Bands: {study.level:.0%} intervals. {exponents}")
     budgets = sorted({r.budget for r in results} | {b for bs in study.budgets.values() for b in bs})
     for ax, quantity in zip(axes, quantities, strict=True):
         symbol = {"parameters": "parameters without embeddings N*", "tokens": "tokens D*"}[quantity]
         ax.set(xscale="log", yscale="log", xlabel=_flops_label(results), ylabel=symbol)
         if not budgets:
-            canvas.say(ax, "no runs")
+            figure.say(ax, "no runs")
             continue
         low, high = budgets[0] / 2, budgets[-1] * 2
         entries = _published(ax, quantity, low, high)
         key = {"parameters": "non_embedding_parameters", "tokens": "tokens"}[quantity]
         own = [float(getattr(r, key)) for r in results]
-        ends = canvas.around([*own, *(y for _, y, *_ in entries)], 0.1, log=True)
+        ends = figure.around([*own, *(y for _, y, *_ in entries)], 0.1, log=True)
         for family, colour in COLOURS.items():
             minima = study.minima.get(family, [])
             for m in minima:
-                y, factor = canvas.within(getattr(m, quantity), ends), math.exp(min(2 * m.log_parameters_stderr, 3.0))
+                y, factor = figure.within(getattr(m, quantity), ends), math.exp(min(2 * m.log_parameters_stderr, 3.0))
                 ax.errorbar(m.budget, y, [[y - y / factor], [y * factor - y]], color=colour, marker="o", capsize=3,
                             markerfacecolor=colour if m.inside else "white", zorder=4)  # fmt: skip
             if law := findings.law_of(study, family, quantity):
@@ -268,7 +268,7 @@ def allocation(results: Sequence[Result], study: Study, path: Path) -> None:
                 entries.append(
                     (
                         high,
-                        canvas.within(float(best(high)), ends),
+                        figure.within(float(best(high)), ends),
                         f"{NAMES[family]} $C^{{{best.exponent:.2f}}}$",
                         colour,
                     )
@@ -276,12 +276,12 @@ def allocation(results: Sequence[Result], study: Study, path: Path) -> None:
             elif minima:
                 ax.plot([], [], " ", color=colour, label=f"{NAMES[family]}, no law")
         ax.set(xlim=(low, high), ylim=ends)
-        canvas.log_ticks(ax.xaxis, flops)
-        canvas.log_ticks(ax.yaxis, short)
+        figure.log_ticks(ax.xaxis, flops)
+        figure.log_ticks(ax.yaxis, short)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False, loc="lower right", labelcolor="linecolor")
-        canvas.labels_right(ax, entries)
-    canvas.save(figure, path)
+        figure.labels_right(ax, entries)
+    figure.save(fig, path)
 
 
 def _published(ax, quantity: str, low: float, high: float) -> list[tuple]:
@@ -319,9 +319,9 @@ def repeat(results: Sequence[Result], path: Path) -> None:
     subtitle += f"the ARM's lowest loss. {BOUND}"
     if cut := _cut(found):
         subtitle += " ARM curves go on above the picture."
-    figure, axes = canvas.figure(max(len(corpora), 1), _repeat_title(crossed), subtitle, sharex=True, sharey=True)
+    fig, axes = figure.panels(max(len(corpora), 1), _repeat_title(crossed), subtitle, sharex=True, sharey=True)
     sizes = sorted({c.parameters for c in found})
-    shades = {f: dict(zip(sizes, canvas.shades(colour, len(sizes)), strict=True)) for f, colour in COLOURS.items()}
+    shades = {f: dict(zip(sizes, figure.shades(colour, len(sizes)), strict=True)) for f, colour in COLOURS.items()}
     for ax, corpus in zip(axes, corpora, strict=False):
         here = [x for x in crossed if x.unique_tokens == corpus]
         ax.set(xscale="log", xlabel="epochs")
@@ -336,7 +336,7 @@ def repeat(results: Sequence[Result], path: Path) -> None:
                             markerfacecolor="none", markeredgewidth=1.2, zorder=5)  # fmt: skip
     axes[0].set_ylabel("held-out nats per token")
     if not found:
-        canvas.say(axes[0], "no readings against epochs")
+        figure.say(axes[0], "no readings against epochs")
     if cut:
         axes[0].set_ylim(*cut)
     for family in NAMES:
@@ -345,9 +345,9 @@ def repeat(results: Sequence[Result], path: Path) -> None:
                 [], [], color=shades[family][size], marker="o", markersize=4, label=f"{NAMES[family]} {short(size)}"
             )
     if found:
-        canvas.log_ticks(axes[0].xaxis, short)
+        figure.log_ticks(axes[0].xaxis, short)
         axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=9, title="parameters")
-    canvas.save(figure, path)
+    figure.save(fig, path)
 
 
 def _cut(found: Sequence[Curve]) -> tuple[float, float] | None:

@@ -24,7 +24,7 @@ def require_matplotlib() -> None:
         raise UserError(f"pictures need matplotlib ({error}): pip install 'llada-jax[plots]'") from error
 
 
-def figure(columns: int, title: str, subtitle: str, **shared) -> tuple[Any, list[Any]]:
+def panels(columns: int, title: str, subtitle: str, **shared) -> tuple[Any, list[Any]]:
     """A row of panels under a title and caveats, both wrapped to the width."""
     require_matplotlib()
     import matplotlib
