@@ -1,7 +1,7 @@
-"""Files and directories that are there whole, or not at all, whenever the process or the machine stops.
+"""Files and directories that exist completely or not at all, even if the process or the machine stops; locks; prefetch.
 
-Temporary names are hidden, and carry host, process and a counter: two writers never share one, and what a killed
-process left behind is recognised and cleared by the next writer of the same name. Nothing else is ever removed.
+Temporary names are hidden and hold host, process and a counter: no two writers share one, and the next writer of the
+same path recognises and removes what a killed process left behind. Nothing else is ever removed.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 _counter = itertools.count()
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # from linux/fs.h and fcntl.h
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -36,14 +37,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name of this process alone, to write a file to; it becomes `path` when the block ends well, synced to the disk.
+    """A temporary name to write a file to; it is synced and renamed to `path` if the block succeeds, else removed.
 
-    Any number of processes may do this for one `path`: the last to end counts. DiskError where there is no room.
+    Several processes may do this for one `path`: the last to finish wins. DiskError where there is no room.
     """
     temporary = temporary_name(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_left_behind(path)
+        _remove_stale_temporaries(path)
         yield temporary
         descriptor = os.open(temporary, os.O_RDONLY)
         try:
@@ -60,26 +61,26 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def temporary_name(path: Path, suffix: str) -> Path:
-    """A hidden name beside `path` that no other process and no other call has."""
-    return path.with_name(f"{_own_prefix(path)}{os.getpid()}-{next(_counter)}.{suffix}")
+    """A hidden name beside `path`, unique to this process and call."""
+    return path.with_name(f"{_temporary_prefix(path)}{os.getpid()}-{next(_counter)}.{suffix}")
 
 
-def _own_prefix(path: Path) -> str:
+def _temporary_prefix(path: Path) -> str:
     host = "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:40]
     return f".{path.name[:80]}.{host}-"
 
 
-def _clear_left_behind(path: Path) -> None:
-    """Remove temporary files and directories for `path` whose process, on this host, is no more."""
-    prefix = _own_prefix(path)
-    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
-        process, dash, rest = left.name.removeprefix(prefix).partition("-")
+def _remove_stale_temporaries(path: Path) -> None:
+    """Remove temporary files and directories for `path` whose process, on this host, no longer exists."""
+    prefix = _temporary_prefix(path)
+    for stale in path.parent.glob(f"{glob.escape(prefix)}*"):
+        process, dash, rest = stale.name.removeprefix(prefix).partition("-")
         if not (dash and process.isdigit() and rest.partition(".")[2] in ("tmp", "partial", "old")):
             continue
         if int(process) == os.getpid() or _is_alive(int(process)):
             continue
         with contextlib.suppress(OSError):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
 
 
 def _is_alive(process: int) -> bool:
@@ -93,17 +94,17 @@ def _is_alive(process: int) -> bool:
 
 
 class Locked(UserError):
-    """Another process holds the file; the message and `holder` say which."""
+    """Another process holds the lock; the message and `holder` say which."""
 
     holder = "another process"
 
 
 @contextlib.contextmanager
 def lock(path: Path, what: str = "", wait: bool = False, remove: bool = False) -> Iterator[None]:
-    """Hold a file's lock, which ends with the process however it ends; the file names its holder.
+    """Hold an exclusive lock on the file `path`, which names its holder; the kernel frees it if the process dies.
 
-    Locked, saying "`what` is in use by ..." (default the path), where another holds it, unless told to `wait`. With
-    `remove` the file goes when the block ends. Where the file system has no locks, a line says so and the block runs.
+    If another process holds it: wait, or else Locked, saying "`what` (default the path) is in use by ...". `remove`
+    deletes the file at the end of the block. On a file system without locks a warning is printed and the block runs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -112,23 +113,23 @@ def lock(path: Path, what: str = "", wait: bool = False, remove: bool = False) -
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            holder = " ".join(file.read(200).split()) or "another process"
+            holder = " ".join(file.read(200).split()) or Locked.holder
             file.close()
             locked = Locked(f"{what or path} is in use by {holder}; wait for it, stop it, or choose another")
             locked.holder = holder
             raise locked from error
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            if error.errno not in _NO_LOCKS:
                 file.close()
                 raise
-            print(f"{path.parent} has no file locks: keep other processes away yourself", file=sys.stderr)
-        # Whoever held it may have removed it since it was opened.
+            sys.stderr.write(f"{path.parent} has no file locks: make sure that no other process uses it\n")
+        # The previous holder may have removed the file after we opened it: then ours is a lock on nothing.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                 break
         file.close()
     try:
-        with contextlib.suppress(OSError):  # a full disk holds a lock all the same
+        with contextlib.suppress(OSError):  # the lock holds even if the disk is full
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             file.flush()
@@ -141,22 +142,22 @@ def lock(path: Path, what: str = "", wait: bool = False, remove: bool = False) -
 
 
 @contextlib.contextmanager
-def in_turn(path: Path, does: str, check: Callable[[], None]) -> Iterator[None]:
-    """Hold a file's lock as soon as others let it go; the file goes when the block ends.
+def queue_for_lock(path: Path, activity: str, check: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock as soon as other processes release it; its file is deleted at the end of the block.
 
-    Whoever must wait is told for whom, and what that one `does` ("prepares DIR"); `check` is called meanwhile, and may
-    raise to end it.
+    A line on standard error says who is waited for and what that process does: `activity`, like "prepares DIR".
+    `check` is called while waiting, and may raise to give up.
     """
-    waits = False
+    waiting = False
     with contextlib.ExitStack() as held:
         while True:
             try:
                 held.enter_context(lock(path, remove=True))
                 break
             except Locked as locked:
-                if not waits:
-                    print(f"waiting for {locked.holder}, which {does}", file=sys.stderr)
-                waits = True
+                if not waiting:
+                    sys.stderr.write(f"waiting for {locked.holder}, which {activity}\n")
+                waiting = True
                 check()
                 time.sleep(0.1)
         yield
@@ -164,34 +165,33 @@ def in_turn(path: Path, does: str, check: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_directory(path: Path, flag: str, replace: bool = False) -> Iterator[Path]:
-    """A directory to fill, beside `path`; it takes that name when the block ends well, and goes when it does not.
+    """A temporary directory to fill; it is renamed to `path` if the block succeeds, else removed.
 
-    Of several processes that make one `path`, the first holds a lock beside it and the others are refused. With
-    `replace` an existing `path` gives way at the last moment; the caller says whether it may. UserError naming `flag`
-    if `path` exists otherwise, or cannot be made; DiskError where there is no room.
+    Of several processes that create one `path`, the first holds a lock beside it and the others are refused. With
+    `replace` an existing `path` is replaced, at the end; the caller decides whether that is allowed. UserError naming
+    `flag` if `path` exists otherwise, or cannot be created; DiskError where there is no room.
     """
-    path = path.resolve() if path.exists() else path.absolute()  # behind a link lies what is to be made
+    path = path.resolve() if path.exists() else path.absolute()  # a link's target is what is replaced
 
-    def refuse_what_is_there() -> None:
+    def require_free() -> None:
         if os.path.ismount(path):
             raise UserError(f"{flag}={path} is where a disk is mounted and cannot be renamed; give a directory in it")
         if os.path.lexists(path) and not replace and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{flag}={path} exists already; choose another, or remove it first")
 
     try:
-        refuse_what_is_there()
+        require_free()
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock_name = path.with_name(f".{path.name[:80]}.lock")
-        with lock(lock_name, f"{flag}={path}", remove=True):
-            _clear_left_behind(path)
+        with lock(path.with_name(f".{path.name[:80]}.lock"), f"{flag}={path}", remove=True):
+            _remove_stale_temporaries(path)
             partial = temporary_name(path, "partial")
             partial.mkdir()
             try:
                 yield partial
-                refuse_what_is_there()
-                _take_place(partial, path)
+                require_free()
+                _rename_over(partial, path)
             except BaseException:
-                for _ in range(20):  # a library's threads may still be writing there
+                for _ in range(20):  # a library's threads may still be writing into it
                     shutil.rmtree(partial, ignore_errors=True)
                     if not partial.exists():
                         break
@@ -205,28 +205,29 @@ def new_directory(path: Path, flag: str, replace: bool = False) -> Iterator[Path
         raise UserError(f"{flag}={path} cannot be written: {error.strerror or error}; choose another") from error
 
 
-def _take_place(new: Path, path: Path) -> None:
-    """Give `new` the name of `path`, and remove what had it; at no moment is there neither where Linux can exchange."""
+def _rename_over(new: Path, path: Path) -> None:
+    """Rename `new` to `path` and delete what was there; where Linux can exchange names, `path` always exists."""
     if not os.path.lexists(path):
         os.rename(new, path)
-        return
-    if _exchange(new, path):
+    elif _exchange(new, path):
         shutil.rmtree(new)
-        return
-    old = temporary_name(path, "old")
-    os.rename(path, old)
-    os.rename(new, path)
-    shutil.rmtree(old)
+    else:
+        old = temporary_name(path, "old")
+        os.rename(path, old)
+        os.rename(new, path)
+        shutil.rmtree(old)
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names in one operation; False where the system or the file system cannot."""
+    """Swap two names atomically; False if the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    return bool(rename) and rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
+    if rename is None:
+        return False
+    return rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items (none of them None), each made in a thread while the caller is busy with the one before."""
+def prefetch(items: Iterator[T]) -> Iterator[T]:
+    """The same items (none of them None); a thread computes the next one while the caller uses the current one."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         following = pool.submit(next, items, None)
         while (item := following.result()) is not None:
