@@ -235,9 +235,9 @@ class Config:
     @property
     def steps(self) -> int:
         """Optimizer steps of the run, from `train.steps` or rounded down from `train.tokens`."""
-        if self.train.steps is not None:
-            return self.train.steps
-        return self.train.tokens // self.tokens_per_step
+        if self.train.tokens is not None and self.train.steps is None:
+            return self.train.tokens // self.tokens_per_step
+        return self.train.steps or 0
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -76,14 +76,13 @@ class Validator:
     def __call__(self, params: transformer.Parameters) -> Validation:
         """Evaluate `params` on the held-out rows."""
         R, L = self.rows_NL.shape
-        nats, variances = [], []
+        of_batches = []
         for start in range(0, R, self.batch):
             index_B = np.arange(start, start + self.batch)
             rows_BL = self.rows_NL[index_B % R]  # the last batch wraps; its surplus is dropped
             rows_BL = mesh_lib.shard_batch(self.mesh, rows_BL, np.arange(self.batch), self.batch)
-            for values, found in zip((nats, variances), self.nats(params, rows_BL, index_B), strict=True):
-                values.append(np.asarray(found))
-        nats_R, variance_R = (np.concatenate(values)[:R].astype(np.float64) for values in (nats, variances))
+            of_batches.append([np.asarray(x_B, np.float64) for x_B in self.nats(params, rows_BL, index_B)])
+        nats_R, variance_R = (np.concatenate(x)[:R] for x in zip(*of_batches, strict=True))
         mean = float(nats_R.mean() / L)
         return Validation(
             nats_per_token=mean,

@@ -40,6 +40,13 @@ class SpecialTokens(NamedTuple):
     bos: int | None = None
 
     @property
+    def mask_id(self) -> int:
+        """`mask`, where there has to be one."""
+        if self.mask is None:
+            raise ValueError("a diffusion objective needs a mask token, and this tokenizer has none")
+        return self.mask
+
+    @property
     def start(self) -> int:
         """What an ARM reads before the first token of a text."""
         return self.eos if self.bos is None else self.bos

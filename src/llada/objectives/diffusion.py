@@ -106,7 +106,7 @@ def held_out_nats(
     def draw(_, m):
         u_B = (shift_B + m.astype(jnp.float32) / draws) % 1.0
         uniform_BL = noise_lib.uniform(noise_lib.held_out(m, row_B), noise_lib.EVALUATION_MASK, (L,))
-        corruption = corrupt(x0_BL, u_B, uniform_BL, jnp.ones((B, L), bool), special.mask, estimator)
+        corruption = corrupt(x0_BL, u_B, uniform_BL, jnp.ones((B, L), bool), special.mask_id, estimator)
         _, nats_BL = bound_terms(predict, head_VD, x0_BL, None, corruption, head_rows)
         return None, corruption.weight_B * jnp.sum(nats_BL, axis=1)
 
@@ -137,7 +137,7 @@ def loss(
     t_B = noise_lib.times(noise, config.time_sampling)
     uniform_BL = noise_lib.uniform(noise, noise_lib.MASK, (L,))
     valid_BL = is_valid(x0_BL, lengths_B)
-    corruption = forward_process(x0_BL, t_B, uniform_BL, valid_BL, special.mask, config.eps)
+    corruption = forward_process(x0_BL, t_B, uniform_BL, valid_BL, special.mask_id, config.eps)
     nats, nats_BL = bound_terms(predict, head_VD, x0_BL, lengths_B, corruption, config.head_rows)
     return LossTerms(
         nats, token_count(x0_BL, lengths_B), jnp.sum(nats_BL), jnp.sum(corruption.masked_BL, dtype=jnp.float32)
