@@ -33,7 +33,7 @@ class Noise(NamedTuple):
 
 
 def held_out(draw: int | jax.Array, row_B: jax.Array) -> Noise:
-    """The noise of one draw for rows of the held-out set: seed 0, whatever the run's, so that figures compare in pairs."""
+    """Noise of one draw for rows of the held-out set: seed 0, not the run's, so that figures compare in pairs."""
     return Noise(0, draw, row_B, len(row_B))
 
 
