@@ -20,11 +20,11 @@ import jax
 import numpy as np
 import pytest
 
+from llada import jax_internals, processes
 from llada import mesh as mesh_lib
-from llada import processes
 from llada.config import load
 from llada.errors import UserError
-from llada.training import metrics
+from llada.training import loop, metrics
 from llada.training.checkpoint import Checkpoints
 
 PROCESS = Path(__file__).with_name("multihost_process.py")
@@ -132,9 +132,10 @@ def runs(experiment, tmp_path_factory):
 
 def state(workdir: Path, step: int):
     checkpoints = Checkpoints(workdir)
-    restored = checkpoints.restore(load(workdir / "config.json"), mesh_lib.make(mesh_lib.MeshConfig()), step)
+    mesh = mesh_lib.make(mesh_lib.MeshConfig())
+    restored, cursor = loop.restore_state(checkpoints, load(workdir / "config.json"), mesh, step)
     checkpoints.close()
-    return jax.tree.map(np.asarray, restored.state), restored.cursor
+    return jax.tree.map(np.asarray, restored), cursor
 
 
 def record(workdir: Path) -> list[dict]:
@@ -263,7 +264,7 @@ def test_nonsense_is_explained(arguments, words):
 
 
 def test_a_coordinator_that_is_not_there_is_explained(monkeypatch):
-    monkeypatch.setattr(processes, "_MEETING_SECONDS", 0.3)
+    monkeypatch.setattr(processes, "_CONNECT_SECONDS", 0.3)
     with pytest.raises(
         UserError, match="nobody listens at --coordinator=127.0.0.1:.*start --process_id=0 on that host"
     ):
@@ -295,7 +296,7 @@ def test_a_tpu_pod_is_recognised_by_its_workers(monkeypatch, hosts, slices, coun
     monkeypatch.setenv("MEGASCALE_NUM_SLICES", str(slices))
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
-    assert processes._cluster().size == count
+    assert jax_internals.detect_cluster().size == count
     processes.start()
     assert len(joined) == (count > 1)
-    assert not joined or "coordinator_address" not in joined[0]  # JAX asks the metadata itself
+    assert not joined or joined[0]["coordinator_address"] is None  # JAX asks the metadata itself

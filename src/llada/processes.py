@@ -1,9 +1,9 @@
-"""Several processes, one run: finding each other, agreeing on what is common, failing together.
+"""Several processes that train or evaluate together: joining, exchanging values, failing together.
 
-A process is one Python on one host, with the devices it sees; all of them run the same command. Process 0 does what is
-to be done once, the others wait. What they tell each other here goes through JAX's coordination service, not through
-the devices: a collective would time out while process 0 tokenises a corpus. JAX is imported only where there may be
-other processes; alone, everything here is a no-op.
+A process is one Python on one host, with the devices it sees; all of them run the same command. Process 0 does what
+needs doing once, while the others wait. Values are exchanged through JAX's coordination service, not through devices: a
+collective would time out while process 0 tokenizes a corpus. JAX is imported only if there may be other processes;
+with one process, everything here is a no-op.
 """
 
 import contextlib
@@ -16,102 +16,99 @@ import socket
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from llada import jax_internals
 from llada.errors import KINDS, Interrupted, UserError
 
-# Where none of these is set and there is no libtpu, no launcher that JAX knows has started us.
+# If none of these is set and there is no libtpu, no launcher that JAX knows has started this process.
 _LAUNCHERS = ("SLURM_", "OMPI_", "KUBERNETES_", "TPU_", "MEGASCALE_")
-_HEARTBEAT_SECONDS = 30  # a process silent for so long is dead, and ends the others
-_MEETING_SECONDS = 300  # how long to look for process 0
-_SHUTDOWN_SECONDS = 60  # how long a process that has ended well waits for the others to do so
-_POLL_MILLISECONDS = 5_000  # how long waiting keeps Python from handling a signal
-_SHARED_SECONDS = 5  # a network file system may take a moment to show a new file to other hosts
+_HEARTBEAT_SECONDS = 30  # a process silent for this long is taken for dead, which ends the others
+_CONNECT_SECONDS = 300  # how long to try to reach process 0
+_SHUTDOWN_SECONDS = 60  # how long a process that has finished waits for the others to finish
+_POLL_MILLISECONDS = 5_000  # Python handles no signal during one poll
+_SHARED_SECONDS = 5  # how long a network file system may take to show a new file to other hosts
 
-_exchanges = itertools.count()  # the same on every process, because all make the same exchanges in the same order
+_exchanges = itertools.count()  # equal on all processes, since all make the same exchanges in the same order
 
 
 def start(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
-    """Join the other processes, before anything touches a device: as told, or as JAX finds them (Slurm, TPU pod, ...).
+    """Join the other processes, by these arguments or as JAX detects them (Slurm, TPU pod, ...).
 
-    Nothing happens where there are none, or where they are joined already. UserError for impossible arguments, and
-    where the others cannot be found.
+    To be called before anything touches a device. Does nothing if there are no others or they are joined already.
+    UserError for impossible arguments, and if the others cannot be reached.
     """
-    _check(coordinator, processes, process_id)
-    if processes == 1 or not (processes or _launched()):
+    explicit = _check(coordinator, processes, process_id)
+    if processes == 1 or not (explicit or _may_have_launcher()):
         return
     import jax
 
     if jax.distributed.is_initialized():
         return
-    if processes is None:
-        found = _cluster()
-        if found.size == 1:
-            return
-        _say_who_waits(found)
-    # Its C++ handler would take SIGTERM from us before and after training; see training/stopping.py.
-    jax.config.update("jax_enable_preemption_service", False)
-    told = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process_id}
-    arguments = told | {"cluster_detection_method": "deactivate"} if processes else {}
-    if processes:
-        words = f"process {process_id} of {processes}, waiting for the others at {coordinator}"
-        print(words, file=sys.stderr, flush=True)
+    if coordinator is not None:
+        _log(f"process {process_id} of {processes}, waiting for the others at {coordinator}")
         if process_id != 0:
-            _find(coordinator)
+            _wait_for_coordinator(coordinator)
+    elif not _detect():
+        return
+    # JAX's C++ handler would catch SIGTERM before and after training, where ours must; see training/stopping.py.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            **arguments, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS, shutdown_timeout_seconds=_SHUTDOWN_SECONDS
+            coordinator_address=coordinator,
+            num_processes=processes,
+            process_id=process_id,
+            cluster_detection_method="deactivate" if explicit else None,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        where = f"--coordinator={coordinator} --processes={processes} --process_id={process_id}" if processes else ""
+        arguments = f"--coordinator={coordinator} --processes={processes} --process_id={process_id}"
         raise UserError(
-            f"{where or 'the cluster that JAX detected'} did not come together ({error}); every process needs the same "
-            "--coordinator (process 0 listens there) and --processes, and a --process_id of its own"
+            f"the processes of {arguments if explicit else 'the detected cluster'} did not connect ({error}); every "
+            "process needs the same --coordinator (process 0 listens there) and --processes, and its own --process_id"
         ) from error
 
 
 def count() -> int:
-    """How many processes make this run."""
+    """The number of processes in this run."""
     return _jax().process_count() if _joined() else 1
 
 
 def index() -> int:
-    """Which of them this is; process 0 does what is done once."""
+    """The index of this process, from 0."""
     return _jax().process_index() if _joined() else 0
 
 
 def is_first() -> bool:
-    """Whether this is process 0, or the only one."""
+    """Whether this is process 0 (or the only one), which does what needs doing once."""
     return index() == 0
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process gives (JSON-ready), by process index, on every process. All must call it."""
+    """The values (JSON-ready) of all processes, by process index, on every process. All must call it."""
     if count() == 1:
         return [value]
-    from jax._src import distributed  # the coordination service's store has no public name
-
-    client = distributed.global_state.client
+    client = jax_internals.coordination_client()
     prefix = f"llada/{next(_exchanges)}"
     if is_first():
-        values = [value] + [json.loads(_wait_for(client, f"{prefix}/{i}")) for i in range(1, count())]
+        values = [value] + [json.loads(_wait_for_key(client, f"{prefix}/{i}")) for i in range(1, count())]
         client.key_value_set(f"{prefix}/all", json.dumps(values))
         return values
     client.key_value_set(f"{prefix}/{index()}", json.dumps(value))
-    return json.loads(_wait_for(client, f"{prefix}/all"))
+    return json.loads(_wait_for_key(client, f"{prefix}/all"))
 
 
 def from_first(value: Any) -> Any:
-    """What process 0 gives, on every process. All must call it."""
+    """The value of process 0, on every process. All must call it."""
     return gather(value if is_first() else None)[0]
 
 
 @contextlib.contextmanager
 def agreement() -> Iterator[None]:
-    """A block that every process enters, and that fails on all if it fails on one; it ends when all have ended it."""
+    """A block that all processes enter and leave together; if it fails on one, it fails on all."""
     if count() == 1:
         yield
         return
@@ -120,24 +117,24 @@ def agreement() -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    told = gather(None if failure is None else _described(failure))
+    failures = gather(None if failure is None else _serialized(failure))
     if failure is not None:
         raise failure
-    for i, found in enumerate(told):
-        if found is not None:
-            raise _theirs(i, *found)
+    for i, other in enumerate(failures):
+        if other is not None:
+            raise _deserialized(i, *other)
 
 
-def _described(failure: Exception) -> list[Any]:
-    """Kind, message, and the signal that it was for: JSON-ready."""
+def _serialized(failure: Exception) -> list[Any]:
+    """Kind, message and signal number of an exception: JSON-ready."""
     if isinstance(failure, Interrupted):
         return ["Interrupted", failure.where, failure.signal_number]
     kinds = (kind.__name__ for kind in type(failure).__mro__ if kind.__name__ in KINDS)
     return [next(kinds, ""), str(failure), 0]
 
 
-def _theirs(process: int, kind: str, message: str, signal_number: int) -> Exception:
-    """The exception that another process raised, as its kind allows."""
+def _deserialized(process: int, kind: str, message: str, signal_number: int) -> Exception:
+    """The exception that another process raised; a RuntimeError if it was of none of our kinds."""
     if kind == "Interrupted":
         return Interrupted(signal_number, message)
     return KINDS.get(kind, RuntimeError)(f"process {process}: {message}")
@@ -165,10 +162,10 @@ def require_shared(directory: Path, flag: str) -> None:
 
 @contextlib.contextmanager
 def ending_together(*agreed: type[Exception], advice: Callable[[], str] | None = None) -> Iterator[None]:
-    """A block of work on the devices, whose exceptions are `agreed` where every process raises them alike.
+    """A block with collectives; `agreed` are the exceptions that all processes raise alike, and they pass through.
 
-    Any other ends the process at once. The rest wait for it in a collective; only a broken connection tells them, and
-    an orderly exit would wait for them. What to do, `advice`, is the last line said.
+    Any other exception ends this process at once: the others wait for it in a collective, and only a broken connection
+    frees them; an orderly exit would itself wait for them. `advice()` is printed last, as what to do next.
     """
     try:
         yield
@@ -179,24 +176,24 @@ def ending_together(*agreed: type[Exception], advice: Callable[[], str] | None =
             raise
         status = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "status", 1)
         if isinstance(error, UserError):
-            print(f"process {index()}: {error}", file=sys.stderr)
+            _log(f"process {index()}: {error}")
         else:
             traceback.print_exc()
-        print(f"process {index()} of {count()} ends, and the others with it", file=sys.stderr)
+        _log(f"process {index()} of {count()} ends, and the others with it")
         if advice is not None and not isinstance(error, UserError):
-            print(advice(), file=sys.stderr)
-        sys.stderr.flush()
+            _log(advice())
         os._exit(status)
 
 
-def _check(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
-    given = {"--coordinator": coordinator, "--processes": processes, "--process_id": process_id}
-    missing = [flag for flag, value in given.items() if value is None]
-    if len(missing) == 3 or (processes == 1 and len(missing) == 2):
-        return
-    if missing:
+def _check(coordinator: str | None, processes: int | None, process_id: int | None) -> bool:
+    """Whether the arguments name the processes; False if they leave that to JAX. UserError for impossible ones."""
+    if coordinator is None and process_id is None and processes in (None, 1):
+        return False
+    if coordinator is None or processes is None or process_id is None:
+        arguments = {"--coordinator": coordinator, "--processes": processes, "--process_id": process_id}
+        missing = " and ".join(flag for flag, value in arguments.items() if value is None)
         raise UserError(
-            f"{' and '.join(missing)} missing: --coordinator=HOST:PORT --processes=N --process_id=I go together "
+            f"{missing} missing: --coordinator=HOST:PORT --processes=N --process_id=I go together "
             "(--processes=1 alone: no others, whatever the cluster says)"
         )
     if processes < 1:
@@ -206,74 +203,57 @@ def _check(coordinator: str | None, processes: int | None, process_id: int | Non
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator={coordinator} must be HOST:PORT of process 0, like 10.0.0.1:8476")
+    return True
 
 
-def _find(coordinator: str) -> None:
-    """Wait until process 0 listens; JAX would end in a C++ stack trace where it never does."""
+def _wait_for_coordinator(coordinator: str) -> None:
+    """Return when process 0 listens. UserError after a while, where JAX would abort with a C++ stack trace."""
     host, _, port = coordinator.rpartition(":")
-    until = time.monotonic() + _MEETING_SECONDS
+    deadline = time.monotonic() + _CONNECT_SECONDS
     while True:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             return
         except OSError as error:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise UserError(
-                    f"nobody listens at --coordinator={coordinator} after {_MEETING_SECONDS} seconds ({error}); start "
+                    f"nobody listens at --coordinator={coordinator} after {_CONNECT_SECONDS} seconds ({error}); start "
                     "--process_id=0 on that host, and let the others reach it"
                 ) from error
         time.sleep(0.2)
 
 
-def _launched() -> bool:
-    """Whether it is worth asking JAX for other processes."""
+def _may_have_launcher() -> bool:
+    """Whether it is worth importing JAX to ask for other processes."""
     return any(name.startswith(_LAUNCHERS) for name in os.environ) or importlib.util.find_spec("libtpu") is not None
 
 
-class _Cluster(NamedTuple):
-    """What JAX's own detection would join: how many processes, which one this is, by whom and where they meet."""
-
-    size: int
-    index: int | None = None
-    name: str = ""
-    meeting: str = ""
-
-
-_NAMES = {"slurm": "Slurm", "ompi": "Open MPI", "k8s": "Kubernetes", "gcetpu": "TPU pod", "gketpu": "TPU pod on GKE"}
-
-
-def _cluster() -> _Cluster:
-    """Asked before joining, since a single process needs none."""
+def _detect() -> bool:
+    """Whether JAX detects a cluster of several processes; says whom this one waits for."""
     try:
-        from jax._src import clusters
-
-        kinds = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # any Kubernetes pod without the kubernetes package
-            kind = next((kind for kind in kinds if kind.is_env_present()), None)
-        if kind is None or kind.get_process_count() == 1:
-            return _Cluster(1)
-        size = kind.get_process_count()
+        cluster = jax_internals.detect_cluster()
     except Exception as error:
         raise UserError(
-            f"what launched this process cannot be asked for the others ({error}); give --coordinator, --processes and "
-            "--process_id, or --processes=1 where there are none"
+            f"the cluster that launched this process does not say which others there are ({error}); give "
+            "--coordinator, --processes and --process_id, or --processes=1 if there are none"
         ) from error
-    index, meeting = None, ""
-    with contextlib.suppress(Exception):  # only to say so: joining asks for them again
-        index = kind.get_process_id()
-        meeting = kind.get_coordinator_address(5, os.environ.get("JAX_COORDINATOR_PORT"))
-    return _Cluster(size, index, _NAMES.get(kind.name, kind.name), meeting)
+    if cluster.size == 1:
+        return False
+    which = "one" if cluster.process_id is None else f"process {cluster.process_id}"
+    where = f" at {cluster.coordinator}" if cluster.coordinator else ""
+    _log(
+        f"{which} of {cluster.size} processes ({cluster.kind}), waiting for the others{where}; "
+        "--processes=1 if there are none"
+    )
+    return True
 
 
-def _say_who_waits(found: _Cluster) -> None:
-    which = "one" if found.index is None else f"process {found.index}"
-    where = f" at {found.meeting}" if found.meeting else ""
-    words = f"{which} of {found.size} processes ({found.name}), waiting for the others{where}"
-    print(f"{words}; --processes=1 if there are none", file=sys.stderr, flush=True)
+def _log(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
-def _jax():
+def _jax() -> Any:
     return sys.modules["jax"]
 
 
@@ -281,8 +261,8 @@ def _joined() -> bool:
     return "jax" in sys.modules and _jax().distributed.is_initialized()
 
 
-def _wait_for(client, key: str) -> str:
-    """The value that another process sets, however long that takes; should it die, the service ends this one too."""
+def _wait_for_key(client: Any, key: str) -> str:
+    """The value that another process sets, however long that takes; if that process dies, the service ends this one."""
     while True:
         try:
             return client.blocking_key_value_get(key, _POLL_MILLISECONDS)
@@ -292,9 +272,9 @@ def _wait_for(client, key: str) -> str:
 
 
 def _appears(path: Path) -> bool:
-    until = time.monotonic() + _SHARED_SECONDS
+    deadline = time.monotonic() + _SHARED_SECONDS
     while not path.exists():
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
     return True
