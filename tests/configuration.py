@@ -4,7 +4,7 @@ from pathlib import Path
 
 from llada import knobs
 from llada.config import Config
-from llada.scaling.grid import SweepConfig
+from llada.scaling.sweep_config import SweepConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 

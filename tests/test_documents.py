@@ -13,7 +13,7 @@ import llada
 from llada import knobs
 from llada.commands import program
 from llada.config import Config
-from llada.scaling.grid import SweepConfig
+from llada.scaling.sweep_config import SweepConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 # docs/isoflop, docs/plan and docs/repeat are reports, as commands wrote them.

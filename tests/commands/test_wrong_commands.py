@@ -12,7 +12,7 @@ import pytest
 
 from llada import knobs
 from llada.config import Config
-from llada.scaling.grid import SweepConfig
+from llada.scaling.sweep_config import SweepConfig
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 QUICKSTART = f"--config={EXPERIMENTS}/quickstart.py:llada"

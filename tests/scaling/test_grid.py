@@ -14,7 +14,8 @@ from llada import config as config_lib
 from llada.commands import experiment
 from llada.config import Config, ModelConfig, TrainConfig
 from llada.errors import UserError
-from llada.scaling import grid
+from llada.objectives.families import FAMILIES
+from llada.scaling import grid, sweep_config
 from llada.scaling import sweep as sweep_lib
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def planned(argument: str, directory=Path("sweep"), **overrides: str):
     """Grid and runs of experiments/isoflop.py."""
     base, group = experiment.read_sweep(f"{ROOT / 'experiments' / 'isoflop.py'}:{argument}", overrides)
-    sweep = grid.parse(group)
+    sweep = sweep_config.parse(group)
     return sweep, grid.plan(base, sweep, directory)
 
 
@@ -46,7 +47,7 @@ def test_runs_of_a_budget_cost_the_budget_by_the_count_that_was_named(argument, 
 def test_quick_twins_differ_in_the_objective_alone():
     """By 6ND both families train a size on the same tokens in the same batches."""
     _, runs = planned("quick")
-    llada, arm = ({(r.size, r.group): r for r in runs if r.objective == name} for name in grid.FAMILIES)
+    llada, arm = ({(r.size, r.group): r for r in runs if r.objective == name} for name in FAMILIES)
     assert len(llada.keys() & arm.keys()) >= 8
     for key in llada.keys() & arm.keys():
         a, b = llada[key].config, arm[key].config
@@ -184,7 +185,7 @@ def quick_group():
     return experiment.read_sweep(f"{ROOT / 'experiments' / 'isoflop.py'}:quick", {})
 
 
-@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(grid.SweepConfig)])
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(sweep_config.SweepConfig)])
 def test_no_key_of_a_sweep_takes_what_it_cannot_be(key, quick_group, tmp_path):
     base, group = quick_group
     for bad in BAD_VALUES[key]:
@@ -212,7 +213,7 @@ def test_a_size_that_is_none_is_refused(size, said, quick_group):
     base, group = quick_group
     sizes = (group["sizes"][0] | size, *group["sizes"][1:])
     with pytest.raises(UserError, match=said):
-        grid.plan(base, grid.parse(group | {"sizes": sizes}), Path("sweep"))
+        grid.plan(base, sweep_config.parse(group | {"sizes": sizes}), Path("sweep"))
 
 
 def test_every_key_that_rules_overwrite_is_refused(quick_group, tmp_path):
@@ -223,7 +224,7 @@ def test_every_key_that_rules_overwrite_is_refused(quick_group, tmp_path):
         "model.heads": 99, "model.ffn": 99, "data.directory": "d", "train.steps": 10, "train.tokens": 10**6,
         "optimizer.schedule": "0:1", "evaluate.every": 10, "evaluate.at": "50%", "evaluate.batches": 99,
     }  # fmt: skip
-    planned = [config_lib.to_dict(run.config) for run in grid.plan(base, grid.parse(group), tmp_path)]
+    planned = [config_lib.to_dict(run.config) for run in grid.plan(base, sweep_config.parse(group), tmp_path)]
     default = config_lib.to_dict(Config(train=TrainConfig()))
     made = {
         key.name
@@ -253,7 +254,7 @@ def test_a_size_may_have_its_own_rate_and_a_family_needs_a_size(quick_group):
     base, group = quick_group
     first, *others = group["sizes"]
     sizes = (first | {"peak_learning_rate": 1e-4}, *others)
-    runs = grid.plan(base, grid.parse(group | {"sizes": sizes}), Path("x"))
+    runs = grid.plan(base, sweep_config.parse(group | {"sizes": sizes}), Path("x"))
     rates = {run.size: run.config.optimizer.peak_learning_rate for run in runs}
     assert rates["L2-d16"] == 1e-4 and rates["L2-d24"] == pytest.approx(5e-3 * (192 / 24) ** 0.5)
     one_family = tuple(size | {"objective": "diffusion"} for size in group["sizes"])
@@ -261,13 +262,13 @@ def test_a_size_may_have_its_own_rate_and_a_family_needs_a_size(quick_group):
     checkpoints = {"mode": "checkpoints", "budgets": (1e12,), "sizes": one_family}
     for values in (repeat, checkpoints):
         with pytest.raises(UserError, match=r"sizes=\(0 of autoregressive\): add a size of that family"):
-            grid.parse(values)
-        assert grid.plan(base, grid.parse(values | {"objectives": ("diffusion",)}), Path("x"))
+            sweep_config.parse(values)
+        assert grid.plan(base, sweep_config.parse(values | {"objectives": ("diffusion",)}), Path("x"))
     with pytest.raises(UserError, match="are the same step"):
-        grid.plan(base, grid.parse(repeat | {"epochs": (1, 1.0001), "objectives": ("diffusion",)}), Path("x"))
+        grid.plan(base, sweep_config.parse(repeat | {"epochs": (1, 1.0001), "objectives": ("diffusion",)}), Path("x"))
     twins = (first, *(first | {"name": f"again{i}"} for i in range(2)))
     with pytest.raises(UserError, match="leaves 1 sizes"):
-        grid.plan(base, grid.parse(group | {"sizes": twins}), Path("x"))
+        grid.plan(base, sweep_config.parse(group | {"sizes": twins}), Path("x"))
 
 
 def test_what_a_grid_leaves_out_is_named(quick_group, tmp_path):
@@ -301,7 +302,7 @@ def test_a_grid_of_one_size_is_refused(tmp_path):
     )
     base, group = experiment.read_sweep(str(path), {})
     with pytest.raises(UserError, match=r"sizes=\(1 of diffusion\): a parabola"):
-        grid.parse(group)
+        sweep_config.parse(group)
     with pytest.raises(UserError, match="describes a sweep"):
         experiment.read(str(path), {})
     with pytest.raises(UserError, match="has no group"):

@@ -77,7 +77,7 @@ def override_sweep(
     base: dict[str, Any], group: dict[str, Any], overrides: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """`base` and the group `sweep` with some keys changed; values are checked where they are used."""
-    from llada.scaling.grid import SweepConfig
+    from llada.scaling.sweep_config import SweepConfig
 
     rules = {field.name for field in dataclasses.fields(SweepConfig)}
     own, others = {}, {}

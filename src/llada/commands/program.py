@@ -152,7 +152,7 @@ def _groups(name: str) -> dict[str, type]:
         return {"": Config}
     if name != "sweep":
         return {"mesh.": MeshConfig}
-    from llada.scaling.grid import SweepConfig
+    from llada.scaling.sweep_config import SweepConfig
 
     return {"": Config, "sweep.": SweepConfig}
 

@@ -16,7 +16,7 @@ from llada import config as config_lib
 from llada import json_files
 from llada.errors import UserError
 from llada.scaling import figure as figure_lib
-from llada.scaling.results import same_data
+from llada.scaling.held_out import require_same as same_data
 from llada.training import metrics as metrics_lib
 
 

@@ -11,7 +11,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +23,11 @@ from llada import config as config_lib
 from llada.config import Config
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.errors import UserError
+from llada.objectives.families import FAMILIES
 from llada.paths import user_path
-from llada.scaling.sweep_config import FAMILIES, LEAST_SIZES, OF_A_SIZE, UNUSED, SweepConfig, sizes_of
-from llada.scaling.sweep_config import parse as parse
+from llada.scaling.sweep_config import LEAST_SIZES, OF_A_SIZE, UNUSED, SweepConfig, sizes_of
 
-MATCHING = {
+FLOPS_PER_TOKEN: dict[str, Callable[[Config], float]] = {  # by what budgets are matched in
     "6nd": lambda config: accounting.flops_6nd_per_token(config.model),
     "exact": accounting.flops_exact_per_token,
 }
@@ -57,6 +58,18 @@ class Reading(NamedTuple):
 
     budget: float
     step: int
+
+
+class _Size(NamedTuple):
+    """A size of one family and seed, and all of its config but how long it trains."""
+
+    name: str
+    config: Config
+
+    @property
+    def non_embedding(self) -> int:
+        """N."""
+        return accounting.parameters(self.config.model).non_embedding
 
 
 class PlannedRun(NamedTuple):
@@ -96,40 +109,37 @@ def plan(base: dict[str, Any], sweep: SweepConfig, directory: Path) -> list[Plan
     base["data"]["directory"] = str(directory / "data")
     own = directory / SentencePieceTokenizer.file_name  # trained once, before the runs
     base["data"]["tokenizer"] = str(user_path(given, "--config.data.tokenizer").absolute() if given else own)
-    axis = sweep.unique_tokens if sweep.mode == "repeat" else sweep.budgets if sweep.mode == "isoflop" else (None,)
-    runs = []
+    # What there is a run for, of every size: a budget, an amount of unique data, or all budgets together.
+    axis = {"isoflop": sweep.budgets, "checkpoints": (None,), "repeat": sweep.unique_tokens}[sweep.mode]
+    runs: list[PlannedRun] = []
     for value, objective, seed in itertools.product(axis, sweep.objectives, sweep.seeds):
         sizes = [_sized(base, sweep, size, objective, seed) for size in sizes_of(sweep, objective)]
-        sizes.sort(key=lambda named: accounting.parameters(named[1].model).non_embedding)
-        _require_names(sizes)
+        sizes.sort(key=lambda size: size.non_embedding)
+        if twice := _twice(size.name for size in sizes):
+            raise UserError(f"--config.sweep.sizes has two of one name ({twice}); give one of them a key name='...'")
         if sweep.mode == "repeat":
-            runs += [_repeating(sweep, *named, value) for named in sizes]
+            runs += [_repeated(sweep, size, value) for size in sizes]
         else:
             runs += _budgeted(sweep, sizes, [value] if value else list(sweep.budgets))
     if not runs:
         raise UserError("--config.sweep.tokens_per_parameter leaves no size at any budget, so there is nothing to run")
-    names = [run.name for run in runs]
-    if twice := {name for name in names if names.count(name) > 1}:
-        axis_key = "unique_tokens" if sweep.mode == "repeat" else "budgets"
-        raise UserError(
-            f"--config.sweep.{axis_key}={axis} has two numbers alike to six digits ({min(twice)}); leave one out"
-        )
+    if twice := _twice(run.name for run in runs):
+        key = "unique_tokens" if sweep.mode == "repeat" else "budgets"
+        raise UserError(f"--config.sweep.{key}={axis} has two numbers alike to six digits ({twice}); leave one out")
     return runs
 
 
-def _require_names(sizes: list[tuple[str, Config]]) -> None:
-    names = [name for name, _ in sizes]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"--config.sweep.sizes has two of one name ({min(twice)}); give one of them a key name='...'")
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name, in the order of the alphabet, that is there more than once."""
+    return min((name for name, number in Counter(names).items() if number > 1), default=None)
 
 
-def _sized(base, sweep: SweepConfig, size: dict[str, Any], objective: str, seed: int) -> tuple[str, Config]:
-    """The name of a size and its Config but for how long it trains."""
+def _sized(base: dict[str, Any], sweep: SweepConfig, size: dict[str, Any], objective: str, seed: int) -> _Size:
     tree = copy.deepcopy(base)
     tree["model"].update({key: value for key, value in size.items() if key not in OF_A_SIZE})
+    tree["model"]["causal"] = FAMILIES[objective].causal
     tree["seed"], tree["objective"]["name"] = seed, objective
-    tree["model"]["causal"] = objective == "autoregressive"
-    if objective == "autoregressive":
+    if FAMILIES[objective].causal:  # every length up to that of a row is trained on anyway
         tree["objective"]["random_length_fraction"] = 0.0
     tree["train"].update(steps=1, tokens=None)
     try:
@@ -142,7 +152,7 @@ def _sized(base, sweep: SweepConfig, size: dict[str, Any], objective: str, seed:
         ratio = sweep.reference_width / config.model.width
         rate = config.optimizer.peak_learning_rate * ratio**sweep.learning_rate_exponent
     optimizer = dataclasses.replace(config.optimizer, peak_learning_rate=float(rate))
-    return _size_name(base, size), dataclasses.replace(config, optimizer=optimizer)
+    return _Size(_size_name(base, size), dataclasses.replace(config, optimizer=optimizer))
 
 
 def _size_name(base: dict[str, Any], size: dict[str, Any]) -> str:
@@ -203,7 +213,8 @@ def check_used(
             raise UserError(
                 f"--config.{key.name}={str(value):.60} would do nothing in a sweep, whose rules set it; {instead}"
             )
-    if "diffusion" in sweep.objectives and _at(base, "evaluate.draws") < 2 and (in_file or "evaluate.draws" in typed):
+    drawn = any(not FAMILIES[objective].exact for objective in sweep.objectives)
+    if drawn and _at(base, "evaluate.draws") < 2 and (in_file or "evaluate.draws" in typed):
         raise UserError(
             "--config.evaluate.draws=1 tells no Monte Carlo error, by which the fits of a sweep weigh its runs; give 2 "
             "or more"
@@ -219,67 +230,67 @@ def _at(tree: dict[str, Any], key: str) -> Any:
     return functools.reduce(dict.__getitem__, key.split("."), tree)
 
 
-def _budgeted(sweep: SweepConfig, sizes: list[tuple[str, Config]], budgets: list[float]) -> Iterator[PlannedRun]:
+def _budgeted(sweep: SweepConfig, sizes: list[_Size], budgets: list[float]) -> Iterator[PlannedRun]:
     """Runs of one family and seed that are read at `budgets`: at one, annealed, or at all that suit their size."""
     wanted: dict[str, list[float]] = {}
-    family = sizes[0][1].objective.name
-    least, most = sweep.tokens_per_parameter.get(family, (0, math.inf))
+    objective = sizes[0].config.objective.name
+    least, most = sweep.tokens_per_parameter.get(objective, (0, math.inf))
     for budget in budgets:
-        suited = []
-        for name, config in sizes:
-            n = accounting.parameters(config.model).non_embedding
-            tokens = budget / MATCHING[sweep.matching](config)
-            if least <= tokens / n <= most:
-                suited.append((n, name))
-        keep = len(suited) if sweep.sizes_per_budget is None else min(sweep.sizes_per_budget, len(suited))
-        suited = [suited[i] for i in sorted(set(np.linspace(0, len(suited) - 1, keep).round().astype(int)))]
-        if sweep.mode == "isoflop" and (different := len({n for n, _ in suited})) < LEAST_SIZES:
+        suited = [
+            size
+            for size in sizes
+            if least <= budget / FLOPS_PER_TOKEN[sweep.matching](size.config) / size.non_embedding <= most
+        ]
+        number = min(sweep.sizes_per_budget or len(suited), len(suited))
+        suited = [suited[i] for i in sorted(set(np.linspace(0, len(suited) - 1, number).round().astype(int)))]
+        different = len({size.non_embedding for size in suited})
+        if sweep.mode == "isoflop" and different < LEAST_SIZES:
             raise UserError(
-                f"--config.sweep.budgets={budget:g} leaves {different} sizes of {family} with {least:g} to {most:g} "
+                f"--config.sweep.budgets={budget:g} leaves {different} sizes of {objective} with {least:g} to {most:g} "
                 "tokens per parameter; a parabola needs 3: add sizes, or widen sweep.tokens_per_parameter in the file"
             )
-        for _, name in suited:
-            wanted.setdefault(name, []).append(budget)
-    for name, config in sizes:
-        if name in wanted:
-            yield _run(sweep, name, config, wanted[name])
+        for size in suited:
+            wanted.setdefault(size.name, []).append(budget)
+    for size in sizes:
+        if size.name in wanted:
+            yield _read_at_budgets(sweep, size, wanted[size.name])
 
 
-def _run(sweep: SweepConfig, size: str, config: Config, budgets: Sequence[float]) -> PlannedRun:
-    per_token = MATCHING[sweep.matching](config)
-    config = _with_batch(sweep, config, budgets[-1] / per_token)
-    steps = [round(budget / per_token / config.tokens_per_step) for budget in budgets]
+def _read_at_budgets(sweep: SweepConfig, size: _Size, budgets: Sequence[float]) -> PlannedRun:
+    """A run up to the largest of `budgets`."""
+    per_token = FLOPS_PER_TOKEN[sweep.matching](size.config)
+    batch = _batch(sweep, size.config, budgets[-1] / per_token)
+    per_step = batch * size.config.data.sequence_length
+    steps = [round(budget / per_token / per_step) for budget in budgets]
     if steps[0] < LEAST_STEPS:
         raise UserError(
-            f"--config.sweep.budgets={budgets[0]:g} is {budgets[0] / per_token / config.tokens_per_step:.3g} steps of "
-            f"{config.tokens_per_step} tokens for {size}, less than {LEAST_STEPS}; raise the budget, lower "
-            "--config.train.batch_size or leave the size out"
+            f"--config.sweep.budgets={budgets[0]:g} is {budgets[0] / per_token / per_step:.3g} steps of {per_step} "
+            f"tokens for {size.name}, less than {LEAST_STEPS}; raise the budget, lower --config.train.batch_size or "
+            "leave the size out"
         )
-    _require_apart("budgets", budgets, steps, size)
-    annealed = sweep.mode == "isoflop"
-    config = _with_length(sweep, config, steps, annealed)
-    group = f"C={budgets[0]:g}" if annealed else "all budgets"
-    readings = tuple(Reading(budget, step) for budget, step in zip(budgets, steps, strict=True))
-    part = f"C{budgets[0]:g}".replace("+", "") if annealed else "curve"
-    return _named(sweep, size, config, group, part, readings)
+    _require_apart("budgets", budgets, steps, size.name)
+    readings = tuple(map(Reading, budgets, steps))
+    if sweep.mode == "isoflop":
+        return _planned(sweep, size, (f"C={budgets[0]:g}", f"C{budgets[0]:g}"), batch, readings)
+    return _planned(sweep, size, ("all budgets", "curve"), batch, readings)
 
 
-def _repeating(sweep: SweepConfig, size: str, config: Config, unique_tokens: int) -> PlannedRun:
+def _repeated(sweep: SweepConfig, size: _Size, unique_tokens: float) -> PlannedRun:
     """A run over `unique_tokens` again and again, read after every number of epochs."""
-    config = _with_batch(sweep, config, unique_tokens * sweep.epochs[-1])
-    rows = unique_tokens // config.data.sequence_length
-    steps = [round(rows * epochs / config.train.batch_size) for epochs in sweep.epochs]
+    batch = _batch(sweep, size.config, unique_tokens * sweep.epochs[-1])
+    per_step = batch * size.config.data.sequence_length
+    rows = unique_tokens // size.config.data.sequence_length
+    steps = [round(rows * epochs / batch) for epochs in sweep.epochs]
     if steps[0] < 1:
         raise UserError(
             f"--config.sweep.epochs={sweep.epochs[0]:g} of --config.sweep.unique_tokens={unique_tokens} is less than "
-            f"one step of {config.tokens_per_step} tokens; raise one of the two"
+            f"one step of {per_step} tokens; raise one of the two"
         )
-    _require_apart("epochs", sweep.epochs, steps, size)
-    data = dataclasses.replace(config.data, unique_tokens=int(unique_tokens))
-    config = _with_length(sweep, dataclasses.replace(config, data=data), steps, annealed=False)
-    per_step = MATCHING[sweep.matching](config) * config.tokens_per_step
-    readings = tuple(Reading(step * per_step, step) for step in steps)
-    return _named(sweep, size, config, f"U={unique_tokens:g}", f"U{unique_tokens:g}".replace("+", ""), readings)
+    _require_apart("epochs", sweep.epochs, steps, size.name)
+    flops = FLOPS_PER_TOKEN[sweep.matching](size.config) * per_step
+    readings = tuple(Reading(step * flops, step) for step in steps)
+    labels = f"U={unique_tokens:g}", f"U{unique_tokens:g}"
+    return _planned(sweep, size, labels, batch, readings, unique_tokens=int(unique_tokens))
 
 
 def _require_apart(key: str, values: Sequence[float], steps: list[int], size: str) -> None:
@@ -294,8 +305,8 @@ def _require_apart(key: str, values: Sequence[float], steps: list[int], size: st
         )
 
 
-def _with_batch(sweep: SweepConfig, config: Config, tokens: float) -> Config:
-    """Batch by the rule; UserError where held-out rows do not come out even."""
+def _batch(sweep: SweepConfig, config: Config, tokens: float) -> int:
+    """Sequences per step of a run of `tokens`; UserError where held-out rows are no multiple of it."""
     factor = (tokens / sweep.reference_tokens) ** sweep.batch_exponent
     largest = max(0, math.floor(math.log2(max(1, sweep.largest_batch / config.train.batch_size))))
     batch = config.train.batch_size * 2 ** min(max(round(math.log2(factor)), 0), largest)
@@ -304,31 +315,28 @@ def _with_batch(sweep: SweepConfig, config: Config, tokens: float) -> Config:
             f"--config.sweep.evaluation_rows={sweep.evaluation_rows} is not a multiple of the batch of {batch} "
             "sequences, so runs would be read on different rows; make it one"
         )
-    train = dataclasses.replace(config.train, batch_size=batch)
-    evaluate = dataclasses.replace(config.evaluate, batches=sweep.evaluation_rows // batch)
-    return dataclasses.replace(config, train=train, evaluate=evaluate)
+    return batch
 
 
-def _with_length(sweep: SweepConfig, config: Config, steps: list[int], annealed: bool) -> Config:
-    """Length, schedule and readings."""
-    end, per_step = steps[-1], config.tokens_per_step
+def _planned(
+    sweep: SweepConfig, size: _Size, labels: tuple[str, str], batch: int, readings: tuple[Reading, ...], **data: int
+) -> PlannedRun:
+    """The run, everything that rules set written into its config; `labels` are its group and its part of the name."""
+    end, per_step = readings[-1].step, batch * size.config.data.sequence_length
     # At most a fifth of the run: a rule in steps must not swallow a short one.
     warmup = min(max(math.ceil(sweep.warmup_fraction * end), sweep.warmup_steps, 1), max(1, end // 5))
-    schedule = f"0:0 {warmup * per_step}:1" + (f" {sweep.decay}" if annealed else "")
-    return dataclasses.replace(
-        config,
-        optimizer=dataclasses.replace(config.optimizer, schedule=schedule),
-        train=dataclasses.replace(config.train, steps=end),
-        evaluate=dataclasses.replace(config.evaluate, every=0, at=" ".join(str(s * per_step) for s in steps[:-1])),
-    )
-
-
-def _named(sweep, size, config: Config, group: str, part: str, readings) -> PlannedRun:
-    seed = f"_s{config.seed}" if len(sweep.seeds) > 1 else ""  # what is there already keeps its name: sweep.make
-    name = f"{FAMILIES[config.objective.name]}_{size}_{part}{seed}"
-    # Once more through the border: batch, length and schedule came after it.
-    config = config_lib.from_config_dict(config_lib.to_dict(config))
-    return PlannedRun(name, config.objective.name, size, config.seed, group, config, readings)
+    decay = f" {sweep.decay}" if sweep.mode == "isoflop" else ""
+    tree = config_lib.to_dict(size.config)
+    tree["data"].update(data)
+    tree["optimizer"]["schedule"] = f"0:0 {warmup * per_step}:1{decay}"
+    tree["train"].update(batch_size=batch, steps=end)
+    at = " ".join(str(reading.step * per_step) for reading in readings[:-1])
+    tree["evaluate"].update(batches=sweep.evaluation_rows // batch, every=0, at=at)
+    config = config_lib.from_config_dict(tree)
+    (group, part), seed = labels, f"_s{config.seed}" if len(sweep.seeds) > 1 else ""
+    prefix = FAMILIES[config.objective.name].prefix
+    name = f"{prefix}_{size.name}_{part.replace('+', '')}{seed}"  # what exists already keeps its name: sweep.make
+    return PlannedRun(name, config.objective.name, size.name, config.seed, group, config, readings)
 
 
 def share(runs: Sequence[PlannedRun], only: str | None) -> list[PlannedRun]:
@@ -342,12 +350,13 @@ def share(runs: Sequence[PlannedRun], only: str | None) -> list[PlannedRun]:
     pair = [int(word) if word.isdecimal() and len(word) < 6 else 0 for word in (job, jobs)]
     if not (slash and 1 <= pair[0] <= pair[1]):
         raise UserError(f"--only={only} must be I/N with I from 1 to N (at most 99999), such as --only=1/4")
-    load, shares = [0.0] * int(jobs), [[] for _ in range(int(jobs))]
+    load = [0.0] * pair[1]
+    shares: list[set[str]] = [set() for _ in load]
     for run in sorted(runs, key=lambda run: -run.flops):
         lightest = load.index(min(load))
-        shares[lightest].append(run.name)
+        shares[lightest].add(run.name)
         load[lightest] += run.flops
-    return [run for run in runs if run.name in shares[int(job) - 1]]
+    return [run for run in runs if run.name in shares[pair[0] - 1]]
 
 
 def check_epochs(runs: Sequence[PlannedRun], sweep: SweepConfig, train_tokens: int) -> None:

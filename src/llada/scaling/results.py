@@ -8,18 +8,19 @@ import csv
 import dataclasses
 import io
 import math
-import types
-import typing
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 from llada import json_files
 from llada.errors import Diverged, UserError
 from llada.files import write_atomically
+from llada.knobs import knob, scalar
+from llada.objectives.families import FAMILIES, Family
+from llada.scaling.held_out import abbreviated, require_same
 from llada.scaling.laws import Point
-from llada.scaling.sweep_config import FAMILIES, MODES, MOST
+from llada.scaling.sweep_config import MATCHED, MODES, MOST
 
 FINISHED, RUNNING, WAITING, FAILED = "finished", "running", "waiting", "failed"
 
@@ -27,57 +28,71 @@ FINISHED, RUNNING, WAITING, FAILED = "finished", "running", "waiting", "failed"
 # sums: this floor, in nats per token, keeps its weight finite. The scatter between runs comes from the fits' residuals.
 STDERR_FLOOR = 1e-3
 
+# Every family is compared with the one whose likelihood is exact.
+REFERENCE = next(family for family in FAMILIES.values() if family.exact)
+PAIRS = tuple((family, REFERENCE) for family in FAMILIES.values() if family is not REFERENCE)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One reading. Figures that do not exist yet are None; `reason` says why a failed run has none."""
+    """One reading, a line of results.csv. Figures that do not exist yet are None."""
 
-    run: str  # name of its directory under runs/
-    objective: str
-    size: str
-    seed: int
-    mode: str  # isoflop | checkpoints | repeat
-    matching: str  # which count the budget is in: 6nd | exact
-    budget: float  # FLOPs asked for
-    layers: int
-    width: int
-    parameters: int
-    non_embedding_parameters: int
-    tokens: int  # read by this reading
-    unique_tokens: int | None  # of the corpus as used; None before it is prepared
-    epochs: float | None
-    flops_6nd: float
-    flops_exact: float
-    step: int
-    steps: int  # of the whole run
-    batch_size: int
-    peak_learning_rate: float
-    status: str
-    reason: str | None = None
-    nats_per_token: float | None = None
-    stderr: float | None = None  # over held-out rows
-    monte_carlo_stderr: float | None = None  # over draws, the rows given; 0 for an ARM
-    bits_per_byte: float | None = None
-    tokens_per_second: float | None = None
-    seconds: float | None = None
-    unigram_entropy_nats: float | None = None
-    corpus_digest: str | None = None
-    tokenizer_sha256: str | None = None
-    eval_rows_digest: str | None = None
-    rows_digest: str | None = None  # of the whole run's batches, at its end
-    draws: int | None = None  # Monte Carlo draws a held-out row; 1 for an ARM
-    block_cross_document_attention: bool | None = None
-    retried: str | None = None  # why a run's rate is not the grid's
+    run: str = knob(MISSING, "name of its directory under runs/")
+    objective: str = knob(MISSING, "name of its family", choices=tuple(FAMILIES))
+    size: str = knob(MISSING, "name of its size")
+    seed: int = knob(MISSING, "of the run", least=0)
+    mode: str = knob(MISSING, "of the sweep", choices=MODES)
+    matching: str = knob(MISSING, "which count the budget is in", choices=tuple(MATCHED))
+    budget: float = knob(MISSING, "FLOPs asked for", above=0, most=MOST)
+    layers: int = knob(MISSING, "of the model", above=0)
+    width: int = knob(MISSING, "of the model", above=0)
+    parameters: int = knob(MISSING, "all of them", above=0, most=MOST)
+    non_embedding_parameters: int = knob(MISSING, "N", above=0, most=MOST)
+    tokens: int = knob(MISSING, "read by this reading", above=0, most=MOST)
+    unique_tokens: int | None = knob(MISSING, "of the corpus as used; None before it is prepared", least=0, most=MOST)
+    epochs: float | None = knob(MISSING, "tokens over unique tokens", least=0, most=MOST)
+    flops_6nd: float = knob(MISSING, "spent by this reading", above=0, most=MOST)
+    flops_exact: float = knob(MISSING, "spent by this reading, all matrix products", above=0, most=MOST)
+    step: int = knob(MISSING, "of this reading", above=0, most=MOST)
+    steps: int = knob(MISSING, "of the whole run", above=0, most=MOST)
+    batch_size: int = knob(MISSING, "sequences", above=0, most=MOST)
+    peak_learning_rate: float = knob(MISSING, "of the run", above=0, most=MOST)
+    status: str = knob(MISSING, "of the run", choices=(FINISHED, RUNNING, WAITING, FAILED))
+    reason: str | None = knob(None, "why a failed run has no figure")
+    nats_per_token: float | None = knob(None, "held out; not finite where the run diverged", above=0, most=MOST)
+    stderr: float | None = knob(None, "over held-out rows", least=0, most=MOST)
+    monte_carlo_stderr: float | None = knob(None, "over draws, the rows given; 0 where exact", least=0, most=MOST)
+    bits_per_byte: float | None = knob(None, "held out", least=0, most=MOST)
+    tokens_per_second: float | None = knob(None, "while training", least=0, most=MOST)
+    seconds: float | None = knob(None, "of the whole run, by the clock", least=0, most=MOST)
+    unigram_entropy_nats: float | None = knob(None, "of the corpus")
+    corpus_digest: str | None = knob(None, "")
+    tokenizer_sha256: str | None = knob(None, "")
+    eval_rows_digest: str | None = knob(None, "of the held-out rows")
+    rows_digest: str | None = knob(None, "of the whole run's batches, at its end")
+    draws: int | None = knob(None, "Monte Carlo draws a held-out row; 1 where exact", least=0, most=MOST)
+    block_cross_document_attention: bool | None = knob(None, "whether documents of a row see themselves only")
+    retried: str | None = knob(None, "why a run's rate is not the grid's")
+
+    @property
+    def family(self) -> Family:
+        """Of the objective."""
+        return FAMILIES[self.objective]
+
+    @property
+    def loss(self) -> float:
+        """Nats per token; nan where there is no figure."""
+        return math.nan if self.nats_per_token is None else self.nats_per_token
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is a figure to fit."""
+        return math.isfinite(self.loss)
 
     @property
     def annealed(self) -> bool:
         """Whether the learning rate had come down at this reading."""
         return self.mode == "isoflop"
-
-    @property
-    def measured(self) -> bool:
-        """Whether there is a figure to fit."""
-        return self.nats_per_token is not None and math.isfinite(self.nats_per_token)
 
 
 def points(results: Iterable[Result], annealing_gain: float = 0.0) -> dict[str, list[Point]]:
@@ -89,14 +104,14 @@ def points(results: Iterable[Result], annealing_gain: float = 0.0) -> dict[str, 
     for r in results:
         if r.measured:
             gain = 1.0 if r.annealed else 1.0 - annealing_gain
-            known = r.monte_carlo_stderr is not None and math.isfinite(r.monte_carlo_stderr)
-            error = max(r.monte_carlo_stderr if known else 0.0, STDERR_FLOOR)
-            point = Point(r.budget, r.non_embedding_parameters, r.tokens, gain * r.nats_per_token, gain * error)
+            error = r.monte_carlo_stderr
+            error = STDERR_FLOOR if error is None or not math.isfinite(error) else max(error, STDERR_FLOOR)
+            point = Point(r.budget, r.non_embedding_parameters, r.tokens, gain * r.loss, gain * error)
             families.setdefault(r.objective, []).append(point)
     return families
 
 
-# What must be equal for two losses to compare, and what to say where it is not.
+# What must be equal for two losses to compare, and what it means where it is not.
 SAME = {
     "corpus_digest": "another corpus",
     "tokenizer_sha256": "another tokenizer",
@@ -104,20 +119,6 @@ SAME = {
     "matching": "budgets matched by another count",
     "block_cross_document_attention": "one saw the other documents of a row",
 }
-_LABELS = {"block_cross_document_attention": "objective.block_cross_document_attention"}
-
-
-def same_data(runs: Sequence[tuple[str, Mapping[str, Any]]], keys: Mapping[str, str], advice: str) -> None:
-    """UserError unless all runs, each a name and what is known of it, agree in `keys`, where known (None: not)."""
-    for key, what in keys.items():
-        known = [(name, facts[key]) for name, facts in runs if facts.get(key) is not None]
-        for name, value in known[1:]:
-            first, other = known[0]
-            if value != other:
-                raise UserError(
-                    f"{first} and {name} differ in {_LABELS.get(key, key)} ({what}: {_short(other)} and "
-                    f"{_short(value)}), so their losses do not compare; {advice}"
-                )
 
 
 def check_comparable(results: Sequence[Result]) -> None:
@@ -126,7 +127,7 @@ def check_comparable(results: Sequence[Result]) -> None:
     And unless runs that differ in the objective alone, and read equally many tokens in equal batches, read the same
     rows in the same order; and where data-limited readings stand beside others, which one report cannot hold.
     """
-    same_data([(r.run, vars(r)) for r in results], SAME, "leave one of the two out")
+    require_same([(r.run, vars(r)) for r in results], SAME, "leave one of the two out")
     repeated = {r.mode == "repeat": r.run for r in results}
     if len(repeated) > 1:
         raise UserError(f"{repeated[True]} is of mode repeat and {repeated[False]} is not; make a report of each mode")
@@ -141,8 +142,8 @@ def check_comparable(results: Sequence[Result]) -> None:
         other = twins.setdefault(key, r)
         if other.rows_digest != r.rows_digest:
             raise UserError(
-                f"{r.run} and {other.run} ended on different rows (rows_digest {_short(r.rows_digest)} and "
-                f"{_short(other.rows_digest)}), though both took {r.steps} steps of {r.batch_size} sequences; "
+                f"{r.run} and {other.run} ended on different rows (rows_digest {abbreviated(r.rows_digest)} and "
+                f"{abbreviated(other.rows_digest)}), though both took {r.steps} steps of {r.batch_size} sequences; "
                 "they were trained on different data: train one of the two again in a new --workdir"
             )
 
@@ -173,11 +174,6 @@ def each_once(results: Iterable[Result]) -> tuple[list[Result], int]:
     return [r for there in kept.values() for r in there], dropped
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return f"{text[:12]}..." if len(text) > 16 else text
-
-
 def write_csv(results: Iterable[Result], path: Path) -> None:
     """One line a reading, columns in the order of `Result`; None is an empty cell."""
     text = io.StringIO()
@@ -186,18 +182,6 @@ def write_csv(results: Iterable[Result], path: Path) -> None:
     for result in results:
         writer.writerow(dataclasses.asdict(result))
     write_atomically(path, text.getvalue().encode())
-
-
-_COUNTS = ("parameters", "non_embedding_parameters", "tokens", "step", "steps", "batch_size", "layers", "width")
-_AMOUNTS = ("budget", "flops_6nd", "flops_exact", "peak_learning_rate")
-_NOT_NEGATIVE = ("seed", "unique_tokens", "epochs", "tokens_per_second", "seconds", "bits_per_byte", "draws")
-_UNKNOWN_IF_NAN = ("stderr", "monte_carlo_stderr", "bits_per_byte", "tokens_per_second", "seconds")
-_WORDS = {
-    "objective": tuple(FAMILIES),
-    "mode": MODES,
-    "matching": ("6nd", "exact"),
-    "status": (FINISHED, RUNNING, WAITING, FAILED),
-}
 
 
 def read_csv(path: Path, name: str | None = None) -> list[Result]:
@@ -227,11 +211,9 @@ def read_csv(path: Path, name: str | None = None) -> list[Result]:
 
 
 def _cell(line: dict[str, str], field: dataclasses.Field, where: str) -> Any:
-    text, kind = line[field.name], field.type
-    if isinstance(kind, types.UnionType):
-        if text == "":
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    text, kind = line[field.name], scalar(field.type)
+    if text == "" and kind is not field.type:
+        return None
     try:
         return {"True": True, "False": False}[text] if kind is bool else kind(text)
     except (ValueError, KeyError) as error:
@@ -239,29 +221,26 @@ def _cell(line: dict[str, str], field: dataclasses.Field, where: str) -> Any:
         raise UserError(f"{where}: {field.name} is {text[:40]!r}, not {words}") from error
 
 
+# Columns in which earlier versions wrote nan for a figure that does not exist.
+_MAY_BE_NAN = ("stderr", "monte_carlo_stderr", "bits_per_byte", "tokens_per_second", "seconds")
+
+
 def _result(where: str, values: dict[str, Any]) -> Result:
     """A reading whose figures a run can have."""
-
-    def require(ok: bool, key: str, rule: str) -> None:
-        if not ok:
-            raise UserError(f"{where}: {key} is {str(values.get(key))[:40]!r}; it must be {rule}")
-
-    for key, words in _WORDS.items():
-        require(values[key] in words, key, f"one of {', '.join(words)}")
-    for key in (*_COUNTS, *_AMOUNTS):
-        require(0 < values[key] <= MOST, key, "above 0 and finite")
-    for key in _UNKNOWN_IF_NAN:
+    for key in _MAY_BE_NAN:
         if (value := values.get(key)) is not None and math.isnan(value):
             values[key] = None
-    for key in (*_NOT_NEGATIVE, "stderr", "monte_carlo_stderr"):
-        value = values.get(key)
-        require(value is None or 0 <= value <= MOST, key, "not negative, and finite")
-    loss = values.get("nats_per_token")
-    require(loss is None or not math.isfinite(loss) or 0 < loss <= MOST, "nats_per_token", "above 0")
-    for key in ("run", "size"):
-        require(bool(values[key]) and values[key].isprintable(), key, "a name")
-    require(values["step"] <= values["steps"], "step", f"at most steps={values['steps']}")
-    return Result(**values)
+    result = Result(**values)
+    for field in dataclasses.fields(Result):
+        value = getattr(result, field.name)
+        rule = field.metadata["knob"].broken(value)
+        if field.name in ("run", "size") and not (value and value.isprintable()):
+            rule = "it must be a name"
+        if field.name == "step" and value > result.steps:
+            rule = f"it must be at most steps={result.steps}"
+        if rule and not (field.name == "nats_per_token" and not math.isfinite(value)):  # it diverged
+            raise UserError(f"{where}: {field.name} is {str(value)[:40]!r}; {rule}")
+    return result
 
 
 DIVERGED = "diverged: "

@@ -9,14 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from llada.config import Config
-from llada.scaling.grid import FAMILIES, PlannedRun
+from llada.objectives.families import FAMILIES
+from llada.scaling.grid import PlannedRun
 from llada.scaling.rates import Rate
 from llada.scaling.results import FAILED, FINISHED, RUNNING, Result
 from llada.training.progress import Progress, clock
 
 _REFRESH_SECONDS = 2.0
 _LINE_SECONDS = 60.0  # in a file, a line of news so often
-TITLES = {"diffusion": "LLaDA", "autoregressive": "ARM"}
 
 
 # Columns of the planning table: title, cell, and whether a narrow terminal does without it.
@@ -99,7 +99,7 @@ def grid_table(runs: Sequence[PlannedRun], results: Sequence[Result], current: d
     columns.sort(key=lambda column: list(FAMILIES).index(column[1]))
     table.add_column("size")
     for group, objective in columns:
-        table.add_column(f"{TITLES[objective]}\n{group}", justify="right")
+        table.add_column(f"{FAMILIES[objective].title}\n{group}", justify="right")
     last = {row.run: row for row in results}
     cells = {(run.size, run.group, run.objective): [] for run in runs}
     for run in runs:

@@ -24,8 +24,10 @@ from llada.data import tokenizer_files
 from llada.data.rows import Metadata, open_corpus
 from llada.errors import Diverged, UserError, disk_error
 from llada.files import Locked, lock, queue_for_lock, write_atomically
-from llada.scaling.grid import MATCHING, PlannedRun, SweepConfig, check_epochs, check_used, left_out, parse, plan
+from llada.objectives.families import FAMILIES
+from llada.scaling.grid import FLOPS_PER_TOKEN, PlannedRun, check_epochs, check_used, left_out, plan
 from llada.scaling.results import DIVERGED, FAILED, FINISHED, RUNNING, WAITING, Result, failure, write_failure
+from llada.scaling.sweep_config import SweepConfig, parse
 from llada.training import loop
 from llada.training import metrics as metrics_lib
 from llada.training.corpus import corpus_for, tokenizer_for
@@ -219,8 +221,8 @@ def prepare(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Non
         with queue_for_lock(sweep.directory / "prepare.lock", f"prepares {sweep.directory}", lambda: None):
             _clear(sweep)
             write_atomically(path, (json_files.dumps(tree, indent=2) + "\n").encode())
-            # An ARM's tokenizer needs no mask token, a LLaDA's does.
-            config = next((r for r in sweep.runs if r.objective == "diffusion"), sweep.runs[0]).config
+            # One tokenizer for all families: with a mask token where one of them needs it.
+            config = max(sweep.runs, key=lambda run: FAMILIES[run.objective].masks).config
             data = _replaced(config, tokenizer=sweep.base["data"]["tokenizer"] and config.data.tokenizer)
             tokenizer = tokenizer_for(sweep.directory, data, say)
             corpus = corpus_for(sweep.directory, config, tokenizer, log=say)
@@ -331,6 +333,10 @@ def run_all(
         jax.clear_caches()  # no two runs share a program; kept, they fill the memory
 
 
+# What a reading takes from its line of metrics.jsonl.
+_EVALUATED = ("nats_per_token", "stderr", "monte_carlo_stderr", "bits_per_byte")
+
+
 def collect(sweep: Sweep) -> list[Result]:
     """A row for every reading of the grid, with what is known of it by now."""
     metadata = corpus_metadata(sweep)
@@ -339,52 +345,51 @@ def collect(sweep: Sweep) -> list[Result]:
 
 def _rows(sweep: Sweep, run: PlannedRun, metadata: Metadata | None) -> Iterator[Result]:
     config, workdir = run.config, sweep.workdir(run)
-    count = accounting.parameters(config.model)
-    available = metadata.train_tokens if metadata else None
-    unique = config.data.unique_tokens or available
     status = state(workdir, config.steps)
     summary = _summary(workdir) if status == FINISHED else {}
+    unique = config.data.unique_tokens or (metadata.train_tokens if metadata else None)
+    count = accounting.parameters(config.model)
+    of_run: dict[str, Any] = dict(
+        run=run.name,
+        objective=run.objective,
+        size=run.size,
+        seed=run.seed,
+        mode=sweep.config.mode,
+        matching=sweep.config.matching,
+        layers=config.model.layers,
+        width=config.model.width,
+        parameters=count.total,
+        non_embedding_parameters=count.non_embedding,
+        unique_tokens=unique,
+        steps=config.steps,
+        batch_size=config.train.batch_size,
+        peak_learning_rate=config.optimizer.peak_learning_rate,
+        reason=failure(workdir),
+        draws=1 if FAMILIES[run.objective].exact else config.evaluate.draws,
+        block_cross_document_attention=config.objective.block_cross_document_attention,
+        retried=run.retried,
+        **{key: summary.get(key) for key in ("tokens_per_second", "eval_rows_digest")},
+    )
+    if metadata:
+        of_run |= dict(
+            unigram_entropy_nats=metadata.unigram_entropy_nats,
+            corpus_digest=metadata.digest,
+            tokenizer_sha256=metadata.tokenizer_sha256,
+        )
     lines = metrics_lib.read(workdir / "metrics.jsonl")
-    read_at = {line["step"]: line for line in lines if "eval/nats_per_token" in line}
+    evaluations = {line["step"]: line for line in lines if "eval/nats_per_token" in line}
     for reading in run.readings:
-        tokens = reading.step * config.tokens_per_step
-        found = read_at.get(reading.step, {})
-        last = reading.step == config.steps
+        tokens, line = reading.step * config.tokens_per_step, evaluations.get(reading.step, {})
+        ended = summary if reading.step == config.steps else {}
         yield Result(
-            run=run.name,
-            objective=run.objective,
-            size=run.size,
-            seed=run.seed,
-            mode=sweep.config.mode,
-            matching=sweep.config.matching,
+            **of_run,
             budget=reading.budget,
-            layers=config.model.layers,
-            width=config.model.width,
-            parameters=count.total,
-            non_embedding_parameters=count.non_embedding,
-            tokens=tokens,
-            unique_tokens=unique,
-            epochs=tokens / unique if unique else None,
-            flops_6nd=tokens * MATCHING["6nd"](config),
-            flops_exact=tokens * MATCHING["exact"](config),
             step=reading.step,
-            steps=config.steps,
-            batch_size=config.train.batch_size,
-            peak_learning_rate=config.optimizer.peak_learning_rate,
-            status=status if status != RUNNING or not found else FINISHED,
-            reason=failure(workdir),
-            nats_per_token=found.get("eval/nats_per_token"),
-            stderr=found.get("eval/stderr"),
-            monte_carlo_stderr=found.get("eval/monte_carlo_stderr"),
-            bits_per_byte=found.get("eval/bits_per_byte"),
-            tokens_per_second=summary.get("tokens_per_second"),
-            seconds=summary.get("seconds") if last else None,
-            unigram_entropy_nats=metadata and metadata.unigram_entropy_nats,
-            corpus_digest=metadata and metadata.digest,
-            tokenizer_sha256=metadata and metadata.tokenizer_sha256,
-            eval_rows_digest=summary.get("eval_rows_digest"),
-            rows_digest=summary.get("rows_digest") if last else None,
-            draws=config.evaluate.draws if run.objective == "diffusion" else 1,
-            block_cross_document_attention=config.objective.block_cross_document_attention,
-            retried=run.retried,
+            tokens=tokens,
+            epochs=tokens / unique if unique else None,
+            flops_6nd=tokens * FLOPS_PER_TOKEN["6nd"](config),
+            flops_exact=tokens * FLOPS_PER_TOKEN["exact"](config),
+            status=FINISHED if line and status == RUNNING else status,
+            **{key: line.get(f"eval/{key}") for key in _EVALUATED},
+            **{key: ended.get(key) for key in ("seconds", "rows_digest")},
         )

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llada import config as config_lib
 from llada import knobs
+from llada.config import ModelConfig
 from llada.errors import UserError
 from llada.knobs import knob
+from llada.objectives.families import FAMILIES
 
 MODES = ("isoflop", "checkpoints", "repeat")
-FAMILIES = {"diffusion": "llada", "autoregressive": "arm"}
+MATCHED = {"6nd": "6ND", "exact": "exact FLOPs"}  # the two counts of a budget, in words
 LEAST_SIZES = 3  # of a budget: a parabola has three coefficients
 MOST = 1e40  # FLOPs, tokens, epochs: beyond any use, and far from where floats end
 
@@ -38,14 +39,14 @@ class SweepConfig:
     """What varies between runs, and the rules for what follows from it."""
 
     mode: str = knob("isoflop", "one run a budget and size, or one a size read again and again", choices=MODES)
-    matching: str = knob("6nd", "which FLOPs a budget counts", choices=("6nd", "exact"))
+    matching: str = knob("6nd", "which FLOPs a budget counts", choices=tuple(MATCHED))
     budgets: tuple = knob((), "FLOPs of one run, rising")
     sizes: tuple = knob(
         (),
         "dicts of model keys, dict(layers=6, width=256, heads=4, ffn=704); also name, objective (for one family only) "
         "and peak_learning_rate (in place of the rule's)",
     )
-    objectives: tuple = knob(("diffusion", "autoregressive"), "the families")
+    objectives: tuple = knob(tuple(FAMILIES), "the families")
     seeds: tuple = knob((0,), "a run each; others may be added later")
     # Diffusion wants more tokens per parameter than an ARM.
     tokens_per_parameter: dict = knob(
@@ -78,29 +79,29 @@ def parse(values: dict[str, Any]) -> SweepConfig:
     """The border for the group `sweep`: unknown keys, wrong types and what cannot work raise UserError."""
     sweep = knobs.build(SweepConfig, values, "config.sweep")
     knobs.check(sweep, "config.sweep")
-    bad = [name for name in sweep.objectives if not (isinstance(name, str) and name in FAMILIES)]
-    families = f"name some of {', '.join(FAMILIES)}, each once"
-    _require(sweep.objectives and not bad and _differ(sweep.objectives), "objectives", sweep.objectives, families)
-    ok = sweep.seeds and all(type(s) is int and 0 <= s < 2**31 for s in sweep.seeds) and _differ(sweep.seeds)
-    _require(ok, "seeds", sweep.seeds, "give whole numbers in [0, 2**31), each once")
+
+    def require(ok: Any, key: str, rule: str) -> None:
+        _require(ok, key, getattr(sweep, key), rule)
+
+    known = all(isinstance(name, str) and name in FAMILIES for name in sweep.objectives)
+    families = ", ".join(FAMILIES)
+    require(
+        sweep.objectives and known and _differ(sweep.objectives), "objectives", f"name some of {families}, each once"
+    )
+    whole = all(type(seed) is int and 0 <= seed < 2**31 for seed in sweep.seeds)
+    require(sweep.seeds and whole and _differ(sweep.seeds), "seeds", "give whole numbers in [0, 2**31), each once")
     _check_sizes(sweep)
-    axes = ("unique_tokens", "epochs") if sweep.mode == "repeat" else ("budgets",)
-    for key in axes:
-        given = getattr(sweep, key)
-        numbers = all(type(v) in (int, float) and 0 < v <= MOST for v in given)
-        _require(given and numbers, key, given, f"mode {sweep.mode} needs one or more numbers above 0, up to {MOST:g}")
-        rising = all(a < b for a, b in itertools.pairwise(given))
-        _require(rising, key, given, "they must rise, each given once")
-    whole = sweep.mode != "repeat" or all(v == int(v) for v in sweep.unique_tokens)
-    _require(whole, "unique_tokens", sweep.unique_tokens, "they must be whole numbers of tokens")
-    for name, window in sweep.tokens_per_parameter.items():
-        ok = name in FAMILIES and isinstance(window, tuple | list) and len(window) == 2
-        ok = ok and all(type(v) in (int, float) and 0 <= v <= MOST for v in window) and window[0] < window[1]
-        _require(ok, "tokens_per_parameter", sweep.tokens_per_parameter,
-                 f"it must be a dict of (least, most), finite, by {', '.join(FAMILIES)}")  # fmt: skip
+    for key in ("unique_tokens", "epochs") if sweep.mode == "repeat" else ("budgets",):
+        axis = getattr(sweep, key)
+        needed = f"mode {sweep.mode} needs one or more numbers above 0, up to {MOST:g}"
+        require(axis and all(_is_number(v) and 0 < v <= MOST for v in axis), key, needed)
+        require(all(a < b for a, b in itertools.pairwise(axis)), key, "they must rise, each given once")
+    whole = sweep.mode != "repeat" or all(tokens == int(tokens) for tokens in sweep.unique_tokens)
+    require(whole, "unique_tokens", "they must be whole numbers of tokens")
+    windows = all(name in FAMILIES and _is_window(window) for name, window in sweep.tokens_per_parameter.items())
+    require(windows, "tokens_per_parameter", f"it must be a dict of (least, most), finite, by {families}")
     few = sweep.mode == "isoflop" and sweep.sizes_per_budget is not None and sweep.sizes_per_budget < LEAST_SIZES
-    _require(not few, "sizes_per_budget", sweep.sizes_per_budget,
-             f"a parabola needs {LEAST_SIZES} sizes of a budget or more")  # fmt: skip
+    require(not few, "sizes_per_budget", f"a parabola needs {LEAST_SIZES} sizes of a budget or more")
     return sweep
 
 
@@ -108,33 +109,47 @@ def _differ(values: Sequence) -> bool:
     return all(a != b for a, b in itertools.combinations(values, 2))
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_window(window: Any) -> bool:
+    """Two finite numbers that rise, not below 0."""
+    pair = isinstance(window, tuple | list) and len(window) == 2 and all(map(_is_number, window))
+    return pair and 0 <= window[0] < window[1] <= MOST
+
+
 def _check_sizes(sweep: SweepConfig) -> None:
-    _require(sweep.sizes and all(isinstance(s, dict) for s in sweep.sizes), "sizes", sweep.sizes,
-             "give dicts of model keys in the experiment file, dict(layers=6, width=256, heads=4)")  # fmt: skip
-    known = [field.name for field in dataclasses.fields(config_lib.ModelConfig) if field.name not in NOT_OF_A_SIZE]
+    dicts = sweep.sizes and all(isinstance(size, dict) for size in sweep.sizes)
+    rule = "give dicts of model keys in the experiment file, dict(layers=6, width=256, heads=4)"
+    _require(dicts, "sizes", sweep.sizes, rule)
     for size in sweep.sizes:
-        for key in size:
-            if key in NOT_OF_A_SIZE:
-                raise UserError(f"--config.sweep.sizes has {key}={size[key]!r:.40} in a size; {NOT_OF_A_SIZE[key]}")
-            _require(key in known or key in OF_A_SIZE, "sizes", size,
-                     f"{key!r:.40} is none of {', '.join((*OF_A_SIZE, *known))}")  # fmt: skip
-        family = size.get("objective", sweep.objectives[0])
-        _require(isinstance(family, str) and family in FAMILIES, "sizes", size,
-                 f"its objective must be one of {', '.join(FAMILIES)}")  # fmt: skip
-        rate = size.get("peak_learning_rate", 1.0)
-        _require(type(rate) in (int, float) and 0 < rate < math.inf, "sizes", size,
-                 "its peak_learning_rate must be a positive number")  # fmt: skip
-        name = size.get("name", "x")
-        # It becomes part of a directory's name.
-        ok = isinstance(name, str) and re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,100}", name) and len(name.encode()) <= 150
-        _require(ok, "sizes", size, "its name must be up to 100 characters, without slashes")
+        _check_size(size, size.get("objective", sweep.objectives[0]))
     for objective in sweep.objectives:
         count = len(sizes_of(sweep, objective))
         if sweep.mode == "isoflop":
-            _require(count >= LEAST_SIZES, "sizes", f"({count} of {objective})",
-                     f"a parabola through the sizes of a budget needs {LEAST_SIZES} or more")  # fmt: skip
-        _require(count, "sizes", f"({count} of {objective})",
-                 "add a size of that family, or leave it out of sweep.objectives")  # fmt: skip
+            rule = f"a parabola through the sizes of a budget needs {LEAST_SIZES} or more"
+            _require(count >= LEAST_SIZES, "sizes", f"({count} of {objective})", rule)
+        rule = "add a size of that family, or leave it out of sweep.objectives"
+        _require(count, "sizes", f"({count} of {objective})", rule)
+
+
+def _check_size(size: dict[str, Any], objective: Any) -> None:
+    known = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in NOT_OF_A_SIZE]
+    for key in size:
+        if key in NOT_OF_A_SIZE:
+            raise UserError(f"--config.sweep.sizes has {key}={size[key]!r:.40} in a size; {NOT_OF_A_SIZE[key]}")
+        keys = (*OF_A_SIZE, *known)
+        _require(key in keys, "sizes", size, f"{key!r:.40} is none of {', '.join(keys)}")
+    named = isinstance(objective, str) and objective in FAMILIES
+    _require(named, "sizes", size, f"its objective must be one of {', '.join(FAMILIES)}")
+    rate = size.get("peak_learning_rate", 1.0)
+    positive = _is_number(rate) and 0 < rate < math.inf
+    _require(positive, "sizes", size, "its peak_learning_rate must be a positive number")
+    # It becomes part of a directory's name.
+    name = size.get("name", "x")
+    ok = isinstance(name, str) and re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,100}", name) and len(name.encode()) <= 150
+    _require(ok, "sizes", size, "its name must be up to 100 characters, without slashes")
 
 
 def sizes_of(sweep: SweepConfig, objective: str) -> list[dict[str, Any]]:
