@@ -1,4 +1,4 @@
-"""Config keys that say what they are: a dataclass's fields with meaning and limits, and values coming in for them."""
+"""Config keys: dataclass fields that declare meaning and limits, and the conversion of text and file values to them."""
 
 import dataclasses
 import difflib
@@ -13,9 +13,9 @@ from llada.errors import UserError
 
 
 class Knob(NamedTuple):
-    """What a key is for and what it may be: numbers with above < x, least <= x, x < below, x <= most, or `choices`.
+    """The meaning of a key and its limits: above < x, least <= x, x < below, x <= most, or one of `choices`.
 
-    changeable    a later call on the same workdir may give another value: it alters how long and how the run is
+    changeable    a later call on the same workdir may give another value: it changes how long and how the run is
                   executed, not which model it is or what it sees at a given step
     """
 
@@ -29,7 +29,7 @@ class Knob(NamedTuple):
 
     @property
     def limits(self) -> str:
-        """What is allowed, in words: "positive", "in [0, 1)", "positive and at most 131,072"; empty where all is."""
+        """What is allowed, in words: "positive", "in [0, 1)", "positive and at most 131,072"; empty if anything is."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         upper = self.most if self.below is None else self.below
@@ -42,7 +42,7 @@ class Knob(NamedTuple):
         return " and ".join(filter(None, (low, high)))
 
     def broken(self, value: Any) -> str | None:
-        """The rule that `value` breaks, in words; None where it breaks none."""
+        """The rule that `value` breaks, in words; None if it breaks none."""
         if isinstance(value, float) and not math.isfinite(value):
             return "it must be a finite number" + (f", {self.limits}" if self.limits else "")
         if isinstance(value, str) and ("\0" in value or value.encode(errors="replace").decode() != value):
@@ -58,15 +58,15 @@ class Knob(NamedTuple):
 
 
 def knob(default: Any, meaning: str, **limits) -> Any:
-    """A field of a config dataclass, with its `Knob`; a mutable default is copied for every instance."""
-    found = {"knob": Knob(meaning, **limits)}
+    """A field of a config dataclass with its `Knob`; a mutable default is copied for every instance."""
+    metadata = {"knob": Knob(meaning, **limits)}
     if isinstance(default, dict | list):
-        return dataclasses.field(default_factory=default.copy, metadata=found)
-    return dataclasses.field(default=default, metadata=found)
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Key(NamedTuple):
-    """A dotted key of a config dataclass, and what is known of it."""
+    """A dotted key of a config dataclass, with its type, default and limits."""
 
     name: str
     annotation: Any
@@ -75,33 +75,38 @@ class Key(NamedTuple):
 
 
 def keys(cls: type, prefix: str = "") -> Iterator[Key]:
-    """Every key that holds a value, groups in the order of their declaration."""
+    """Every key that holds a value, in the order of declaration."""
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            yield from keys(field.type, f"{prefix}{field.name}.")
+        if (group := _group(field.type)) is not None:
+            yield from keys(group, f"{prefix}{field.name}.")
         else:
-            made = field.default_factory
-            default = field.default if made is dataclasses.MISSING else made()
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
             yield Key(prefix + field.name, field.type, default, field.metadata.get("knob", Knob()))
 
 
-def build(cls: type, values: dict, path: str, root: type | None = None):
-    """A config dataclass from nested dicts; `path` names it in the UserError for an unknown key or a wrong type.
+def _group(kind: Any) -> type | None:
+    """`kind` if it is a dataclass: a group of keys."""
+    return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
 
-    `root` is the dataclass that all groups belong to, for advice on a key of another group (default `cls`).
+
+def build(cls: type, values: dict, path: str, root: type | None = None) -> Any:
+    """A config dataclass from nested dicts. UserError, naming the key under `path`, for an unknown key or a wrong type.
+
+    `root` is the dataclass that holds all groups (default `cls`), to suggest the same key of another group.
     """
     root = root or cls
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
-            hint = _meant(str(key), cls, path, root)
+            hint = _suggestion(str(key), cls, path, root)
             raise UserError(f"unknown config key {path}.{key}; {hint}known keys of {path}: {', '.join(sorted(fields))}")
         kind = fields[key].type
-        if dataclasses.is_dataclass(kind):
+        if (group := _group(kind)) is not None:
             if not isinstance(value, dict):
                 raise UserError(f"{path}.{key}={value!r} must be a group of keys, not one value")
-            out[key] = build(kind, value, f"{path}.{key}", root)
+            out[key] = build(group, value, f"{path}.{key}", root)
         elif isinstance(value, str) and scalar(kind) is not str:
             raise UserError(f"--{path}.{key}={_cut(value)!r} is a str; it must be {named(kind)}")
         else:
@@ -109,21 +114,21 @@ def build(cls: type, values: dict, path: str, root: type | None = None):
     return cls(**out)
 
 
-def _meant(key: str, cls: type, path: str, root: type) -> str:
-    """`did you mean ...? `, or nothing: a name of this group like it, else the same name, or one like it, elsewhere."""
+def _suggestion(key: str, cls: type, path: str, root: type) -> str:
+    """`did you mean ...? ` with a similar name of this group, else the same or a similar name of another; or ""."""
     if close := difflib.get_close_matches(key, [field.name for field in dataclasses.fields(cls)], n=1):
         return f"did you mean --{path}.{close[0]}? "
     top = path.partition(".")[0]
-    everywhere = [found.name for found in keys(root)]
+    leaves = {known.name: known.name.rpartition(".")[2] for known in keys(root)}
     leaf = key.rpartition(".")[2]
-    same = [name for name in everywhere if name.rpartition(".")[2] == leaf]
-    close = difflib.get_close_matches(leaf, [name.rpartition(".")[2] for name in everywhere], n=1, cutoff=0.75)
-    same = same or [name for name in everywhere if close and name.rpartition(".")[2] == close[0]]
-    return f"did you mean {' or '.join(f'--{top}.{name}' for name in same)}? " if same else ""
+    if leaf not in leaves.values():
+        leaf = next(iter(difflib.get_close_matches(leaf, list(leaves.values()), n=1, cutoff=0.75)), leaf)
+    same = [f"--{top}.{name}" for name, last in leaves.items() if last == leaf]
+    return f"did you mean {' or '.join(same)}? " if same else ""
 
 
 def check(config: Any, path: str) -> None:
-    """UserError for the first value, of all keys, that breaks its knob's limits."""
+    """UserError for the first value that breaks its knob's limits."""
     for key in keys(type(config)):
         value = config
         for part in key.name.split("."):
@@ -139,43 +144,43 @@ def scalar(annotation: Any) -> Any:
     return annotation
 
 
-def coerce(given: Any, annotation: Any, name: str) -> Any:
-    """A value of the kind that `annotation` names, from text as people type it or from a value of a file.
+def coerce(value: Any, annotation: Any, name: str) -> Any:
+    """Text from a command line, or a value from a file, as the type that `annotation` names.
 
     `annotation` is bool, int, float, str, tuple or dict, alone or "| None". UserError naming `name` ("--config.seed")
-    and what it must be. Text: 1e6 is a whole number, 1.5 none; True, false, 1, 0; None where None may be; tuples are
-    numbers and words between commas.
+    and what is expected. As text: 1e6 is an int, 1.5 is not; bools are True, false, 1, 0; None stands for itself if it
+    is allowed; tuples are numbers and words between commas.
     """
-    wanted = scalar(annotation)
-    optional = wanted is not annotation
-    if optional and (given is None or given == "None" or (wanted is not str and given == "none")):
+    kind = scalar(annotation)
+    optional = kind is not annotation
+    if optional and (value is None or value == "None" or (kind is not str and value == "none")):
         return None
-    if isinstance(given, str):
-        return given if wanted is str else _parse(given, wanted, name)
-    is_bool = isinstance(given, bool) or type(given).__name__ == "bool"
+    if isinstance(value, str):
+        return value if kind is str else _parse(value, kind, name)
+    is_bool = isinstance(value, bool) or type(value).__name__ == "bool"
     try:
-        if wanted is int and isinstance(given, numbers.Integral) and not is_bool:
-            return int(given)
-        if wanted is float and isinstance(given, numbers.Real) and not is_bool:
-            return float(given)
+        if kind is int and isinstance(value, numbers.Integral) and not is_bool:
+            return int(value)
+        if kind is float and isinstance(value, numbers.Real) and not is_bool:
+            return float(value)
     except OverflowError as error:
-        raise UserError(f"{name}={_cut(str(given))} is too large a number") from error
-    if wanted is tuple and isinstance(given, list):
-        return tuple(given)
-    if type(given) is not wanted:
-        raise UserError(f"{name}={_cut(repr(given))} is a {type(given).__name__}; it must be {named(annotation)}")
-    return given
+        raise UserError(f"{name}={_cut(str(value))} is too large a number") from error
+    if kind is tuple and isinstance(value, list):
+        return tuple(value)
+    if type(value) is not kind:
+        raise UserError(f"{name}={_cut(repr(value))} is a {type(value).__name__}; it must be {named(annotation)}")
+    return value
 
 
-def _parse(text: str, wanted: Any, name: str) -> Any:
+def _parse(text: str, kind: Any, name: str) -> Any:
     try:
-        if wanted is bool:
+        if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
-        if wanted is int:
-            return _whole(text)
-        if wanted is float:
+        if kind is int:
+            return _integer(text)
+        if kind is float:
             return float(text)
-        if wanted is tuple:
+        if kind is tuple:
             return tuple(_number_or_word(word.strip()) for word in text.strip("()[] ").split(",") if word.strip())
     except (ValueError, KeyError, OverflowError):
         pass
@@ -186,11 +191,11 @@ def _parse(text: str, wanted: Any, name: str) -> Any:
         tuple: "numbers or words between commas",
         dict: "a group of values; set it in the experiment file",
     }
-    raise UserError(f"{name}={_cut(text)} is not {rule[wanted]}")
+    raise UserError(f"{name}={_cut(text)} is not {rule[kind]}")
 
 
-def _whole(text: str) -> int:
-    """1e6 is how people write a million; 1.5 is a mistake."""
+def _integer(text: str) -> int:
+    """Also from 1e6, which is how people write a million; ValueError for 1.5."""
     if "e" not in text.lower():
         return int(text)
     value = float(text)
