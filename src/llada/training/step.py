@@ -31,9 +31,15 @@ def init_state(config: Config) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.make(config).init(params))
 
 
+def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a TrainState; optimizer moments lie where their parameters do."""
+    state = jax.eval_shape(functools.partial(init_state, config))
+    return jax.tree.map(lambda x, s: x.update(sharding=s), state, mesh_lib.parameter_shardings(mesh, state))
+
+
 def state_shardings(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shardings of a TrainState; optimizer moments lie where their parameters do."""
-    return mesh_lib.parameter_shardings(mesh, jax.eval_shape(functools.partial(init_state, config)))
+    """The shardings alone."""
+    return jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
 
 
 def train_step(state: TrainState, batch_BL: jax.Array, config: Config, special: SpecialTokens):
@@ -76,8 +82,9 @@ def _gradient_sums(config: Config, special: SpecialTokens, batch_size: int, para
         segments_BL = segments(tokens_BL, special, config.objective)
 
         def predict(inputs_BL, lengths_B):
-            unfinished = transformer.unfinished(config.model, params, inputs_BL, lengths_B, segments_BL, embedding_VD)
-            return Unfinished(*unfinished)
+            return Unfinished(
+                *transformer.up_to_last_attention(config.model, params, inputs_BL, lengths_B, segments_BL, embedding_VD)
+            )
 
         noise = Noise(config.seed, step, sequence_B, batch_size)
         terms = loss(predict, transformer.head(config.model, params), tokens_BL, noise, special, config.objective)
