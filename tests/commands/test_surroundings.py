@@ -11,7 +11,7 @@ import jax
 import pytest
 
 import llada
-from llada.commands import endings, environment, memory, program, progress
+from llada.commands import endings, environment, program, progress
 from llada.errors import DataError, DiskError, UserError
 
 PROGRAM = f"{sys.executable} -m llada"
@@ -64,7 +64,6 @@ def main():
     sys.path.insert(0, sys.argv[1])
     {}
 
-endings.hold_interrupts()
 sys.exit(endings.run(main))
 """
 
@@ -116,13 +115,13 @@ def test_a_command_ends_with_the_status_of_its_error(kind, monkeypatch, capsys):
 
 
 def test_what_someone_can_put_right_is_known_and_bugs_are_not():
-    statuses = {name: endings.known(raised(error), "llada ran").status for name, error in KNOWN.items()}
+    statuses = {name: endings.as_user_error(raised(error), "llada ran").status for name, error in KNOWN.items()}
     assert {statuses[UserError], statuses["permission"], statuses["memory"]} == {2}
     assert (statuses[DataError], statuses[DiskError], statuses["disk, told by a library"]) == (4, 5, 5)
-    assert "/x/y: Permission denied" in str(endings.known(KNOWN["permission"], ""))
-    assert "ulimit -n" in str(endings.known(KNOWN["open files"], ""))
+    assert "/x/y: Permission denied" in str(endings.as_user_error(KNOWN["permission"], ""))
+    assert "ulimit -n" in str(endings.as_user_error(KNOWN["open files"], ""))
     for error in [*BUGS, BrokenPipeError(errno.EPIPE, "Broken pipe")]:
-        assert endings.known(raised(error), "llada ran") is None, error
+        assert endings.as_user_error(raised(error), "llada ran") is None, error
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch):
@@ -131,7 +130,7 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     with pytest.raises(RuntimeError) as failure:
         exec(compile("raise RuntimeError('no such backend')", xla_bridge.__file__, "exec"))
-    assert "JAX_PLATFORMS=cuda" in str(endings.known(failure.value, ""))
+    assert "JAX_PLATFORMS=cuda" in str(endings.as_user_error(failure.value, ""))
 
 
 def test_a_variable_that_jax_does_not_take_gets_one_line():
@@ -140,20 +139,22 @@ def test_a_variable_that_jax_does_not_take_gets_one_line():
     for line in ("raise ValueError('invalid truth value')", "def f(): raise ValueError('invalid truth value')\nf()"):
         with pytest.raises(ValueError, match="truth") as failure:
             exec(compile(line, config.__file__, "exec"))
-        assert "JAX_... variable that JAX does not take (invalid truth value)" in str(endings.known(failure.value, ""))
+        assert "JAX_... variable that JAX does not take (invalid truth value)" in str(
+            endings.as_user_error(failure.value, "")
+        )
     with pytest.raises(AttributeError) as failure:
         jax.config.update("jax_no_such", 3)
-    assert endings.known(failure.value, "") is None
+    assert endings.as_user_error(failure.value, "") is None
     with pytest.raises(ValueError, match="banana") as failure:
         jax.config.update("jax_default_matmul_precision", "banana")
-    assert endings.known(failure.value, "") is None, "a mistake of ours"
+    assert endings.as_user_error(failure.value, "") is None, "a mistake of ours"
 
 
 def test_variables_that_would_change_figures_are_ignored_in_one_line_each(monkeypatch, capsys):
     changed = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_DISABLE_JIT": "True"}
     for name, value in (changed | {"JAX_RANDOM_SEED_OFFSET": "0", "JAX_DEBUG_NANS": "1"}).items():
         monkeypatch.setenv(name, value)
-    environment.settle()
+    environment.pin_jax_settings()
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3 and all(f"{name}={value} is ignored" in "".join(said) for name, value in changed.items())
     assert not set(changed) & set(os.environ) and os.environ["JAX_DEBUG_NANS"] == "1"
@@ -180,11 +181,11 @@ def test_where_compiled_programs_cannot_be_kept_one_line_says_so(place, tmp_path
         monkeypatch.setattr(environment.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     if place == "full":
         monkeypatch.setattr(environment, "_LEAST_FREE_BYTES", 1 << 62)
-    environment.keep_compiled_programs()
+    environment.use_compilation_cache()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == ""
     (said,) = capsys.readouterr().err.splitlines()
-    assert "compiled programs are not kept" in said
-    environment.keep_compiled_programs()  # as one whose variable says: keep none
+    assert "compiled programs are not cached" in said
+    environment.use_compilation_cache()  # as one whose variable says: keep none
     assert capsys.readouterr().err == ""
 
 
@@ -198,22 +199,10 @@ def test_compiled_programs_do_not_grow_without_end(tmp_path, monkeypatch):
     for age in range(12):
         (kept / f"{age:02}").write_bytes(bytes(100))
         os.utime(kept / f"{age:02}", (1e9 - age, 1e9 - age))
-    environment.keep_compiled_programs()
+    environment.use_compilation_cache()
     assert sorted(os.listdir(kept)) == [f"{age:02}" for age in range(7)]  # the seven used last
-    environment.keep_compiled_programs()
+    environment.use_compilation_cache()
     assert len(os.listdir(kept)) == 7
-
-
-def test_where_no_process_can_be_begun_anew_it_goes_on(monkeypatch):
-    def refuse(*arguments):
-        raise OSError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(os, "execv", refuse)
-    monkeypatch.setenv("GLIBC_TUNABLES", "")
-    monkeypatch.delenv("GLIBC_TUNABLES")
-    memory.use_huge_pages()
-    monkeypatch.setattr(sys, "executable", "")
-    memory.use_huge_pages()
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -233,4 +222,4 @@ def test_progress_is_told_in_lines_where_nothing_can_be_drawn(terminal, monkeypa
 def test_causes_in_a_circle_are_looked_at_once():
     error, cause = ValueError("a"), BrokenPipeError(errno.EPIPE, "Broken pipe")
     error.__cause__, cause.__context__ = cause, error
-    assert endings.known(error, "llada ran") is None
+    assert endings.as_user_error(error, "llada ran") is None

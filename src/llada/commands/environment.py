@@ -1,4 +1,4 @@
-"""What the environment says to JAX, and what of it may count here; where compiled programs are kept."""
+"""Environment variables of JAX that would change results, and the cache of compiled programs."""
 
 import contextlib
 import os
@@ -7,9 +7,9 @@ import sys
 import warnings
 from pathlib import Path
 
-# Variables of JAX that would change what is computed, or break it, and the values that do neither. Whoever sets them
-# for other work, in a profile or a job's template, gets the figures that everyone else gets.
-_SETTLED = {
+# Variables that would change what is computed, or break it, and their harmless values. They may be set for other work,
+# in a profile or a job template; llada's results must not depend on that.
+_PINNED = {
     "JAX_ENABLE_X64": ("0", "false"),
     "JAX_EXPLICIT_X64_DTYPES": ("", "allow"),
     "JAX_DEFAULT_DTYPE_BITS": ("32",),
@@ -31,35 +31,37 @@ _SETTLED = {
     "JAX_TRANSFER_GUARD_DEVICE_TO_DEVICE": ("allow",),
     "JAX_TRANSFER_GUARD_DEVICE_TO_HOST": ("allow",),
 }
-_MOST_BYTES = 4 << 30  # of kept programs; a run adds some megabytes
+_MOST_BYTES = 4 << 30  # of the cache; a run adds some megabytes
 _LEAST_FREE_BYTES = 64 << 20
 
 
-def settle() -> None:
-    """Have JAX, not imported yet, compute as it does by default. A line names each variable that is ignored."""
-    for name, harmless in _SETTLED.items():
+def pin_jax_settings() -> None:
+    """Remove the variables that would change results, before JAX is imported; a line names each."""
+    for name, harmless in _PINNED.items():
         value = os.environ.pop(name, None)
         if value is not None and value.strip().lower() not in harmless:
             print(f"llada: {name}={value} is ignored: it would change or break what is computed", file=sys.stderr)
 
 
-def keep_compiled_programs() -> None:
-    """What one call compiles, later ones read; JAX's own variable names another directory, or none (empty).
+def use_compilation_cache() -> None:
+    """Have JAX cache compiled programs on disk, in the directory of its own variable if that is set (empty: no cache).
 
-    Where nothing can be kept a line says so, and everything is compiled anew.
+    If the directory cannot be used a line says so, and every program is compiled each time.
     """
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
-    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if given == "" or "://" in (given or ""):
+    variable = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if variable == "" or "://" in (variable or ""):
         return
-    directory = Path(given) if given else _default_directory()
+    directory = Path(variable) if variable else _default_directory()
     problem = "there is no home directory" if directory is None else _problem(directory)
-    if problem:
+    if directory is None or problem:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
-        print(f"llada: compiled programs are not kept ({problem}); XDG_CACHE_HOME=DIR keeps them", file=sys.stderr)
+        print(
+            f"llada: compiled programs are not cached ({problem}); XDG_CACHE_HOME=DIR moves the cache", file=sys.stderr
+        )
         return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
-    if not given:
+    if not variable:
         _remove_oldest(directory)
 
 
@@ -72,7 +74,7 @@ def _default_directory() -> Path | None:
 
 
 def _problem(directory: Path) -> str | None:
-    """Why nothing can be written there, in words."""
+    """Why the directory cannot be written to, in words."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK | os.X_OK):
@@ -85,14 +87,16 @@ def _problem(directory: Path) -> str | None:
 
 
 def _remove_oldest(directory: Path) -> None:
-    """Keep the programs read last, so that they fit; other processes may be doing the same."""
+    """Delete the least recently used programs if the cache is too large; other processes may be doing the same."""
     with contextlib.suppress(OSError):
-        found = [(max(s.st_mtime, s.st_atime), s.st_size, entry.path)
-                 for entry in os.scandir(directory) if entry.is_file() and (s := entry.stat())]  # fmt: skip
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found) if total > _MOST_BYTES else ():
+        stats = [(entry.stat(), entry.path) for entry in os.scandir(directory) if entry.is_file()]
+        used = sorted((max(status.st_mtime, status.st_atime), status.st_size, path) for status, path in stats)
+        total = sum(size for _, size, _ in used)
+        if total <= _MOST_BYTES:
+            return
+        for _, size, path in used:
             with contextlib.suppress(OSError):
                 os.unlink(path)
                 total -= size
             if total <= 0.75 * _MOST_BYTES:
-                break
+                return

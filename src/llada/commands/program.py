@@ -6,7 +6,7 @@ What takes time is imported where it is used: until `start` runs, Ctrl-C ends in
 import importlib
 import sys
 
-from llada.commands import endings, memory
+from llada.commands import endings
 from llada.errors import UserError
 
 COMMANDS = {
@@ -25,9 +25,7 @@ _HELP = ("-h", "--help", "-help")
 
 def start() -> int:
     """The program as a process of its own."""
-    endings.hold_interrupts()
     endings.open_streams()
-    memory.use_huge_pages()
     return endings.run(main)
 
 
@@ -51,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"llada {name}: interrupted", file=sys.stderr)
         return endings.INTERRUPTED
     except Exception as error:
-        known = endings.known(error, f"llada {name} ran")
+        known = endings.as_user_error(error, f"llada {name} ran")
         if known is None:
             raise
         print(f"llada{f' {name}' if name in COMMANDS else ''}: {_one_line(str(known))}", file=sys.stderr)
@@ -85,8 +83,8 @@ def _call(name: str, command, words: list[str]) -> int:
         return 0
     if overrides and not takes_overrides:
         raise UserError(f"--config.{next(iter(overrides))} belongs to llada train; a workdir keeps its own config")
-    environment.settle()
-    environment.keep_compiled_programs()
+    environment.pin_jax_settings()
+    environment.use_compilation_cache()
     return command.run(overrides) if takes_overrides else command.run()
 
 
