@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Sourced by the other scripts: makes or reuses .venv in the checkout from requirements.txt and activates it.
+# Sourced by the other scripts: makes or reuses .venv in the checkout from requirements.txt and activates it. A newer Python
+# than 3.11 that PYTHON names gets the newest versions within the ranges of setup.cfg instead.
 # Usage: source launch/setup.sh; make_environment FILE.txt ...; add_accelerator; install_beside NAME FILE.txt
 
 make_environment() {
-  local python="" candidate wanted stamp
+  local python="" candidate wanted stamp file extras=""
   if [ ! -x .venv/bin/python ]; then
     for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python; do
       if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -28,14 +29,27 @@ make_environment() {
   stamp=.venv/installed.cksum
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing $* into .venv"
-    # shellcheck disable=SC2046
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") || return 1
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . || return 1
+    if [ -n "${PYTHON:-}" ] && .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
+      # requirements-plots.txt pins what the extra [plots] asks for, and so on.
+      for file in "$@"; do
+        file="${file#requirements}"
+        file="${file%.txt}"
+        extras+="${file:+,${file#-}}"
+      done
+      .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[${extras#,}]}" || return 1
+    else
+      # shellcheck disable=SC2046
+      .venv/bin/python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") || return 1
+      .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . || return 1
+    fi
     echo "$wanted" > "$stamp"
   fi
   # shellcheck disable=SC1091
   source .venv/bin/activate
 }
+
+# Whether .venv has the JAX that requirements.txt pins.
+pinned() { grep -qx "jax==$(.venv/bin/python -c 'from importlib.metadata import version; print(version("jax"))')" requirements.txt; }
 
 has_tpu() { compgen -G '/dev/accel*' > /dev/null || compgen -G '/dev/vfio/[0-9]*' > /dev/null; }
 
