@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llada.config import ModelConfig
-from llada.model import layers, transformer
+from llada.model import cached, layers, projections, transformer
 from llada.objectives.contract import Unfinished
 from llada.objectives.vocabulary_head import weighted_nats
 
@@ -205,7 +205,7 @@ def test_what_a_tpu_gets_is_the_same_function(monkeypatch):
     params = initialise(TINY)
     loss = lambda p: jnp.sum(jnp.sin(transformer.hidden(TINY, p, TOKENS)))  # noqa: E731
     here = jax.jit(jax.value_and_grad(loss))(params)
-    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    monkeypatch.setattr(projections, "platform", lambda: "tpu")
     there = jax.jit(lambda p: jax.value_and_grad(loss)(p))(params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), there, here)
 
@@ -275,7 +275,7 @@ def test_finishing_needed_rows_only_gives_the_same_loss_and_gradients(changes):
         return weighted_nats(predict(params), transformer.head(config, params), jnp.asarray(TOKENS), weights, 4)[0]
 
     def unfinished(params):
-        return Unfinished(*transformer.unfinished(config, params, TOKENS))
+        return Unfinished(*transformer.up_to_last_attention(config, params, TOKENS))
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     wanted = gradient(params, lambda params: transformer.hidden(config, params, TOKENS))
@@ -287,12 +287,13 @@ def test_unstacked_parameters_and_wanted_positions_give_the_same_states():
     config = dataclasses.replace(TINY, qk_norm=True)
     params = initialise(config)
     at_BR = jnp.array([[3, 0], [1, 1]])[: len(TOKENS)]
-    wanted, cache = transformer.prefill(config, params, TOKENS)
-    some, kept = transformer.prefill(config, transformer.unstacked(params), TOKENS, None, at_BR)
+    wanted, cache = cached.prefill(config, params, TOKENS)
+    some, caches = cached.prefill(config, cached.unstacked(params), TOKENS, None, at_BR)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     close(some, jnp.take_along_axis(wanted, at_BR[..., None], axis=1))
-    close(transformer.hidden(config, params, TOKENS, None, at_BR), some)
-    for i, layer in enumerate(kept):
+    close(cached.hidden(config, params, TOKENS, None, at_BR), some)
+    close(transformer.hidden(config, params, TOKENS), wanted)
+    for i, layer in enumerate(caches):
         jax.tree.map(close, layer, jax.tree.map(lambda leaf, i=i: leaf[i], cache))
 
 
@@ -306,7 +307,7 @@ def test_rotating_by_a_product_is_the_same(dtype):
     weights = jax.random.normal(jax.random.key(1), q.shape).astype(dtype)
 
     def by_product(q):
-        return layers.rotate_by_product(q.swapaxes(1, 2), cos, sin).swapaxes(1, 2)
+        return projections.rotate_by_product(q.swapaxes(1, 2), cos, sin).swapaxes(1, 2)
 
     rtol = 1e-6 if dtype == "float32" else 1e-2
     plain = functools.partial(layers.rotate, angles=angles)
