@@ -98,6 +98,7 @@ def main():
     from llada import mesh as mesh_lib
     from llada.objectives import noise as noise_lib
     from llada.objectives.contract import SpecialTokens
+    from llada.training import loop
     from llada.training import step as step_lib
     from llada.training.checkpoint import Checkpoints
 
@@ -208,14 +209,14 @@ def main():
     checkpoints.save(state, config, {"step": 3}, b"")
     checkpoints.wait()
     _, one_config, one_mesh = states["1 device"]
-    moved = checkpoints.restore(one_config, one_mesh, 3).state
+    moved = loop.restore_state(checkpoints, one_config, one_mesh, 3)[0]
     half = checkpoints.restore_parameters(config, mesh, 3, "bfloat16")
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(half)})
     results["opened in bfloat16"] = shares(half) | {"dtypes": dtypes}
     results["moved"] = bits(moved) == bits(state) and len(moved.params["head"].sharding.device_set) == 1
     checkpoints.close()
 
-    from llada.training.checkpoint import create
+    from llada.training.leaves import create
 
     writing = []
     for name, leaf in create(folder / "pieces", config, b"").items():
@@ -224,7 +225,7 @@ def main():
         writing += [leaf.write(values[i], i) for i in range(len(leaf))] if group else [leaf.write(values)]
     for write in writing:
         write.result()
-    pieces = Checkpoints(folder / "pieces").restore(config, mesh, 0).state
+    pieces = loop.restore_state(Checkpoints(folder / "pieces"), config, mesh, 0)[0]
     split = pieces.params["layers"]["query"].addressable_shards[0].data.size * 4 == state.params["layers"]["query"].size
     results["pieces"] = bits(pieces.params) == bits(state.params) and split and int(pieces.step) == 0
     print(json.dumps(results))

@@ -10,7 +10,7 @@ from llada.config import default_config, from_config_dict, to_dict
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.tokenizer_training import train_tokenizer
 from llada.model import transformer
-from llada.training.checkpoint import create
+from llada.training.leaves import create
 
 V = 320
 SHAPES = {

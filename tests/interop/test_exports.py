@@ -12,8 +12,8 @@ from llada.config import from_config_dict
 from llada.errors import UserError
 from llada.interop import importing
 from llada.interop.export import export
+from llada.training import leaves as leaves_lib
 from llada.training import loop
-from llada.training.checkpoint import Checkpoints
 
 
 def spoilt(workdir, tmp_path, **changes):
@@ -98,14 +98,14 @@ def test_an_export_overwrites_exports_only(build, tmp_path):
 def test_a_step_that_goes_meanwhile_gets_one_line(build, tmp_path, monkeypatch):
     workdir = tmp_path / "w"
     shutil.copytree(build(), workdir)
-    opened = Checkpoints.open_parameters
+    open_parameters = leaves_lib.open_parameters
 
-    def open_and_lose(self, step):
-        leaves = opened(self, step)
+    def open_and_lose(checkpoints, step):
+        leaves = open_parameters(checkpoints, step)
         shutil.rmtree(workdir / "checkpoints/0")
         return leaves
 
-    monkeypatch.setattr(Checkpoints, "open_parameters", open_and_lose)
+    monkeypatch.setattr(leaves_lib, "open_parameters", open_and_lose)
     with pytest.raises(UserError, match="step 0 .*was removed while it was read"):
         export(workdir, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["w"]

@@ -91,7 +91,7 @@ def test_another_length_is_refused_where_the_rate_would_jump(tiny, copy, steps, 
         with pytest.raises(UserError, match=words):
             loop.train(config, copy)
     assert contents(copy) == before
-    monkeypatch.setattr(loop, "_Run", _stopped)
+    monkeypatch.setattr(loop, "TrainingRun", _stopped)
     if steps == 24:
         with pytest.raises(Interrupted):
             loop.train(config, copy, allow_rate_jump=True)
@@ -131,7 +131,7 @@ def test_a_first_mistake_settles_nothing(tiny, trained, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=words):
             loop.train(tiny("llada", wrong), w)
         assert not w.exists(), "what is refused leaves no trace"
-    monkeypatch.setattr(loop, "_Run", _stopped)
+    monkeypatch.setattr(loop, "TrainingRun", _stopped)
     for right in ({"model.vocab_size": 310, "data.sequence_length": 30}, {}):
         with pytest.raises(Interrupted):
             loop.train(tiny("llada", right), w)

@@ -30,9 +30,9 @@ def final_state(config, workdir):
     from llada import mesh as mesh_lib
 
     checkpoints = Checkpoints(workdir)
-    restored = checkpoints.restore(config, mesh_lib.make(config.mesh), checkpoints.latest())
+    state, cursor = loop.restore_state(checkpoints, config, mesh_lib.make(config.mesh), checkpoints.latest())
     checkpoints.close()
-    return jax.tree.map(np.asarray, restored.state), restored.cursor
+    return jax.tree.map(np.asarray, state), cursor
 
 
 def record(workdir):

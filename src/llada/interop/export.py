@@ -21,6 +21,7 @@ from llada.files import new_directory, prefetch, write_atomically
 from llada.inference.canvas import forbidden_ids
 from llada.interop import layout, llada_schema, llama_schema, model_card, safetensors_files, sentencepiece_files
 from llada.interop.schema import SOURCE_CONFIG, TRANSFORMERS_VERSION, Special
+from llada.training import leaves as leaves_lib
 from llada.training import run as run_lib
 from llada.training.checkpoint import Checkpoints
 from llada.training.corpus import saved_tokenizer
@@ -66,7 +67,7 @@ def export(
         _check_replaceable(out)
     with Checkpoints(workdir) as checkpoints:
         step = checkpoints.resolve(step)
-        leaves = checkpoints.open_parameters(step)
+        leaves = leaves_lib.open_parameters(checkpoints, step)
         tokenizer = saved_tokenizer(workdir, checkpoints.item(step))
         schema = llama_schema if config.model.causal else llada_schema
         shards = safetensors_files.plan(layout.tensors(config.model, schema.NAMES), dtype, shard_bytes)

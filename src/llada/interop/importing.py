@@ -29,8 +29,9 @@ from llada.interop.safetensors_files import Weights
 from llada.interop.schema import SOURCE_CONFIG
 from llada.training import run as run_lib
 from llada.training import run_item
-from llada.training.checkpoint import Checkpoints, create, require_plain
+from llada.training.checkpoint import Checkpoints, require_plain
 from llada.training.corpus import saved_tokenizer
+from llada.training.leaves import create, open_parameters
 
 FAMILIES = {"diffusion": False, "autoregressive": True}  # objective: causal
 # Tokens that makers set aside: free to be the mask of a model that had none.
@@ -154,7 +155,7 @@ def _open_workdir(path: Path, objective: str | None, mask_token: str | None, all
     tree = config_lib.to_dict(old)
     tree["model"]["causal"], tree["objective"]["name"] = FAMILIES[family], family
 
-    leaves = checkpoints.open_parameters(step)
+    leaves = open_parameters(checkpoints, step)
 
     def pieces(config: Config) -> Iterator[tuple[str, tuple, np.ndarray]]:
         if layout.leaf_shapes(config.model) != {name: leaf.shape for name, leaf in leaves.items()}:

@@ -16,11 +16,9 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from llada import config as config_lib
@@ -28,23 +26,12 @@ from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.errors import UserError, causes, disk_error
 from llada.model import transformer
-from llada.training import optimizer, run_item
-from llada.training.leaves import FILE_BYTES, Leaf, open_leaves
+from llada.training import run_item
 from llada.training.run_item import RunItem
-from llada.training.step import TrainState, init_state, state_shardings
+from llada.training.step import TrainState
 
-# Orbax narrates every save, and where one fails its threads print the traceback of the exception that they then raise.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-
-
+FILE_BYTES = 128 << 20  # of the files that hold the arrays; several are written at once: twice the speed of one
 _CHUNK_BYTES, _LEAST_CHUNK_BYTES = 16 << 20, 1 << 20
-
-
-class Restored(NamedTuple):
-    """A training state with the position of its run."""
-
-    state: TrainState
-    cursor: dict
 
 
 def require_plain(workdir: Path) -> None:
@@ -59,7 +46,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int | None = None, params_handler: ocp.CheckpointHandler | None = None):
         """Open them; with `keep`, to save too, the newest so many staying."""
-        _without_aftermath()
+        _quieten_orbax()
         if keep is not None:
             require_plain(workdir)
         self.directory = (workdir / "checkpoints").resolve()
@@ -96,15 +83,15 @@ class Checkpoints:
 
         DiskError where this save or the one before found no room.
         """
-        step = int(state.step)
+        step = int(jax.device_get(state.step))
         if step not in self.manager.all_steps():
             moments = ocp.args.PyTreeSave(state.optimizer_state, None, FILE_BYTES)
+            run = run_item.to_json(config, cursor, tokenizer, begun=True)
             with self._room():
-                self._save(
-                    step, state.params, run_item.to_json(config, cursor, tokenizer, True), optimizer_state=moments
-                )
+                self.save_items(step, state.params, run, optimizer_state=moments)
 
-    def _save(self, step, params, run, **more) -> None:
+    def save_items(self, step: int, params: Any, run: dict[str, Any], **more: ocp.args.CheckpointArgs) -> None:
+        """Start saving parameters and what they say about themselves, with `more` items."""
         chunks = jax.tree_util.tree_map_with_path(_chunks, params)
         items = {"params": ocp.args.PyTreeSave(params, chunks, FILE_BYTES), "run": ocp.args.JsonSave(run)}
         self.manager.save(step, args=ocp.args.Composite(**items, **more))
@@ -113,55 +100,33 @@ class Checkpoints:
         """What `step` says about itself. UserError where it cannot be used."""
         return run_item.read(self.directory, step)
 
-    def restore(self, config: Config, mesh: jax.sharding.Mesh, step: int) -> Restored:
-        """The training state of `step`, placed on `mesh` whatever mesh wrote it; an import gets fresh moments.
+    def item_of_run(self, step: int | None) -> RunItem:
+        """The item of `step`, or of the latest. UserError unless it is of the run of the config.json beside it."""
+        item = self.item(self.resolve(None) if step is None else step)
+        path = self.directory.parent / "config.json"
+        if path.exists():
+            run_item.require_same(item, config_lib.load(path), self.directory)
+        return item
 
-        UserError where the step cannot be used, or is of another run than `config`.
+    def restore(self, step: int, **items: Any) -> dict[str, Any]:
+        """The `items` of `step` (`params`, `optimizer_state`), each given as its shapes, dtypes and shardings.
+
+        Arrays go where those say, whatever mesh wrote them. UserError where the step cannot be used.
         """
-        item = self.item(step)
-        run_item.require_same(item, config, self.directory)
-        places = state_shardings(config, mesh)
-        target = _placed(jax.eval_shape(lambda: init_state(config)), places)
-        items = {"params": _to_restore(target.params)}
-        if item.begun:
-            items["optimizer_state"] = _to_restore(target.optimizer_state)
+        arguments = {name: _to_restore(target) for name, target in items.items()}
         with self.usable(step):
-            found = self.manager.restore(step, args=ocp.args.Composite(**items))
-        if item.begun:
-            moments = found.optimizer_state
-        else:
-            moments = jax.jit(optimizer.make(config).init, out_shardings=places.optimizer_state)(found.params)
-        place = mesh_lib.sharding(mesh, "replicated")
-        state = TrainState(jax.device_put(jnp.int32(step), place), found.params, moments)
-        return Restored(state, item.cursor)
+            restored = self.manager.restore(step, args=ocp.args.Composite(**arguments))
+            return {name: restored[name] for name in items}
 
     def restore_parameters(
         self, config: Config, mesh: jax.sharding.Mesh, step: int | None, dtype: str = "float32"
     ) -> transformer.Parameters:
         """Only the parameters, of `step` or of the latest; UserError where there is none, or none of this run."""
-        step = self._own(step).step
+        step = self.item_of_run(step).step
         abstract = transformer.abstract_parameters(config.model)
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), abstract)
-        target = _placed(abstract, mesh_lib.parameter_shardings(mesh, abstract))
-        with self.usable(step):
-            return self.manager.restore(step, args=ocp.args.Composite(params=_to_restore(target))).params
-
-    def open_parameters(self, step: int | None = None) -> dict[str, Leaf]:
-        """Every parameter by its dotted name (`layers.query`), opened but not read.
-
-        UserError without a step, for one of another run, and where the parameters are not those of its config.
-        """
-        item = self._own(step)
-        with self.usable(item.step):
-            leaves = open_leaves(self.directory / str(item.step) / "params")
-        abstract = transformer.abstract_parameters(item.config.model)
-        wanted = {".".join(key.key for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(abstract)}
-        found = {name: leaf.shape for name, leaf in leaves.items()}
-        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        if wrong:
-            shapes = f"{wrong[0]} is {found.get(wrong[0], 'missing')}, its config wants {wanted.get(wrong[0], 'none')}"
-            raise run_item.unusable(self.directory, item.step, shapes)
-        return leaves
+        shardings = mesh_lib.parameter_shardings(mesh, abstract)
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), abstract, shardings)
+        return self.restore(step, params=target)["params"]
 
     def resolve(self, step: int | None) -> int:
         """`step`, or the latest for None; UserError naming the steps there are."""
@@ -171,10 +136,6 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise UserError(f"--step={step} is not saved in {self.directory}; saved: {', '.join(map(str, steps))}")
         return steps[-1] if step is None else step
-
-    def tokenizer(self, step: int | None = None) -> bytes:
-        """`Tokenizer.content` as saved with a step."""
-        return self.item(self.resolve(step)).tokenizer
 
     def wait(self) -> None:
         """Until every save is committed; DiskError if one found no room, and whatever else made one fail."""
@@ -207,14 +168,6 @@ class Checkpoints:
             with contextlib.suppress(Exception):
                 getattr(self.manager, part).close()
 
-    def _own(self, step: int | None) -> RunItem:
-        """The item of `step`, or of the latest, of the run whose config.json lies beside the checkpoints."""
-        item = self.item(self.resolve(None) if step is None else step)
-        path = self.directory.parent / "config.json"
-        if path.exists():
-            run_item.require_same(item, config_lib.load(path), self.directory)
-        return item
-
     @contextlib.contextmanager
     def usable(self, step: int) -> Iterator[None]:
         """Whatever Orbax and tensorstore make of damaged files, as one line; they raise all kinds of exceptions."""
@@ -241,44 +194,24 @@ class Checkpoints:
             raise
 
 
-def create(workdir: Path, config: Config, tokenizer: bytes) -> dict[str, Leaf]:
-    """Step 0 of a run that has not begun, its parameters zero until the leaves are written: a model from elsewhere, of
-    which no more is in memory than the caller holds.
-
-    The step counts as committed at once: the caller keeps the workdir out of sight until all is written.
-    """
-    abstract = transformer.abstract_parameters(config.model)
-    # Orbax writes the frame of the checkpoint, around one zero that has every shape and compresses to nothing; it must
-    # not copy that to the full size first.
-    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract)
-    as_they_are = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, as_they_are))
-    handler = ocp.PyTreeCheckpointHandler(use_compression=True, type_handler_registry=registry)
-    checkpoints = Checkpoints(workdir, keep=1, params_handler=handler)
-    checkpoints._save(0, zeros, run_item.to_json(config, {}, tokenizer, begun=False))
-    checkpoints.close()
-    return open_leaves(checkpoints.directory / "0" / "params", rewrite=True)
-
-
 @functools.cache
-def _without_aftermath() -> None:
-    """Where a save or a restore fails or is given up, what it had to do goes on in threads: it finds Orbax's event
-    loop closed, or nobody waiting, and prints a traceback each time.
-    """
-    shown = sys.unraisablehook
+def _quieten_orbax() -> None:
+    """Orbax logs every save, and where one fails its threads print the traceback of the exception that they then raise.
 
-    def hook(raised) -> None:
+    Where a save or a restore fails or is given up, what it had to do goes on in threads, which find Orbax's event loop
+    closed, or nothing waiting for them, and print a traceback each time.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    report = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
         closed = raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"
         code = getattr(raised.object, "cr_code", None)
         if not closed and (code is None or "orbax" not in code.co_filename):
-            shown(raised)
+            report(raised)
 
     sys.unraisablehook = hook
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-
-
-def _placed(abstract, placements):
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placements)
 
 
 def _to_restore(target) -> ocp.args.PyTreeRestore:

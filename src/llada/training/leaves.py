@@ -5,10 +5,15 @@ Orbax keeps an array as a zarr array in a tensorstore OCDBT database; here the s
 
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import tensorstore
 
-FILE_BYTES = 128 << 20  # of the database's data files; several are written at once: twice the speed of one
+from llada.config import Config
+from llada.model import transformer
+from llada.training import run_item
+from llada.training.checkpoint import FILE_BYTES, Checkpoints
 
 
 class Leaf:
@@ -18,9 +23,8 @@ class Leaf:
         """Hold an opened array; see `open_leaves`."""
         self._array = array
         self.shape: tuple[int, ...] = tuple(array.shape)
-        self.chunk_rows: int = array.chunk_layout.read_chunk.shape[
-            0
-        ]  # of the first axis: what one read brings in anyway
+        # Of the first axis: what one read brings in anyway.
+        self.chunk_rows: int = array.chunk_layout.read_chunk.shape[0]
 
     def __len__(self) -> int:
         """Size of the first axis."""
@@ -37,6 +41,43 @@ class Leaf:
         writing = self._array[index].write(values)
         writing.copy.result()
         return writing.commit
+
+
+def open_parameters(checkpoints: Checkpoints, step: int | None = None) -> dict[str, Leaf]:
+    """Every parameter of `step`, or of the latest, by its dotted name (`layers.query`), opened but not read.
+
+    UserError without a step, for one of another run, and where the parameters are not those of its config.
+    """
+    item = checkpoints.item_of_run(step)
+    with checkpoints.usable(item.step):
+        leaves = open_leaves(checkpoints.directory / str(item.step) / "params")
+    abstract = transformer.abstract_parameters(item.config.model)
+    wanted = {".".join(key.key for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(abstract)}
+    saved = {name: leaf.shape for name, leaf in leaves.items()}
+    wrong = sorted(name for name in wanted.keys() | saved.keys() if wanted.get(name) != saved.get(name))
+    if wrong:
+        shapes = f"{wrong[0]} is {saved.get(wrong[0], 'missing')}, its config wants {wanted.get(wrong[0], 'none')}"
+        raise run_item.unusable(checkpoints.directory, item.step, shapes)
+    return leaves
+
+
+def create(workdir: Path, config: Config, tokenizer: bytes) -> dict[str, Leaf]:
+    """Step 0 of a run that has not begun, its parameters zero until the leaves are written: a model from elsewhere, of
+    which no more is in memory than the caller holds.
+
+    The step counts as committed at once: the caller keeps the workdir out of sight until all is written.
+    """
+    abstract = transformer.abstract_parameters(config.model)
+    # Orbax writes the frame of the checkpoint, around one zero that has every shape and compresses to nothing; it must
+    # not copy that to the full size first.
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract)
+    uncopied = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, uncopied))
+    handler = ocp.PyTreeCheckpointHandler(use_compression=True, type_handler_registry=registry)
+    checkpoints = Checkpoints(workdir, keep=1, params_handler=handler)
+    checkpoints.save_items(0, zeros, run_item.to_json(config, {}, tokenizer, begun=False))
+    checkpoints.close()
+    return open_leaves(checkpoints.directory / "0" / "params", rewrite=True)
 
 
 def open_leaves(params: Path, rewrite: bool = False) -> dict[str, Leaf]:

@@ -61,7 +61,7 @@ class Meter:
 
     def state(self) -> dict:
         """JSON-ready, and apart from what goes on: a checkpoint writes it down while further steps are added."""
-        self._count_wall()
+        self.count_wall()
         names = ("steps_in_window", "seconds", "timed_seconds", "timed_tokens")
         return {"sums": dict(self.sums)} | {name: getattr(self, name) for name in names}
 
@@ -87,7 +87,7 @@ class Meter:
 
     def window(self, step: int, last: dict[str, float]) -> dict[str, float]:
         """Close the window that ends with `step` steps done: means, totals, and the speed of the latest timed steps."""
-        self._count_wall()
+        self.count_wall()
         mean = {name: total / self.steps_in_window for name, total in self.sums.items()}
         values = {f"train/{name}": mean[name] for name in last if name != "token_count"}
         values["train/learning_rate"] = last["learning_rate"]
@@ -109,7 +109,8 @@ class Meter:
         enough = self.timed_tokens >= _FEWEST_TIMED * self.config.tokens_per_step and self.timed_seconds > 0
         return self.timed_tokens / self.timed_seconds if enough else None
 
-    def _count_wall(self) -> None:
+    def count_wall(self) -> None:
+        """Bring `seconds` up to now."""
         now = time.perf_counter()
         self.seconds += now - self._last_wall
         self._last_wall = now

@@ -26,32 +26,32 @@ class Stop:
         self._received = received
         self._alone = processes.count() == 1
         self._agreed = 0
-        self._asked: jax.Array | None = None
-        self._place = mesh_lib.sharding(mesh, "devices")
+        self._posted: jax.Array | None = None
+        self._sharding = mesh_lib.sharding(mesh, "devices")
         self._devices = mesh.size
         self._largest = jax.jit(jnp.max, out_shardings=mesh_lib.sharding(mesh, "replicated"))
 
     @property
     def number(self) -> int:
-        """The first signal heard of, or 0."""
+        """The first signal received by any process, or 0."""
         return (self._received or [0])[0] if self._alone else self._agreed
 
-    def ask(self) -> None:
-        """Start asking everyone; all processes call it after dispatching the same step."""
+    def post(self) -> None:
+        """Start agreeing on what was received; all processes call it after dispatching the same step."""
         if not self._alone:
             mine = np.full(1, (self._received or [0])[0], np.int32)
-            everyone = jax.make_array_from_callback((self._devices,), self._place, lambda index: mine)
-            self._asked = self._largest(everyone)
+            everyone = jax.make_array_from_callback((self._devices,), self._sharding, lambda index: mine)
+            self._posted = self._largest(everyone)
 
-    def hear(self) -> None:
-        """Take in what was asked last; all processes call it at the same point of the run."""
-        if self._asked is not None:
-            self._agreed = self._agreed or int(self._asked)
-            self._asked = None
+    def collect(self) -> None:
+        """Take in what was posted last; all processes call it at the same point of the run."""
+        if self._posted is not None:
+            self._agreed = self._agreed or int(jax.device_get(self._posted))
+            self._posted = None
 
 
 class Received(list[int]):
-    """The numbers of signals received; `answer` is what the first one is told."""
+    """The numbers of signals received; `answer` is what is printed at the first one."""
 
     answer = "stopping"
 
