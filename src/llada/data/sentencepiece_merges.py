@@ -13,13 +13,10 @@ from llada.errors import UserError
 
 # Numbers of sentencepiece_model.proto.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
-UNIGRAM, BPE = 1, 2
-_MODEL_TYPES = {3: "word", 4: "char"}
+BPE = 2
+_OTHER_MODEL_TYPES = {1: "unigram", 3: "word", 4: "char"}
 
 _LONGEST_RUN = 64
-
-# Code points that are never characters: Unicode reserves them for a program's own use inside a text.
-PLACEHOLDERS = [chr(0xFDD0 + i) for i in range(32)] + [chr(plane * 0x10000 + 0xFFFE) for plane in range(17)]
 
 
 class Merge(NamedTuple):
@@ -32,15 +29,17 @@ class Merge(NamedTuple):
 
 
 def require_expressible(proto: Any) -> list[Merge]:
-    """UserError unless transformers can encode as this ModelProto does; the merges, best first, of a byte-pair model.
+    """The merges of a byte-pair ModelProto, best first. UserError unless an export can make transformers encode as it.
 
     Takes some seconds for a vocabulary of 100,000.
     """
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     problem = None
-    if trainer.model_type not in (UNIGRAM, BPE):
-        name = _MODEL_TYPES.get(trainer.model_type, trainer.model_type)
-        problem = f"is of type {name}; only bpe and unigram models can be exported"
+    if trainer.model_type != BPE:
+        name = _OTHER_MODEL_TYPES.get(trainer.model_type, trainer.model_type)
+        problem = f"is of type {name}; only bpe models can be exported"
+    elif normalizer.precompiled_charsmap:
+        problem = "changes characters of a text (normalization_rule_name); only identity can be exported"
     elif trainer.treat_whitespace_as_suffix:
         problem = "was trained with --treat_whitespace_as_suffix, which transformers cannot express"
     elif not normalizer.escape_whitespaces:
@@ -49,11 +48,6 @@ def require_expressible(proto: Any) -> list[Merge]:
         problem = "has denormalisation rules, which transformers cannot express"
     elif not any(piece.type == UNKNOWN for piece in proto.pieces):
         problem = "has no unknown piece; transformers cannot load it"
-    elif normalizer.precompiled_charsmap and len(user_defined(proto)) >= len(PLACEHOLDERS):
-        problem = (
-            f"normalises text and has {len(user_defined(proto))} user-defined symbols; "
-            f"transformers can express {len(PLACEHOLDERS) - 1}"
-        )
     else:
         for piece in proto.pieces:
             if piece.type == UNUSED:
@@ -64,7 +58,7 @@ def require_expressible(proto: Any) -> list[Merge]:
             problem = "has two pieces that differ only in how they spell a space, which transformers cannot express"
     if problem:
         raise UserError(f"the SentencePiece model {problem}")
-    return _merges(proto) if trainer.model_type == BPE else []
+    return _merges(proto)
 
 
 def spelled(piece: Any) -> str:

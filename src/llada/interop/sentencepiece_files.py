@@ -8,29 +8,22 @@ text back. What a user meets that is different:
 * Pieces are spelled with spaces, not with U+2581, so that U+2581 in a text stays what it is: three bytes.
 * Ids of bytes that are not UTF-8, which no text encodes to, may decode to another number of U+FFFD.
 
-Byte-pair models of users are exact too, and unigram models nearly, but for these:
+Byte-pair models of users, such as those of Llama 2 and Mistral, are exact too, but for these:
 
-* A charsmap is applied by character cluster, not by longest match: rare marks on a character that is itself
-  normalised are lost. U+FDD0 to U+FDEF, which are no characters, stand for user-defined symbols meanwhile.
-* Where two unigram cuts are equally probable ("))" + ")" and ")" + "))"), rounding decides: here of 64-bit sums,
-  in SentencePiece of 32-bit ones, which in texts of many thousand characters also confuse cuts that are nearly so.
 * The text on each side of a special token, or of U+2581 in a model with byte fallback, is to SentencePiece a text of
-  its own. Here that holds for special tokens, not for U+2581, where a model adds a dummy prefix or normalises.
-* A text that is one user-defined symbol of several characters, in a byte-pair model, or that a charsmap deletes, gets
-  no dummy prefix.
+  its own. Here that holds for special tokens, not for U+2581, where a model adds a dummy prefix or drops spaces.
+* A text that is one user-defined symbol of several characters gets no dummy prefix.
+
+Unigram models, and models that change characters, are refused: `sentencepiece_merges.require_expressible`.
 """
 
-import base64
 import json
 import re
 from typing import Any
 
 from llada.data.sentencepiece_merges import (
-    BPE,
     CONTROL,
-    PLACEHOLDERS,
     SPACE_MARK,
-    UNIGRAM,
     UNKNOWN,
     USER_DEFINED,
     Merge,
@@ -53,30 +46,29 @@ def tokenizer_files(
 ) -> dict[str, bytes]:
     """Return the files' contents by name: tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
-    `proto` is a parsed SentencePiece ModelProto, byte-pair or unigram; ids are None where it has no such token. With
-    `bos_id` every encoded text begins with that token, unless the user passes add_special_tokens=False. `added` are
-    special tokens past the last piece, by id. Without `keep_marks` a U+2581 in a text is a space, as SentencePiece
-    itself has it. Transformers 4.57 and 5 load the files without sentencepiece. Raises
-    UserError for a model that the format cannot express.
+    `proto` is a parsed byte-pair ModelProto; ids are None where it has no such token. With `bos_id` every encoded text
+    begins with that token, unless the user passes add_special_tokens=False. `added` are special tokens past the last
+    piece, by id. Without `keep_marks` a U+2581 in a text is a space, as SentencePiece itself has it. Transformers 4.57
+    and 5 load the files without sentencepiece. Raises UserError for a model that the format cannot express.
     """
     merges = require_expressible(proto)
     added = added or {}
-    given = {"mask_token": mask_id, "eos_token": eos_id, "pad_token": pad_id, "bos_token": bos_id}
-    roles = {role: token for role, token in given.items() if token is not None}
+    ids = {"mask_token": mask_id, "eos_token": eos_id, "pad_token": pad_id, "bos_token": bos_id}
+    roles = {role: token for role, token in ids.items() if token is not None}
     roles["unk_token"] = next(token for token, piece in enumerate(proto.pieces) if piece.type == UNKNOWN)
     name_of = dict(enumerate(piece.piece for piece in proto.pieces)) | added
     names = {role: name_of[token] for role, token in roles.items()}
-    found_first = _added_tokens(proto, set(roles.values()), added)
+    added_tokens = _added_tokens(proto, set(roles.values()), added)
     tokenizer = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": found_first,
+        "added_tokens": added_tokens,
         "normalizer": _sequence("normalizers", _normalizers(proto, keep_marks)),
-        "pre_tokenizer": _pre_tokenizer(proto),
+        "pre_tokenizer": None,
         "post_processor": None if bos_id is None else _template(names["bos_token"], bos_id),
         "decoder": _sequence("decoders", _decoders(proto)),
-        "model": _byte_pair_model(proto, merges) if proto.trainer_spec.model_type == BPE else _unigram_model(proto),
+        "model": _byte_pair_model(proto, merges),
     }
     config = {
         # The one name of the plain fast tokenizer that both major versions know.
@@ -87,7 +79,7 @@ def tokenizer_files(
         # Cleaning up would change text such as "a ." into "a.".
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {
-            str(token["id"]): {key: token[key] for key in token if key != "id"} for token in found_first
+            str(token["id"]): {key: token[key] for key in token if key != "id"} for token in added_tokens
         },
         **names,
     }
@@ -98,41 +90,39 @@ def tokenizer_files(
     }
 
 
-def _cut_out(proto: Any) -> list[str]:
-    """User-defined symbols that the model itself would not keep whole.
-
-    Unigram scores keep any of them whole. In a byte-pair model that no merge touches a single character.
-    """
-    return [] if proto.trainer_spec.model_type == UNIGRAM else [s for s in user_defined(proto) if len(s) > 1]
+def _long_symbols(proto: Any) -> list[str]:
+    """User-defined symbols of several characters, which merges would cut; no merge touches a single character."""
+    return [symbol for symbol in user_defined(proto) if len(symbol) > 1]
 
 
-def _added_tokens(proto: Any, special: set[int], added: dict[int, str]) -> list[dict]:
-    """Tokens found in a text before the model sees it: special ones, and symbols found in normalised text."""
-    cut_out, tokens = set(_cut_out(proto)), []
-    whole = {"single_word": False, "lstrip": False, "rstrip": False}
+def _added_tokens(proto: Any, special: set[int], added: dict[int, str]) -> list[dict[str, Any]]:
+    """Tokens that are searched for before the model sees a text: special ones, and symbols in normalised text."""
+    symbols = set(_long_symbols(proto))
+    tokens = []
     for token, piece in enumerate(proto.pieces):
         is_special = token in special or piece.type in (CONTROL, UNKNOWN)
-        if is_special or (piece.type == USER_DEFINED and spelled(piece) in cut_out):
-            name = {"id": token, "content": spelled(piece)}
-            tokens.append({**name, **whole, "normalized": not is_special, "special": is_special})
-    past = sorted(added.items())
-    return tokens + [
-        {"id": token, "content": name, **whole, "normalized": False, "special": True} for token, name in past
-    ]
+        if is_special or (piece.type == USER_DEFINED and spelled(piece) in symbols):
+            tokens.append(_added_token(token, spelled(piece), is_special))
+    return tokens + [_added_token(token, name, True) for token, name in sorted(added.items())]
+
+
+def _added_token(token: int, content: str, special: bool) -> dict[str, Any]:
+    strips = {"single_word": False, "lstrip": False, "rstrip": False}
+    return {"id": token, "content": content, **strips, "normalized": not special, "special": special}
 
 
 def _normalizers(proto: Any, keep_marks: bool) -> list[dict]:
     spec, byte_fallback = proto.normalizer_spec, proto.trainer_spec.byte_fallback and keep_marks
-    steps = _charsmap(proto) if spec.precompiled_charsmap else []
+    steps = []
     if spec.remove_extra_whitespaces:
         # Not the normaliser Strip, which would take all kinds of white space.
         last = " " if byte_fallback else f" {SPACE_MARK}"
         steps += [_replace_regex(rf"\A +|[{last}]+\z", ""), _replace_regex(" {2,}", " ")]
     if spec.add_dummy_prefix:
         # Added tokens are themselves normalised before they are looked for, and must not get the prefix then.
-        whole = "|".join(map(_escaped, _cut_out(proto)))
-        prefix = _replace_regex(rf"\A(?!(?:{whole})\z)(?=[\s\S])", " ")
-        steps.append(prefix if whole else {"type": "Prepend", "prepend": " "})
+        symbols = "|".join(map(_escaped, _long_symbols(proto)))
+        prefix = _replace_regex(rf"\A(?!(?:{symbols})\z)(?=[\s\S])", " ")
+        steps.append(prefix if symbols else {"type": "Prepend", "prepend": " "})
     if not byte_fallback:
         steps.append(_replace(SPACE_MARK, " "))
     if proto.trainer_spec.byte_fallback and not any(piece.piece == SPACE_MARK for piece in proto.pieces):
@@ -141,42 +131,8 @@ def _normalizers(proto: Any, keep_marks: bool) -> list[dict]:
     return steps
 
 
-def _charsmap(proto: Any) -> list[dict]:
-    """The model's own normalisation, from which SentencePiece exempts user-defined symbols."""
-    symbols, (gap, *placeholders) = user_defined(proto), PLACEHOLDERS
-    hidden = list(zip(symbols, placeholders, strict=False))
-    # Of the character clusters that the tokenizers library normalises as one, the one that ordinary text is full of.
-    hidden.append(("\r\n", f"\r{gap}\n"))
-    charsmap = base64.b64encode(proto.normalizer_spec.precompiled_charsmap).decode()
-    return [
-        *(_replace(symbol, placeholder) for symbol, placeholder in hidden),
-        {"type": "Precompiled", "precompiled_charsmap": charsmap},
-        _replace(gap, ""),
-        *(_replace(placeholder, symbol) for symbol, placeholder in hidden[:-1]),
-    ]
-
-
-def _pre_tokenizer(proto: Any) -> dict | None:
-    """Keep a unigram model from reading text such as "<0x41>" or "<s>" as the piece of that name.
-
-    A byte-pair model needs no such help, because no merge makes those pieces.
-    """
-    if proto.trainer_spec.model_type == BPE:
-        return None
-    names = [piece.piece for piece in proto.pieces if piece.type in (UNKNOWN, CONTROL)]
-    tails: dict[str, list[str]] = {}
-    for name in names:
-        if len(name) > 1:
-            tails.setdefault(name[0], []).append(_escaped(name[1:]))
-    if proto.trainer_spec.byte_fallback:
-        tails.setdefault("<", []).append("0x[0-9A-F]{2}>")
-    pattern = "|".join(f"{_escaped(first)}(?={'|'.join(rest)})" for first, rest in tails.items())
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "MergedWithPrevious", "invert": False}
-    return split if pattern else None
-
-
 def _decoders(proto: Any) -> list[dict]:
-    steps = [{"type": "ByteFallback"}] if proto.trainer_spec.byte_fallback else []
+    steps: list[dict] = [{"type": "ByteFallback"}] if proto.trainer_spec.byte_fallback else []
     steps.append({"type": "Fuse"})
     if proto.normalizer_spec.add_dummy_prefix:
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
@@ -186,7 +142,7 @@ def _decoders(proto: Any) -> list[dict]:
 def _template(bos: str, bos_id: int) -> dict:
     """Begin every text, and each of a pair of texts, with one token."""
 
-    def parts(sequence: str, segment: int) -> list[dict]:
+    def with_bos(sequence: str, segment: int) -> list[dict]:
         return [
             {"SpecialToken": {"id": bos, "type_id": segment}},
             {"Sequence": {"id": sequence, "type_id": segment}},
@@ -194,8 +150,8 @@ def _template(bos: str, bos_id: int) -> dict:
 
     return {
         "type": "TemplateProcessing",
-        "single": parts("A", 0),
-        "pair": parts("A", 0) + parts("B", 1),
+        "single": with_bos("A", 0),
+        "pair": with_bos("A", 0) + with_bos("B", 1),
         "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
     }
 
@@ -212,22 +168,6 @@ def _byte_pair_model(proto: Any, merges: list[Merge]) -> dict:
         "ignore_merges": False,
         "vocab": {spelled(piece): token for token, piece in enumerate(proto.pieces)},
         "merges": [[merge.left, merge.right] for merge in merges],
-    }
-
-
-def _unigram_model(proto: Any) -> dict:
-    vocabulary = []
-    for piece in proto.pieces:
-        score = piece.score
-        if piece.type == USER_DEFINED:
-            # Better than any log-probability: SentencePiece's own bonus.
-            score = 0.1 * len(piece.piece.encode()) - 0.1
-        vocabulary.append([spelled(piece), score])
-    return {
-        "type": "Unigram",
-        "unk_id": next(token for token, piece in enumerate(proto.pieces) if piece.type == UNKNOWN),
-        "vocab": vocabulary,
-        "byte_fallback": bool(proto.trainer_spec.byte_fallback),
     }
 
 
