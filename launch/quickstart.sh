@@ -12,6 +12,7 @@ case "$run_dir" in /*) ;; *) run_dir="$PWD/$run_dir" ;; esac
 cd "$(dirname "$0")/.."
 source launch/setup.sh
 make_environment requirements.txt requirements-plots.txt requirements-hf.txt
+use_large_pages
 
 say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 

@@ -13,6 +13,7 @@ case "$sweep_dir" in /*) ;; *) [ "$PWD" = "$checkout" ] || sweep_dir="$PWD/$swee
 cd "$checkout"
 source launch/setup.sh
 make_environment requirements.txt requirements-plots.txt
+use_large_pages
 
 say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 

@@ -40,6 +40,7 @@ read_training "$@"
 source launch/setup.sh
 make_environment requirements.txt
 add_accelerator
+use_large_pages
 
 before=$(newest_checkpoint "$workdir")
 again=""

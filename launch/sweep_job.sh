@@ -13,6 +13,7 @@ cd "$(dirname "$0")/.."
 source launch/setup.sh
 make_environment requirements.txt requirements-plots.txt
 add_accelerator
+use_large_pages
 # Each host of a pod is a machine of its own here: its chips, and no others. Hosts of pods have four.
 if has_tpu; then
   export TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS="${TPU_CHIPS_PER_PROCESS_BOUNDS:-2,2,1}"

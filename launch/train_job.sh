@@ -9,5 +9,6 @@ cd "$(dirname "$0")/.."
 source launch/setup.sh
 make_environment requirements.txt
 add_accelerator
+use_large_pages
 set -x
 exec llada train "$@"

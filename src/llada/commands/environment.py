@@ -1,4 +1,4 @@
-"""Environment variables of JAX that would change results, and the cache of compiled programs."""
+"""The process around a command: JAX's environment variables, the cache of compiled programs, memory on CPU."""
 
 import contextlib
 import os
@@ -33,6 +33,7 @@ _PINNED = {
 }
 _MOST_BYTES = 4 << 30  # of the cache; a run adds some megabytes
 _LEAST_FREE_BYTES = 64 << 20
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # parameters of mallopt(3), from glibc's malloc.h
 
 
 def pin_jax_settings() -> None:
@@ -100,3 +101,23 @@ def _remove_oldest(directory: Path) -> None:
                 total -= size
             if total <= 0.75 * _MOST_BYTES:
                 return
+
+
+def retain_freed_memory() -> None:
+    """On CPU keep the memory that a training step frees for the next step, instead of returning it to the system.
+
+    XLA allocates all buffers of a step and frees them at its end; the system would fill hundreds of megabytes with
+    zeros for each step. The process stays as large as it ever was. To be called before JAX is asked for devices, and
+    after `processes.start`. No effect outside Linux, without glibc, or where JAX has an accelerator.
+    """
+    import ctypes
+
+    import jax
+
+    if sys.platform != "linux":
+        return
+    # A step on a thread of its own would allocate outside the main heap, which is the one that is retained.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if jax.default_backend() == "cpu" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, -1)

@@ -35,40 +35,47 @@ DTYPE = FLAGS.define_enum(
 
 
 def run(overrides: dict[str, str]) -> int:
-    """Compile, read, report."""
+    """Compile, analyse, report."""
     if not TOPOLOGY.value:
         raise UserError("--topology is missing; for example --topology=v5p:4x4x8")
     if SEARCH.value and PROGRAM.value != "train":
         raise UserError(f"--search is for --program=train, not {PROGRAM.value}")
     target = None if JSON.value is None else paths.writable_target(JSON.value, "--json")
     config = experiment.read(experiment.CONFIG.value, overrides)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs on what this machine has
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs on this machine's own devices
     from llada import mesh as mesh_lib
     from llada.commands import progress
     from llada.planning import fitting, programs, report, search, topology
 
     place = topology.describe(TOPOLOGY.value, SLICES.value)
-    sampling = (BATCH.value, PROMPT.value, LENGTH.value, STEPS.value, BLOCK.value, CACHE.value)
-    request = programs.Request(*sampling, DTYPE.value)
     if SEARCH.value:
         with progress.line() as line:
-            found = search.search(config, place, line.now, line.done)
-        _tell(search.text(found), found.figures, target)
+            result = search.search(config, place, line.now, line.done)
+        _write(search.text(result), result.figures, target)
         return 0
+    workload = programs.Workload(
+        batch=BATCH.value,
+        prompt_length=PROMPT.value,
+        gen_length=LENGTH.value,
+        steps=STEPS.value,
+        block_length=BLOCK.value,
+        cache=CACHE.value,
+        dtype=DTYPE.value,
+    )
     mesh = mesh_lib.make(config.mesh, place.devices)
-    program = programs.make(config, mesh, PROGRAM.value, request)
+    program = programs.make(config, mesh, PROGRAM.value, workload)
     with progress.line() as line:
         line.now(f"compiling {PROGRAM.value} for {place.chips} chips of {place.name}")
         compiled = programs.lower_and_compile(program, mesh)
     if compiled.refusal:
-        raise UserError(fitting.refusal(config, place, mesh, program, compiled))
-    found = report.figures(config, place, mesh, program, compiled)
-    _tell(report.text(found), found, target)
+        raise UserError(fitting.refusal(config, place, mesh.shape, program, compiled.refusal))
+    figures = report.figures(config, place, mesh, program, compiled)
+    _write(report.text(figures), figures, target)
     return 0
 
 
-def _tell(text: str, figures: dict, target: Path | None) -> None:
-    """Print, and write what was asked for; in this order, so that a full disk takes nothing away."""
+def _write(text: str, figures: dict, target: Path | None) -> None:
+    """Print, then write the file if there is to be one: in this order, so that a full disk takes nothing away."""
     print(text)
     sys.stdout.flush()
     if target is not None:

@@ -12,7 +12,7 @@ import os
 import sys
 
 from llada import json_files, processes
-from llada.commands import experiment, joining, memory
+from llada.commands import environment, experiment, joining
 from llada.commands.command_flags import CommandFlags
 from llada.errors import UserError
 from llada.paths import user_path
@@ -29,7 +29,7 @@ def run(overrides: dict[str, str]) -> int:
     """Train; 129, 130 or 143 after a signal (everything saved), 3 if the loss stopped being a number."""
     if not PRINT_CONFIG.value:
         joining.join()
-        memory.keep()
+        environment.retain_freed_memory()
     with processes.agreement():
         config = _config(overrides)
     if PRINT_CONFIG.value:
