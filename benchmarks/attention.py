@@ -1,30 +1,27 @@
-"""Attention forward and backward on this machine: all scores at once, by blocks of queries, and PyTorch's.
+"""Attention forward and backward on this machine, all scores at once and by blocks of queries, against PyTorch's.
 
-    python benchmarks/attention.py [--lengths=512,1024,2048,4096] [--blocks=64,128,256] [--heads=6] [--pairs=5]
+    python benchmarks/attention.py [--lengths 512 1024 2048 4096] [--blocks 64 128 256] [--heads=6] [--pairs=5]
 
-float32, one sequence, 64 channels a head. Results and gradients must agree; times are of programs run in turns, memory
-is what the compiled program of ours holds besides inputs and outputs.
+float32, one sequence, 64 channels a head. Ours and PyTorch's scaled_dot_product_attention run alternately; outputs and
+gradients of every pair are compared. Memory is that of our compiled program besides inputs and outputs. Needs torch.
 """
 
+import argparse
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import record
+import timing
 import torch
-from absl import app, flags
-from timing import alternate, report
 
 from llada.model import attention
-
-LENGTHS = flags.DEFINE_list("lengths", ["512", "1024", "2048", "4096"], "Tokens.")
-BLOCKS = flags.DEFINE_list("blocks", [str(attention.BLOCK)], "Queries in a block.")
-HEADS = flags.DEFINE_integer("heads", 6, "Heads, all with keys of their own.")
-PAIRS = flags.DEFINE_integer("pairs", 5, "Timed runs of each.")
+from llada.model.attention_kernels import Allowed
 
 
 def torch_program(inputs, weights):
-    """Value and gradients of the weighted sum of PyTorch's scaled_dot_product_attention."""
+    """Output of PyTorch's attention and the gradients of its weighted sum."""
     inputs = [torch.tensor(x).transpose(1, 2).contiguous().requires_grad_() for x in inputs]
     weights = torch.tensor(weights).transpose(1, 2).contiguous()
 
@@ -36,14 +33,14 @@ def torch_program(inputs, weights):
     return run
 
 
-def our_program(way, inputs, weights):
-    """The same of one of our ways, and the bytes of its temporaries."""
+def our_program(attend, inputs, weights):
+    """The same of one of our implementations, and the bytes of its temporaries."""
 
-    def total(*inputs):
-        mixed = way(*inputs)
+    def weighted_sum(*inputs):
+        mixed = attend(*inputs, Allowed())
         return jnp.sum(mixed * weights), mixed
 
-    program = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True)).lower(*inputs).compile()
+    program = jax.jit(jax.grad(weighted_sum, argnums=(0, 1, 2), has_aux=True)).lower(*inputs).compile()
 
     def run():
         gradients, mixed = jax.block_until_ready(program(*inputs))
@@ -53,24 +50,48 @@ def our_program(way, inputs, weights):
 
 
 def same(ours, theirs):
-    """Refuse results that are apart."""
+    """AssertionError where results differ."""
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(np.asarray(a), b, atol=2e-4)
     return {}
 
 
-def main(_):
+def row(facts: dict) -> dict[str, str]:
+    """What docs/benchmarks.md shows of them."""
+    return {
+        "tokens": str(facts["length"]),
+        "implementation": facts["implementation"],
+        "ours, s": timing.text(facts["ours"]),
+        "PyTorch, s": timing.text(facts["pytorch"]),
+        "PyTorch / ours": timing.text(facts["ratio"]),
+        "temporaries, MB": timing.text(facts["temporaries_mb"]),
+    }
+
+
+def main() -> None:
+    """A line of JSON for each length and implementation."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096], help="tokens")
+    parser.add_argument("--blocks", nargs="+", type=int, default=[attention.BLOCK], help="queries in a block")
+    parser.add_argument("--heads", type=int, default=6, help="each with keys of its own")
+    parser.add_argument("--pairs", type=int, default=5)
+    record.add_flags(parser)
+    options = parser.parse_args()
+    implementations = {"at once": attention.at_once}
+    implementations |= {f"blocks of {n}": functools.partial(attention.by_blocks, block=n) for n in options.blocks}
     rng = np.random.default_rng(0)
-    for length in map(int, LENGTHS.value):
-        *inputs, weights = rng.normal(size=(4, 1, length, HEADS.value, 64)).astype(np.float32)
+    rows = []
+    for length in options.lengths:
+        *inputs, weights = rng.normal(size=(4, 1, length, options.heads, 64)).astype(np.float32)
         theirs = torch_program(inputs, weights)
-        ways = {"at_once": attention.at_once}
-        ways |= {f"by_blocks {n}": functools.partial(attention.by_blocks, block=int(n)) for n in BLOCKS.value}
-        for name, way in ways.items():
-            run, temporaries = our_program(lambda q, k, v, way=way: way(q, k, v, False), inputs, weights)
-            facts = alternate(run, theirs, same, PAIRS.value)
-            report(length=length, way=name, temporaries_mb=temporaries / 1e6, **facts)
+        for name, implementation in implementations.items():
+            ours, temporaries = our_program(implementation, inputs, weights)
+            facts = dict(benchmark="attention", length=length, implementation=name, temporaries_mb=temporaries / 1e6)
+            facts |= timing.alternate(ours, theirs, same, options.pairs)
+            timing.report(**facts)
+            rows.append(row(facts))
+    record.record(options, "attention", rows)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

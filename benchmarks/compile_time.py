@@ -1,30 +1,28 @@
 """What compiling the training step costs, and what the compiled program contains: python benchmarks/compile_time.py
 
-  depth   seconds to trace, lower and compile the step of 32 layers, of 3 and of 2, alternately: a layer a turn of the
-          scan (scan_unroll=1, what TPUs get), then as many as this platform gets. The last layer stands apart, so 2
-          are a loop of one turn, which XLA takes apart
-  warm    the same in fresh processes, with an empty compilation cache and with a full one
+  depth   seconds to trace, lower and compile the step of 32, 3 and 2 layers, alternately: first with one layer in an
+          iteration of the scan (scan_unroll=1, as on TPU), then with this platform's default. The last layer is
+          outside the scan, so with 2 layers the loop has one iteration, which XLA unrolls
+  warm    the same of 32 layers in fresh processes, with an empty compilation cache and with a full one
   traces  how often a short `llada train` traces its step
-  head    matrix-product FLOPs of the vocabulary head in one step of the compiled program (the loop's body times its
-          turns), over those of logits of all positions
+  head    matrix FLOPs of the vocabulary head in one step of the compiled program (loop body times trip count), over
+          those of logits of all positions
 
-Measured on CPU or whatever JAX finds; a line of JSON each.
+On the platform that JAX finds; a line of JSON each.
 """
 
 import argparse
 import dataclasses
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+import record
 import timing
 
 from llada import config as config_lib
@@ -56,7 +54,7 @@ def build(
 
 
 def compile_once(config: config_lib.Config, special: SpecialTokens):
-    """`(seconds by phase, compiled program)`; nothing is kept from an earlier call."""
+    """`(seconds by phase, compiled program)`, without JAX's caches in memory."""
     jax.clear_caches()
     mesh = mesh_lib.make(config.mesh, jax.devices()[:1])
     state = jax.eval_shape(lambda: step_lib.init_state(config))
@@ -76,32 +74,33 @@ def compile_once(config: config_lib.Config, special: SpecialTokens):
 def depth(width: int, pairs: int) -> dict:
     """32 layers against 2, and against 3."""
     compile_once(*build(2, width))  # JAX's own start-up
-    out = {}
+    facts = {}
     for name, unroll in (("scanned", 1), ("default", None)):
         seconds = {32: [], 3: [], 2: []}
         for _ in range(pairs):
-            for layers, found in seconds.items():
-                found.append(compile_once(*build(layers, width, scan_unroll=unroll))[0]["total"])
-        spreads = {f"layers_{n}": timing.spread(found) for n, found in seconds.items()}
+            for layers, measured in seconds.items():
+                measured.append(compile_once(*build(layers, width, scan_unroll=unroll))[0]["total"])
+        spreads = {f"layers_{n}": timing.spread(measured) for n, measured in seconds.items()}
         for few, label in ((2, "ratio"), (3, "ratio_to_3")):
             spreads[label] = timing.spread([a / b for a, b in zip(seconds[32], seconds[few], strict=True)])
-        out[name] = spreads
-    return out
+        facts[name] = spreads
+    return facts
 
 
 def warm(width: int) -> dict:
-    """A process with an empty cache, then one with what that left there."""
+    """A process with an empty cache, then one with the cache that the first filled."""
     with tempfile.TemporaryDirectory() as cache:
-        # Small programs too: at this size some take less than the second below which JAX does not keep them.
-        kept = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        command = [sys.executable, __file__, "child", f"--width={width}"]
-        found = {}
-        for name in ("cold", "warm"):
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | kept)
-            found[name] = json.loads(done.stdout)
-    # The cache saves compiling; tracing and lowering come before it can be asked.
-    ratios = {f"ratio_{phase}": found["warm"][phase] / found["cold"][phase] for phase in ("compile", "total")}
-    return found | ratios
+        variables = {
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            # By default JAX does not save programs that compile within a second, as some of this size do.
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        facts = {
+            name: timing.in_a_process(__file__, "child", f"--width={width}", **variables) for name in ("cold", "warm")
+        }
+    # The cache saves compiling; tracing and lowering come before it can be read.
+    ratios = {f"ratio_{phase}": facts["warm"][phase] / facts["cold"][phase] for phase in ("compile", "total")}
+    return facts | ratios
 
 
 def traces() -> dict:
@@ -118,7 +117,7 @@ def traces() -> dict:
             for document in range(300):
                 numbers = range(10 * document, 10 * document + 10)
                 text = "".join(f"{i} is followed by {i + 1}, and {i * i} is its square.\n" for i in numbers)
-                (Path(directory) / f"{document}.txt").write_text(text)
+                (Path(directory) / f"{document}.txt").write_text(text, encoding="utf-8")
             config, _ = build(2, 64, vocab=300)
             data = dataclasses.replace(config.data, source=f"text:{directory}/*.txt", sequence_length=32)
             evaluate = dataclasses.replace(config.evaluate, every=3, batches=1, draws=1)
@@ -135,7 +134,7 @@ SHAPE = re.compile(r"%?([\w.-]+) = \w+\[([\d,]*)\]")
 
 
 def head_flops(text: str, vocab: int) -> float:
-    """FLOPs of the matrix products in a compiled program that touch the vocabulary, every loop body counted once."""
+    """FLOPs of the matrix products in a compiled program that have the vocabulary as an axis, loop bodies once."""
     sizes = {name: _ints(shape) for name, shape in SHAPE.findall(text)}
     total = 0
     for _, result, operands, contracted in DOT.findall(text):
@@ -153,9 +152,9 @@ def _ints(text: str) -> tuple[int, ...]:
 
 
 def head(width: int) -> dict:
-    """C11's ratio, and the bound it must keep: masked rows rounded up to blocks, over all rows."""
-    # Its products do not depend on depth. A vocabulary below one piece, as FLOPs of a loop within the loops would hide;
-    # three quarters of one, a size that nothing else has.
+    """FLOPs of the head over those of all logits, and its bound: masked rows rounded up to blocks, over all rows."""
+    # The head's products do not depend on depth. Below one piece of the vocabulary they are not in an inner loop, whose
+    # FLOPs would be missed; three quarters of a piece is a size that no other axis has.
     config, special = build(1, width, vocab=vocabulary_head.PIECE * 3 // 4)
     config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, head_rows=128))
     _, compiled = compile_once(config, special)
@@ -166,11 +165,38 @@ def head(width: int) -> dict:
     rows = BATCH * LENGTH
     sizes = vocabulary_head.block_sizes(rows, config.objective.head_rows, jax.default_backend())
     executed = math.ceil(masked / sizes[-1]) * sizes[-1]
-    each = body / sum(sizes)  # the loops are there, once each; a row costs the same in all
+    each = body / sum(sizes)  # a loop for every block size, once each; a row costs the same in all
     dense = 6.0 * config.model.vocab_size * width
     assert body > 0, "no product with the vocabulary was found in the compiled program"
-    return dict(rows=rows, masked=masked, executed=executed, row_gflops=each / 1e9, dense_row_gflops=dense / 1e9,
-                ratio=each * executed / (dense * rows), bound=executed / rows)  # fmt: skip
+    facts = dict(rows=rows, masked=masked, executed=executed, row_gflops=each / 1e9, dense_row_gflops=dense / 1e9)
+    return facts | dict(ratio=each * executed / (dense * rows), bound=executed / rows)
+
+
+def rows(which: str, facts: dict) -> list[dict[str, str]]:
+    """What docs/benchmarks.md shows of one program's facts."""
+    cell = timing.text
+    if which == "depth":
+        figures = {
+            f"32 layers / {few}, {name}": facts[unroll][ratio]
+            for unroll, name in (("scanned", "one an iteration"), ("default", "default unrolling"))
+            for few, ratio in ((2, "ratio"), (3, "ratio_to_3"))
+        }
+        figures |= {f"seconds of 32 layers, {name}": facts[name]["layers_32"] for name in ("scanned", "default")}
+    elif which == "warm":
+        figures = {
+            "seconds with an empty cache": facts["cold"]["total"],
+            "seconds with a full cache": facts["warm"]["total"],
+            "full / empty": facts["ratio_total"],
+            "full / empty, compiling alone": facts["ratio_compile"],
+        }
+    elif which == "traces":
+        figures = {f"traces of the step in {facts['steps']} steps": facts["traces"]}
+    else:
+        figures = {
+            "FLOPs of the vocabulary head / of all logits": facts["ratio"],
+            "its bound: masked rows rounded up to blocks / all rows": facts["bound"],
+        }
+    return [{"program": which, "figure": name, "value": cell(figure)} for name, figure in figures.items()]
 
 
 def main() -> None:
@@ -179,6 +205,7 @@ def main() -> None:
     parser.add_argument("which", nargs="*", default=["depth", "warm", "traces", "head"])
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--pairs", type=int, default=3)
+    record.add_flags(parser)
     options = parser.parse_args()
     if options.which == ["child"]:
         print(json.dumps(compile_once(*build(32, options.width))[0]))
@@ -189,8 +216,12 @@ def main() -> None:
         "traces": traces,
         "head": lambda: head(options.width),
     }
+    table = []
     for name in options.which:
-        timing.report(benchmark=f"compile_{name}", width=options.width, **programs[name]())
+        facts = programs[name]()
+        timing.report(benchmark=f"compile_{name}", width=options.width, **facts)
+        table += rows(name, facts)
+    record.record(options, "compile_time", table)
 
 
 if __name__ == "__main__":

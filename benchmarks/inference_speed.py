@@ -5,9 +5,9 @@
   likelihood  128 draws of a 16-token answer in 128 tokens, against LLaDA's Monte Carlo loop on the same masks
 
 Both programs run alternately in one process, after one run each to compile and warm up; every pair asserts that the
-tokens (or the likelihood) are the same. Printed are medians and spreads of the seconds and of the ratio per pair.
-Weights are random: speed does not depend on them, but for `dual`, where the vocabulary matrix is scaled so that about
-half of the confidences pass the threshold. Needs torch (pip install torch).
+tokens (or the likelihood) are the same. Prints medians and ranges of seconds and of the ratio per pair. Weights are
+random, which changes the speed of `dual` alone: there the vocabulary matrix is scaled so that about half of the
+confidences pass the threshold. Needs torch.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import os
 
 import jax
 import numpy as np
+import record
 import timing
 import torch
 import torch_reference
@@ -35,8 +36,8 @@ SHAPES = {  # layers, width, heads, ffn, vocabulary
 def build(name: str, head_scale: float = 1.0):
     """`(config, parameters, PyTorch model, special tokens)` with random weights.
 
-    They are larger than those that training begins with: there masked positions differ by little more than rounding,
-    and two programs need not rank them alike.
+    They are larger than at the start of training, where confidences at masked positions differ by little more than
+    rounding and two programs may rank them differently.
     """
     layers, width, heads, ffn, vocab = SHAPES[name]
     unroll = layers if jax.default_backend() == "cpu" else 1
@@ -54,21 +55,21 @@ def sampling(shape: str, dual: bool, batch: int = 1):
     config, params, model, special = build(shape, head_scale=4.0 if dual else 1.0)
     prompt = np.random.default_rng(1).integers(0, special.mask, (batch, 64)).astype(np.int32)
     canvas_BL = np.concatenate([prompt, np.full((batch, 128), special.mask, np.int32)], axis=1)
-    nothing_V = np.zeros(config.vocab_size, bool)  # we always forbid the mask token; the published loops do not
+    forbidden_V = np.zeros(config.vocab_size, bool)  # the published loops do not forbid the mask token either
     cached = dict(cache="dual", confidence_threshold=0.5) if dual else {}
     settings = SamplerConfig(steps=128, block_length=32, **cached)
     common = dict(steps=128, gen_length=128, block_length=32, mask_id=special.mask)
 
     def ours():
-        got = sampler.reverse_process(config, params, canvas_BL, settings, special, nothing_V)
-        return got.tokens_BL, got.forward_passes
+        sample = sampler.reverse_process(config, params, canvas_BL, settings, special, forbidden_V)
+        return sample.tokens_BL, sample.forward_passes
 
     def theirs():
-        given = torch.from_numpy(prompt).long()
+        prompt_BL = torch.from_numpy(prompt).long()
         if dual:
-            tokens, passes = torch_reference.generate_cached(model, given, threshold=0.5, kind="dual", **common)
+            tokens, passes = torch_reference.generate_cached(model, prompt_BL, threshold=0.5, kind="dual", **common)
         else:
-            tokens, passes = torch_reference.generate(model, given, **common)
+            tokens, passes = torch_reference.generate(model, prompt_BL, **common)
         return tokens.numpy(), passes
 
     def same(a, b):
@@ -106,6 +107,18 @@ def scoring(shape: str):
     return ours, theirs, same
 
 
+def row(facts: dict) -> dict[str, str]:
+    """What docs/benchmarks.md shows of them."""
+    return {
+        "program": facts["benchmark"],
+        "shape": facts["shape"],
+        "ours, s": timing.text(facts["ours"]),
+        "PyTorch, s": timing.text(facts["pytorch"]),
+        "PyTorch / ours": timing.text(facts["ratio"]),
+        "forward passes": str(facts.get("forward_passes", "")),
+    }
+
+
 def main() -> None:
     """Run what is named, or all, and print a line of JSON for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,6 +126,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="20m")
     parser.add_argument("--batch", type=int, default=1, help="prompts sampled together; the published script has 3")
     parser.add_argument("--pairs", type=int, default=5)
+    record.add_flags(parser)
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count())
     programs = {
@@ -120,9 +134,13 @@ def main() -> None:
         "dual": lambda: sampling(options.shape, dual=True),
         "likelihood": lambda: scoring(options.shape),
     }
+    rows = []
     for name in options.which:
-        found = timing.alternate(*programs[name](), options.pairs)
-        timing.report(benchmark=name, shape=options.shape, batch=options.batch, pairs=options.pairs, **found)
+        facts = dict(benchmark=name, shape=options.shape, batch=options.batch, pairs=options.pairs)
+        facts |= timing.alternate(*programs[name](), options.pairs)
+        timing.report(**facts)
+        rows.append(row(facts))
+    record.record(options, "inference_speed", rows)
 
 
 if __name__ == "__main__":

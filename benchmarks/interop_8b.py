@@ -1,8 +1,8 @@
-"""LLaDA-8B's checkpoint in and out again on a small machine: python benchmarks/interop_8b.py --directory=DIR
+"""LLaDA-8B's checkpoint imported and exported again on a small machine: python benchmarks/interop_8b.py --directory=DIR
 
 Writes a directory in the released layout, 16 GB of random bfloat16 in the released names and shapes, imports it (32 GB
 of float32), exports that as bfloat16, and asserts that every shard has the same SHA-256 as before. Prints seconds and
-peak memory of both. Needs 50 GB of disk. `--layers=2` is a short try.
+peak memory of both. Needs 50 GB of disk. `--layers=2` is a quick trial.
 """
 
 import argparse
@@ -10,17 +10,17 @@ import hashlib
 import json
 import runpy
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from interop_speed import child, peak_bytes
+import record
+import timing
 
 from llada.config import from_config_dict
-from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from llada.data.tokenizer_training import train_tokenizer
 from llada.interop import importing, layout, llada_schema, safetensors_files, sentencepiece_files
 from llada.interop.export import SHARD_BYTES, export
 from llada.interop.schema import Special
@@ -29,8 +29,8 @@ EXPERIMENT = Path(__file__).resolve().parents[1] / "experiments" / "llada_8b.py"
 _PIECE = 8 << 20
 
 
-def make(directory: Path, layers: int) -> None:
-    """The directory, as `llada export` writes it; weights are random bits of ordinary size."""
+def write_released(directory: Path, layers: int) -> None:
+    """The directory, as `llada export` writes it, with random weights of ordinary size."""
     values = runpy.run_path(str(EXPERIMENT))["get_config"]()
     values.model.layers = layers
     model = from_config_dict(values).model
@@ -48,10 +48,10 @@ def make(directory: Path, layers: int) -> None:
     for shard in shards:
         safetensors_files.write_shard(directory, shard, "bfloat16", pieces(shard))
     index = safetensors_files.index(shards, "bfloat16")
-    (directory / safetensors_files.INDEX).write_text(json.dumps(index))
-    tokenizer = SentencePieceTokenizer.train(["a quick brown fox\n" * 50], 280, directory.parent / "tokenizer.model")
+    (directory / safetensors_files.INDEX).write_text(json.dumps(index), encoding="utf-8")
+    tokenizer = train_tokenizer(["a quick brown fox\n" * 50], 280, directory.parent / "tokenizer.model")
     special = Special(tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id)
-    (directory / "config.json").write_text(json.dumps(llada_schema.to_json(model, special)))
+    (directory / "config.json").write_text(json.dumps(llada_schema.to_json(model, special)), encoding="utf-8")
     ids = dict(mask_id=special.mask, eos_id=special.eos, pad_id=special.pad)
     for name, content in sentencepiece_files.tokenizer_files(tokenizer.proto, **ids, model_max_length=4096).items():
         (directory / name).write_bytes(content)
@@ -59,11 +59,28 @@ def make(directory: Path, layers: int) -> None:
 
 def digests(directory: Path) -> dict[str, str]:
     """SHA-256 of every shard."""
-    found = {}
+    result = {}
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+            result[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return result
+
+
+def measure(directory: Path, layers: int) -> list[dict[str, str]]:
+    """Write, import and export again; a row for import and for export."""
+    write_released(directory / "released", layers)
+    before = digests(directory / "released")
+    sizes = [path.stat().st_size / 1e9 for path in (directory / "released").glob("*.safetensors")]
+    rows = []
+    for program, source, out in (("import", "released", "workdir"), ("export", "workdir", "again")):
+        paths = str(directory / source), str(directory / out)
+        facts = timing.in_a_process(__file__, "--program", program, "--paths", *paths)
+        row = {"program": program, "bfloat16": f"{sum(sizes):.1f} GB", "shards": str(len(before))}
+        row |= {"largest shard": f"{max(sizes):.2f} GB", "seconds": f"{facts['seconds']:.0f}"}
+        rows.append(row | {"peak memory": f"{facts['peak'] / 1e9:.2f} GB"})
+        shutil.rmtree(directory / source)
+    assert digests(directory / "again") == before, "the exported shards are not those that were imported"
+    return rows
 
 
 def main() -> None:
@@ -73,32 +90,22 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--program", help=argparse.SUPPRESS)
     parser.add_argument("--paths", nargs=2, type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.program:
+    record.add_flags(parser)
+    options = parser.parse_args()
+    if options.program:
         start = time.perf_counter()
-        source, out = arguments.paths
-        if arguments.program == "import":
+        source, out = options.paths
+        if options.program == "import":
             opened = importing.open_source(source)
             importing.write(opened, from_config_dict(opened.config), out)
         else:
             export(source, out, dtype="bfloat16")
-        print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_bytes()}))
+        print(json.dumps({"seconds": time.perf_counter() - start, "peak": timing.resident_bytes("VmHWM")}))
         return
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
-        place = Path(name)
-        make(place / "released", arguments.layers)
-        before = digests(place / "released")
-        total = sum(path.stat().st_size for path in (place / "released").glob("*.safetensors"))
-        largest = max(path.stat().st_size for path in (place / "released").glob("*.safetensors"))
-        print(f"{total / 1e9:.2f} GB of bfloat16 in {len(before)} shards, the largest {largest / 1e9:.2f}")
-        for program, source, out in (("import", "released", "workdir"), ("export", "workdir", "again")):
-            paths = ["--paths", str(place / source), str(place / out)]
-            done = child(["--program", program, *paths], Path(__file__))
-            print(f"{program}: {done['seconds']:.0f} s, peak memory {done['peak'] / 1e9:.2f} GB", flush=True)
-            shutil.rmtree(place / source)
-        if digests(place / "again") != before:
-            sys.exit("the shards are not those that were imported")
-        print("every shard has the SHA-256 it had before")
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        rows = measure(Path(directory), options.layers)
+    print(record.table(rows))
+    record.record(options, "interop_8b", rows)
 
 
 if __name__ == "__main__":

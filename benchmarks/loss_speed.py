@@ -1,23 +1,18 @@
-"""The vocabulary head alone, forward and backward, against other ways to compute it: python benchmarks/loss_speed.py
+"""The vocabulary head alone, forward and backward, against other implementations: python benchmarks/loss_speed.py
 
   linear    PyTorch: logits of all rows, then those of the masked ones, cross-entropy (the published formulation)
   cce       PyTorch: masked rows first, then logits and cross-entropy under torch.compile, as in Apple's
             cut-cross-entropy (its `torch_compile` implementation)
   md4, levanter, maxtext   JAX: see `jax_rivals.py`
 
-float32; half of the rows carry the weight 2, the others 0. Ours and each rival run alternately after one run each to
-compile; value and both gradients are compared after every pair. Memory is the peak of resident memory above that of the
-inputs, measured in a process of its own (Linux) in a second run; the gradients themselves are part of it. Needs torch.
+float32; half of the rows have weight 2, the others 0. Ours and each rival run alternately after one run each to
+compile; value and both gradients are compared after every pair. Memory is the peak of resident memory above that before
+a second run, in a process of its own (Linux); it includes the gradients themselves. Needs torch.
 """
 
 import argparse
 import ctypes
-import functools
-import json
 import os
-import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import jax_rivals
 import numpy as np
+import record
 import timing
 import torch
 import torch.nn.functional as F
@@ -52,9 +48,9 @@ def our_nats(hidden_ND, head_VD, targets_N, weights_N):
 
 def jax_program(function, arrays):
     """A function that returns the value and the gradients of hidden and head."""
-    given = [jnp.asarray(a) for a in arrays]
+    arrays = [jnp.asarray(a) for a in arrays]
     run = jax.jit(jax.value_and_grad(function, argnums=(0, 1)))
-    return lambda: jax.block_until_ready(run(*given))
+    return lambda: jax.block_until_ready(run(*arrays))
 
 
 def torch_program(name: str, arrays):
@@ -78,14 +74,14 @@ def torch_program(name: str, arrays):
         total = (nats * weights_N[masked_N]).sum()
         total.backward()
         gradients = hidden_ND.grad, head_VD.grad
-        hidden_ND.grad = head_VD.grad = None  # the caller's alone: a next run would find them in its memory
+        hidden_ND.grad = head_VD.grad = None  # the next run must not hold them too
         return total.item(), gradients
 
     return run
 
 
 def program(name: str, arrays):
-    """Any of them by name."""
+    """Ours or any rival, by name."""
     if name in ("linear", "cce"):
         torch.set_num_threads(os.cpu_count())
         return torch_program(name, arrays)
@@ -94,53 +90,58 @@ def program(name: str, arrays):
 
 def same(mine, theirs) -> dict[str, float]:
     """Relative errors of the value and of both gradients (largest error against largest entry), asserted small."""
-    found = {"value_error": abs(float(mine[0]) / float(theirs[0]) - 1)}
-    assert found["value_error"] <= 1e-5, found
+    errors = {"value_error": abs(float(mine[0]) / float(theirs[0]) - 1)}
+    assert errors["value_error"] <= 1e-5, errors
     for name, a, b in zip(("hidden", "head"), mine[1], theirs[1], strict=True):
         a, b = np.asarray(a), np.asarray(b)
-        found[f"d_{name}_error"] = float(
-            max(np.max(np.abs(x - y)) for x, y in zip(a, b, strict=True)) / np.max(np.abs(b))
-        )
-        assert found[f"d_{name}_error"] <= 1e-4, found
-    return found
-
-
-def resident(key: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most since it was reset."""
-    return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
+        largest = max(np.max(np.abs(x - y)) for x, y in zip(a, b, strict=True))  # by rows: no third such matrix
+        errors[f"d_{name}_error"] = float(largest / np.max(np.abs(b)))
+        assert errors[f"d_{name}_error"] <= 1e-4, errors
+    return errors
 
 
 def extra_bytes(run) -> int:
     """Peak memory of a second run above that before it."""
     run()
     time.sleep(1)  # threads of the runtime may hold a buffer of the first run a moment longer
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the first run freed goes back, or it would hide in the baseline
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
-    before = resident("VmRSS")
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # returns what the first run freed, which would hide in the baseline
+    CLEAR_REFS.write_text("5", encoding="utf-8")  # resets VmHWM
+    before = timing.resident_bytes("VmRSS")
     run()
-    return resident("VmHWM") - before
+    return timing.resident_bytes("VmHWM") - before
 
 
-def extra_bytes_in_a_process(name: str, sizes: list[int]) -> int:
-    """`extra_bytes` of the program of that name, in a fresh process."""
-    command = [sys.executable, __file__, f"--memory={name}", *(f"--{k}={v}" for k, v in zip(SIZES, sizes, strict=True))]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-SIZES = ("rows", "width", "vocab")
-
-
-def measure(rival: str, rows: int, width: int, vocab: int, pairs: int, memory: bool) -> dict:
-    """The line of one rival."""
-    arrays = inputs(rows, width, vocab)
-    found = timing.alternate(program("ours", arrays), program(rival, arrays), same, pairs, rival)
-    if memory:
+def measure(rival: str, sizes: dict[str, int], pairs: int) -> dict:
+    """The facts about one rival; `sizes`: rows, width, vocab."""
+    arrays = inputs(**sizes)
+    facts = timing.alternate(program("ours", arrays), program(rival, arrays), same, pairs, rival)
+    if CLEAR_REFS.exists():
         del arrays
-        extra = {name: extra_bytes_in_a_process(name, [rows, width, vocab]) for name in ("ours", rival)}
-        gradients = 4 * width * (rows + vocab)
-        found["extra_gb"] = {name: value / 1e9 for name, value in extra.items()}
-        found["extra_gb_besides_gradients"] = {name: (value - gradients) / 1e9 for name, value in extra.items()}
-    return dict(benchmark="loss", rival=rival, rows=rows, width=width, vocab=vocab, pairs=pairs) | found
+        flags = [f"--{name}={size}" for name, size in sizes.items()]
+        extra = {name: timing.in_a_process(__file__, f"--memory={name}", *flags) for name in ("ours", rival)}
+        gradients = 4 * sizes["width"] * (sizes["rows"] + sizes["vocab"])
+        facts["extra_gb"] = {name: value / 1e9 for name, value in extra.items()}
+        facts["extra_gb_besides_gradients"] = {name: (value - gradients) / 1e9 for name, value in extra.items()}
+    return dict(benchmark="loss", rival=rival, pairs=pairs) | sizes | facts
+
+
+def row(facts: dict) -> dict[str, str]:
+    """What docs/benchmarks.md shows of them."""
+    rival, cell = facts["rival"], timing.text
+    memory = facts.get("extra_gb_besides_gradients")
+    largest = max(facts[name] for name in ("value_error", "d_hidden_error", "d_head_error"))
+    return {
+        "rival": rival,
+        "ours, s": cell(facts["ours"]),
+        "rival, s": cell(facts[rival]),
+        "rival / ours": cell(facts["ratio"]),
+        "memory besides gradients, ours, GB": cell(memory["ours"]) if memory else "",
+        "rival, GB": cell(memory[rival]) if memory else "",
+        "largest error": cell(largest),
+    }
 
 
 def main() -> None:
@@ -152,14 +153,18 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=126_464)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--memory", choices=("ours", *RIVALS), help="print the extra bytes of one program and stop")
+    record.add_flags(parser)
     options = parser.parse_args()
-    sizes = options.rows, options.width, options.vocab
+    sizes = dict(rows=options.rows, width=options.width, vocab=options.vocab)
     if options.memory:
-        print(extra_bytes(program(options.memory, inputs(*sizes))))
+        print(extra_bytes(program(options.memory, inputs(**sizes))))
         return
-    with_memory = functools.partial(measure, memory=os.path.exists("/proc/self/clear_refs"))
+    rows = []
     for rival in options.rivals:
-        timing.report(**with_memory(rival, *sizes, options.pairs))
+        facts = measure(rival, sizes, options.pairs)
+        timing.report(**facts)
+        rows.append(row(facts))
+    record.record(options, "loss_speed", rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A whole optimizer step against the published formulation in PyTorch: python benchmarks/train_speed.py --shape=20m
+"""A complete optimizer step against the published formulation in PyTorch: python benchmarks/train_speed.py --shape=20m
 
   --shape   20m          12 layers, d 384, vocabulary 126,464, 4 sequences of 512 tokens
             tiny         6 layers, d 256, vocabulary 126,464, 4 sequences of 512 tokens
@@ -7,15 +7,15 @@
   --rival   eager    `torch_training.py`: logits of all positions, then the masked ones'
             compile  the same through torch.compile
             dense    our own step with logits of all positions, the oracle of the vocabulary head
-            chunked  the same 2,048 positions at a time, computed again in the backward pass
-            static   our own step, its vocabulary head over 55 % of all rows whatever is masked
+            chunked  the same, 2,048 positions at a time, recomputed in the backward pass
+            static   our own step, its vocabulary head over 55 % of all rows however many are masked
 
 Forward, backward, clipping and AdamW in float32, from the same weights, on the same tokens and masks. Both programs run
-alternately in one process, after one step each to compile; that first step is also where loss, gradient and updated
-parameters are compared. Later steps compare the loss. A turn is a step that is not timed, as it meets the memory and
-caches that the other program left, and three that are. Both programs have memory as `llada train` takes it: in huge
-pages, and kept; the threads of PyTorch sleep while it is not their turn.
-Printed are medians and ranges of seconds, of the ratio per pair, and tokens, useful FLOPs (head on masked rows) and
+alternately in one process, after one step each to compile; loss, gradient and updated parameters of that first step are
+compared, of later steps the loss. A turn is one untimed step, which absorbs what the other program did to memory and
+caches, and three timed ones. Both programs retain freed memory as `llada train` does, and PyTorch's
+threads sleep while ours run; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 gives both large pages, as launch/ does.
+Prints medians and ranges of seconds and of the ratio per pair, and tokens, useful FLOPs (head on masked rows) and
 dense-credit FLOPs (head on all rows) per second. Needs torch.
 """
 
@@ -24,13 +24,14 @@ import dataclasses
 import functools
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch's threads sleep where it is not their turn
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch's threads sleep while ours run
 
 import dense_losses
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import record
 import timing
 import torch
 import torch_reference
@@ -38,13 +39,14 @@ import torch_training
 
 from llada import accounting, config
 from llada import mesh as mesh_lib
-from llada.commands import memory
+from llada.commands import environment
 from llada.objectives import diffusion
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import SpecialTokens
 from llada.training import step as step_lib
 
 RUNS = 3  # timed steps of a turn: a step's time follows the number of masked positions
+RIVALS = ("eager", "compile", dense_losses.WHOLE, dense_losses.CHUNKED, dense_losses.STATIC)
 
 SHAPES = {  # layers, width, heads, ffn, vocabulary, tokens, sequences
     "20m": (12, 384, 6, 1024, 126_464, 512, 4),
@@ -58,14 +60,14 @@ def build(shape: str) -> tuple[config.Config, SpecialTokens, np.ndarray]:
     """`(config, special tokens, random tokens_BL)` in float32."""
     layers, width, heads, ffn, vocab, length, batch = SHAPES[shape]
     sizes = dict(layers=layers, width=width, heads=heads, ffn=ffn, vocab_size=vocab)
-    return arrange(config.ModelConfig(**sizes, max_length=length, dtype="float32"), length, batch)
+    return for_model(config.ModelConfig(**sizes, max_length=length, dtype="float32"), length, batch)
 
 
-def arrange(model: config.ModelConfig, length: int, batch: int) -> tuple[config.Config, SpecialTokens, np.ndarray]:
+def for_model(model: config.ModelConfig, length: int, batch: int) -> tuple[config.Config, SpecialTokens, np.ndarray]:
     """`(config, special tokens, random tokens_BL)`; constant learning rate, no sequence cut short."""
     if jax.default_backend() == "cpu":
         model = dataclasses.replace(model, scan_unroll=model.layers)
-    made = config.Config(
+    c = config.Config(
         model=model,
         objective=config.ObjectiveConfig(random_length_fraction=0.0),
         data=config.DataConfig(sequence_length=length),
@@ -74,19 +76,19 @@ def arrange(model: config.ModelConfig, length: int, batch: int) -> tuple[config.
         train=config.TrainConfig(batch_size=batch, steps=1000),
     )
     special = SpecialTokens(mask=model.vocab_size - 128, eos=model.vocab_size - 383)
-    return made, special, np.random.default_rng(0).integers(0, special.mask, (batch, length)).astype(np.int32)
+    return c, special, np.random.default_rng(0).integers(0, special.mask, (batch, length)).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def corrupt(c: config.Config, special: SpecialTokens, x0_BL: jax.Array, step: jax.Array):
-    """What the training step of that number sees, by the same functions: `(x_t, masked, p_B)`."""
+    """What the training step of that number sees, from the same functions: `(x_t, masked, p_B)`."""
     B, L = x0_BL.shape
     noise = noise_lib.Noise(c.seed, step, jnp.arange(B), B)
     t_B = noise_lib.times(noise, c.objective.time_sampling)
     uniform_BL = noise_lib.uniform(noise, noise_lib.MASK, (L,))
     maskable_BL = jnp.ones((B, L), bool)
-    got = diffusion.forward_process(x0_BL, t_B, uniform_BL, maskable_BL, special.mask, c.objective.eps)
-    return got.xt_BL, got.masked_BL, 1 / got.weight_B
+    corrupted = diffusion.forward_process(x0_BL, t_B, uniform_BL, maskable_BL, special.mask, c.objective.eps)
+    return corrupted.xt_BL, corrupted.masked_BL, 1 / corrupted.weight_B
 
 
 class Ours:
@@ -96,8 +98,8 @@ class Ours:
         self.config, self.mesh = c, mesh_lib.make(c.mesh, jax.devices()[:1])
         with jax.set_mesh(self.mesh):
             self.train_step = step_lib.compile_step(c, special, self.mesh)
-            place = step_lib.state_shardings(c, self.mesh)
-            self.state = jax.jit(functools.partial(step_lib.init_state, c), out_shardings=place)()
+            shardings = step_lib.state_shardings(c, self.mesh)
+            self.state = jax.jit(functools.partial(step_lib.init_state, c), out_shardings=shardings)()
             self.batch_BL = jax.device_put(x0_BL, mesh_lib.sharding(self.mesh, "BL"))
 
     def step(self) -> tuple[float, float]:
@@ -119,11 +121,11 @@ class Torch:
     """The published formulation, on the masks that our step of the same number draws."""
 
     def __init__(
-        self, c: config.Config, special: SpecialTokens, x0_BL: np.ndarray, params: dict, compiled: bool, **where
+        self, c: config.Config, special: SpecialTokens, x0_BL: np.ndarray, params: dict, compiled: bool, **device
     ):
-        self.trainer, self.count = torch_training.Trainer(c, params, compiled, **where), 0
-        self.given = lambda step: [np.asarray(a) for a in corrupt(c, special, x0_BL, step)]
-        self.x0_BL, self.next = x0_BL, self.given(0)
+        self.trainer, self.count = torch_training.Trainer(c, params, compiled, **device), 0
+        self.corrupt = lambda step: [np.asarray(a) for a in corrupt(c, special, x0_BL, step)]
+        self.x0_BL, self.next = x0_BL, self.corrupt(0)
 
     def step(self) -> tuple[float, float]:
         """As `Ours.step`."""
@@ -133,7 +135,7 @@ class Torch:
     def prepare(self) -> None:
         """Draw the masks of the next step, outside the clock."""
         self.count += 1
-        self.next = self.given(self.count)
+        self.next = self.corrupt(self.count)
 
     def first_moments(self) -> dict[str, torch.Tensor]:
         """As `Ours.first_moments`, by name."""
@@ -145,7 +147,7 @@ class Torch:
 
 
 class Dense(Ours):
-    """Our own step with logits of all positions, in the shape of the rival."""
+    """Our own step with another loss of `dense_losses`, with the interface of `Torch`."""
 
     def __init__(self, c: config.Config, special: SpecialTokens, x0_BL: np.ndarray, objective: str):
         objective = dataclasses.replace(c.objective, name=objective)
@@ -169,29 +171,29 @@ def compare_first_step(ours: Ours, rival, before: dict[str, torch.Tensor], mine,
     Gradients are compared leaf by leaf, the largest error against the largest entry. AdamW divides each entry by its
     own size, so entries near zero move by rounding alone: the update is compared by its norm over the leaf.
     """
-    found = {
+    errors = {
         "loss_error": abs(mine[0] / theirs[0] - 1),
         "gradient_norm_error": abs(mine[1] / theirs[1] - 1),
         "gradient_error": 0.0,
         "update_error": 0.0,
     }
     with torch.no_grad():
-        moments, wanted = ours.named(ours.first_moments()), rival.first_moments()
+        moments, expected_moments = ours.named(ours.first_moments()), rival.first_moments()
         after, expected = ours.named(ours.state.params), rival.named_parameters()
-        for name in wanted:
-            error = (moments[name] - wanted[name]).abs().max() / wanted[name].abs().max()
-            found["gradient_error"] = max(found["gradient_error"], error.item())
-            moved = (expected[name] - before[name]).norm()
-            error = (after[name] - expected[name]).norm() / moved
-            found["update_error"] = max(found["update_error"], error.item())
+        for name, moment in expected_moments.items():
+            error = (moments[name] - moment).abs().max() / moment.abs().max()
+            errors["gradient_error"] = max(errors["gradient_error"], error.item())
+            update = (expected[name] - before[name]).norm()
+            error = (after[name] - expected[name]).norm() / update
+            errors["update_error"] = max(errors["update_error"], error.item())
     limits = {"loss_error": 1e-5, "gradient_norm_error": 1e-4, "gradient_error": 1e-3, "update_error": 1e-2}
-    wrong = {name: value for name, value in found.items() if not value <= limits[name]}
+    wrong = {name: value for name, value in errors.items() if not value <= limits[name]}
     assert not wrong, f"{wrong} above {limits}"
-    return found
+    return errors
 
 
 def measure(shape: str, rival: str, pairs: int) -> dict:
-    """The line of one shape and rival."""
+    """The facts about one shape and rival."""
     torch.set_num_threads(os.cpu_count())
     c, special, x0_BL = build(shape)
     ours = Ours(c, special, x0_BL)
@@ -202,36 +204,57 @@ def measure(shape: str, rival: str, pairs: int) -> dict:
     else:
         other = Dense(c, special, x0_BL, rival)
     del params
-    facts = {}
+    errors = {}
 
     def same(mine, theirs):
-        if not facts:
-            facts.update(compare_first_step(ours, other, before, mine, theirs))
+        if not errors:
+            errors.update(compare_first_step(ours, other, before, mine, theirs))
             before.clear()
         assert abs(mine[0] / theirs[0] - 1) < 1e-3, f"losses {mine[0]} and {theirs[0]}"
-        return facts
+        return errors
 
-    found = timing.alternate(ours.step, other.step, same, pairs, rival, RUNS, other.prepare)
-    tokens, median = x0_BL.size, found["ours"]["median"]
+    facts = timing.alternate(ours.step, other.step, same, pairs, rival, RUNS, other.prepare)
+    tokens, median = x0_BL.size, facts["ours"]["median"]
     useful = accounting.flops_exact_per_token(c) * tokens
     dense = useful + 6 * c.model.vocab_size * c.model.width * (1 - accounting.head_fraction(c)) * tokens
-    found["tokens_per_second"] = {name: tokens / found[name]["median"] for name in ("ours", rival)}
-    found["useful_gflops_per_second"] = useful / median / 1e9
-    found["dense_credit_gflops_per_second"] = {name: dense / found[name]["median"] / 1e9 for name in ("ours", rival)}
-    return dict(benchmark="train_step", shape=shape, rival=rival, pairs=pairs) | found
+    facts["tokens_per_second"] = {name: tokens / facts[name]["median"] for name in ("ours", rival)}
+    facts["useful_gflops_per_second"] = useful / median / 1e9
+    facts["dense_credit_gflops_per_second"] = {name: dense / facts[name]["median"] / 1e9 for name in ("ours", rival)}
+    return dict(benchmark="train_step", shape=shape, rival=rival, pairs=pairs) | facts
+
+
+def row(facts: dict) -> dict[str, str]:
+    """What docs/benchmarks.md shows of them."""
+    rival, cell = facts["rival"], timing.text
+    dense, useful = facts["dense_credit_gflops_per_second"]["ours"], facts["useful_gflops_per_second"]
+    return {
+        "shape": facts["shape"],
+        "rival": rival,
+        "ours, s": cell(facts["ours"]),
+        "rival, s": cell(facts[rival]),
+        "rival / ours": cell(facts["ratio"]),
+        "ours, tokens/s": cell(facts["tokens_per_second"]["ours"]),
+        "ours, useful GFLOP/s": cell(useful),
+        "FLOPs with all logits / ours": cell(dense / useful),
+        "errors of loss, gradient": f"{cell(facts['loss_error'])}, {cell(facts['gradient_error'])}",
+    }
 
 
 def main() -> None:
-    """Print a line of JSON."""
+    """Print a line of JSON for each rival."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="20m")
-    ways = ("eager", "compile", dense_losses.WHOLE, dense_losses.CHUNKED, dense_losses.STATIC)
-    parser.add_argument("--rival", choices=ways, default="eager")
+    parser.add_argument("--rival", nargs="+", choices=RIVALS, default=["eager"])
     parser.add_argument("--pairs", type=int, default=5)
+    record.add_flags(parser)
     options = parser.parse_args()
-    memory.use_huge_pages()
-    memory.keep()
-    timing.report(**measure(options.shape, options.rival, options.pairs))
+    environment.retain_freed_memory()
+    rows = []
+    for rival in options.rival:
+        facts = measure(options.shape, rival, options.pairs)
+        timing.report(**facts)
+        rows.append(row(facts))
+    record.record(options, "train_speed", rows)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def test_neither_export_nor_import_holds_a_model(tmp_path):
 import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import interop_speed
+import interop_speed, timing
 place = Path(sys.argv[2])
 interop_speed.make_workdir(place / "model", dict(layers=2, width=1024, heads=8, ffn=4096, vocab_size=49_152))
 interop_speed.make_workdir(place / "toy", interop_speed.TOY)
@@ -188,7 +188,7 @@ for name in ("toy", "model"):
     paths = [str(place / (kind + name)) for kind in ("", "hf_", "back_")]
     run = ["--program", "export", "--shard_gigabytes=0.1", "--paths", *paths[:2]]
     back = ["--program", "import", "--paths", *paths[1:]]
-    peaks[name] = [interop_speed.child(arguments)["peak"] for arguments in (run, back)]
+    peaks[name] = [timing.in_a_process(interop_speed.__file__, *arguments)["peak"] for arguments in (run, back)]
 print(json.dumps(peaks))
 """)
     benchmarks = Path(__file__).resolve().parents[2] / "benchmarks"
