@@ -198,8 +198,8 @@ def hidden(
     params: Parameters,
     tokens_BL: jax.Array,
     lengths_B: jax.Array | None = None,
-    segments_BL: jax.Array | None = None,
     at_BR: jax.Array | None = None,
+    segments_BL: jax.Array | None = None,
 ) -> jax.Array:
     """Normalised last hidden states `hidden_BLD`; positions >= lengths_B are neither seen nor meaningful.
 
