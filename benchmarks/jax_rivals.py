@@ -1,10 +1,10 @@
-"""How other JAX projects compute the same weighted nats, each after a reading of its algorithm, on plain arrays.
+"""How other JAX projects compute the same weighted nats, each written after its algorithm, on plain arrays.
 
   md4_one_hot      github.com/google-deepmind/md4: log-softmax of all rows times one-hot targets; automatic gradients
-  vocab_blocks     Levanter's fused loss: a running logsumexp over blocks of the vocabulary, logits computed again in
-                   the backward pass
+  vocab_blocks     Levanter's fused loss: a running logsumexp over blocks of the vocabulary, logits recomputed in the
+                   backward pass
   token_tiles      MaxText's vocabulary tiling, which tiles tokens: a scan over tiles with one-hot targets, every tile's
-                   forward pass run again in the backward pass
+                   forward pass recomputed in the backward pass
 
 All take `(hidden_ND, head_VD, targets_N, weights_N)` and return the sum of weight x nats; all multiply every row with
 the vocabulary matrix, those of weight zero too. Shapes: N rows, D width, V vocabulary, T tiles, R rows of a tile.
@@ -27,8 +27,8 @@ def md4_one_hot(hidden_ND, head_VD, targets_N, weights_N):
 def _block(hidden_ND, head_VD, targets_N, index, blocks):
     """One block of the vocabulary: `(its rows of the head, logits, one-hot targets)`."""
     size = len(head_VD) // blocks
-    part_VD = jax.lax.dynamic_slice_in_dim(head_VD, index * size, size)
-    return part_VD, hidden_ND @ part_VD.T, jax.nn.one_hot(targets_N - index * size, size)
+    block_VD = jax.lax.dynamic_slice_in_dim(head_VD, index * size, size)
+    return block_VD, hidden_ND @ block_VD.T, jax.nn.one_hot(targets_N - index * size, size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -53,11 +53,11 @@ def _vocab_blocks_backward(blocks, saved, scale):
 
     def step(index, carry):
         d_hidden_ND, d_head_VD = carry
-        part_VD, logits_NV, one_hot_NV = _block(hidden_ND, head_VD, targets_N, index, blocks)
+        block_VD, logits_NV, one_hot_NV = _block(hidden_ND, head_VD, targets_N, index, blocks)
         d_logits_NV = scale * weights_N[:, None] * (jnp.exp(logits_NV - log_z_N[:, None]) - one_hot_NV)
-        d_part_VD = d_logits_NV.T @ hidden_ND
-        d_head_VD = jax.lax.dynamic_update_slice_in_dim(d_head_VD, d_part_VD, index * len(part_VD), 0)
-        return d_hidden_ND + d_logits_NV @ part_VD, d_head_VD
+        d_block_VD = d_logits_NV.T @ hidden_ND
+        d_head_VD = jax.lax.dynamic_update_slice_in_dim(d_head_VD, d_block_VD, index * len(block_VD), 0)
+        return d_hidden_ND + d_logits_NV @ block_VD, d_head_VD
 
     zeros = (jnp.zeros_like(hidden_ND), jnp.zeros_like(head_VD))
     return *jax.lax.fori_loop(0, blocks, step, zeros), None, None
@@ -98,11 +98,11 @@ def _token_tiles_backward(tiles, saved, scale):
     def step(d_head_VD, tile):
         hidden_RD, targets_R, weights_R = tile
         _, pull = jax.vjp(lambda x, head: _tile(x, head, targets_R, weights_R), hidden_RD, head_VD)
-        d_hidden_RD, d_part_VD = pull(scale)
-        return d_head_VD + d_part_VD, d_hidden_RD
+        d_hidden_RD, d_tile_VD = pull(scale)
+        return d_head_VD + d_tile_VD, d_hidden_RD
 
-    given = _tiles(tiles, hidden_ND, targets_N, weights_N)
-    d_head_VD, d_hidden_TRD = jax.lax.scan(step, jnp.zeros_like(head_VD), given)
+    tiled = _tiles(tiles, hidden_ND, targets_N, weights_N)
+    d_head_VD, d_hidden_TRD = jax.lax.scan(step, jnp.zeros_like(head_VD), tiled)
     return d_hidden_TRD.reshape(hidden_ND.shape), d_head_VD, None, None
 
 

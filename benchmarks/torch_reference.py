@@ -3,11 +3,11 @@
     model = from_jax(config.model, params)                  # float32; .to("cuda", torch.bfloat16) as released
     tokens_BL, passes = generate(model, prompt_BL, steps=64, gen_length=64, block_length=32, mask_id=run.special.mask)
 
-It spends what the published code spends (`generate`, `log_likelihood`: github.com/ML-GSAI/LLaDA; `generate_cached`:
-github.com/NVlabs/Fast-dLLM): one matrix per projection, the whole canvas at every step, logits of all positions given
-to the model, a softmax over all of them, float64 where theirs is. Where theirs waits for no reason (a device-to-host
-copy per row or position, keys rotated anew at every pass), this one does not.
-Shapes: B sequences, L tokens given, S positions of the canvas, D width, H query heads, K key/value heads, C channels
+It does the work of the published code (`generate`, `log_likelihood`: github.com/ML-GSAI/LLaDA; `generate_cached`:
+github.com/NVlabs/Fast-dLLM): one matrix per projection, the whole canvas at every step, logits of all positions that
+the model sees, a softmax over all of them, float64 where theirs is. Avoidable costs of theirs (a device-to-host copy
+per row or position, keys rotated again at every pass) are left out.
+Shapes: B sequences, L input tokens, S positions of the canvas, D width, H query heads, K key/value heads, C channels
 per head, V vocabulary; P prompt and A answer tokens, M Monte Carlo rows.
 """
 
@@ -66,13 +66,13 @@ class Block(nn.Module):
             past[0][:, :, start : start + L] = key_BKSC
             past[1][:, :, start : start + L] = value_BKSC
             key_BKSC, value_BKSC = past
-        kept = (key_BKSC, value_BKSC)
+        returned = (key_BKSC, value_BKSC)
         if self.kv_heads < self.heads:
-            key_BKSC, value_BKSC = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in kept)
+            key_BKSC, value_BKSC = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in returned)
         mixed_BHLC = F.scaled_dot_product_attention(query_BHLC, key_BKSC, value_BKSC, attn_mask=mask_B11S)
         x_BLD = x_BLD + self.output(mixed_BHLC.transpose(1, 2).reshape(B, L, -1))
         y_BLD = self.ffn_norm(x_BLD)
-        return x_BLD + self.down(F.silu(self.gate(y_BLD)) * self.up(y_BLD)), kept
+        return x_BLD + self.down(F.silu(self.gate(y_BLD)) * self.up(y_BLD)), returned
 
 
 def rotate(x_BHLC: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -101,15 +101,17 @@ class TorchLLaDA(nn.Module):
         self._angles = None  # no buffer: moving the model to bfloat16 must leave these float32
         self.eval().requires_grad_(False)
 
-    def forward(self, tokens_BL, allowed_BS=None, past: Cache | None = None, start: int = 0, keep: bool = False):
-        """`logits_BLV` of the tokens given; with `keep`, `(logits_BLV, cache)`.
+    def forward(
+        self, tokens_BL, allowed_BS=None, past: Cache | None = None, start: int = 0, return_cache: bool = False
+    ):
+        """`logits_BLV` of the tokens; with `return_cache`, `(logits_BLV, cache)`.
 
         allowed_BS  bool, positions of the canvas that may be seen as keys; None: all
         past        cache of the whole canvas; the fresh keys and values of positions [start, start + L) are written
                     over its own, IN PLACE, before attention. Tokens of one block: the dual cache; tokens from `start`
                     to the end of the canvas: the prefix cache
         start       true position of the first token
-        keep        also return the cache: a new one, or `past` itself where that is given
+        return_cache  also return the cache: a new one, or `past` itself if there is one
         """
         end = start + tokens_BL.shape[1]
         x_BLD = self.embedding(tokens_BL)
@@ -117,14 +119,14 @@ class TorchLLaDA(nn.Module):
         mask_B11S = None if allowed_BS is None else allowed_BS.bool()[:, None, None, :]
         cache = []
         for layer, block in enumerate(self.blocks):
-            x_BLD, kept = block(x_BLD, angles, mask_B11S, None if past is None else past[layer], start)
-            cache += [kept] if keep else []
+            x_BLD, keys_values = block(x_BLD, angles, mask_B11S, None if past is None else past[layer], start)
+            cache += [keys_values] if return_cache else []
         head = self.embedding if self.head is None else self.head
         logits_BLV = F.linear(self.final_norm(x_BLD), head.weight)
-        return (logits_BLV, cache) if keep else logits_BLV
+        return (logits_BLV, cache) if return_cache else logits_BLV
 
     def _angle_tables(self, length, device):
-        """Cosine and sine (S, C) for at least `length` positions, made once and made anew when more are asked for."""
+        """Cosine and sine (S, C) for at least `length` positions, recomputed only when more are needed."""
         if self._angles is None or len(self._angles[0]) < length or self._angles[0].device != device:
             channels = self.config.head_size
             exponent = -torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
@@ -150,7 +152,7 @@ def from_jax(config: ModelConfig, params: dict) -> TorchLLaDA:
     for name, stacked in params["layers"].items():
         inputs = None if name.endswith("_norm") else config.ffn if name == "down" else config.width
         state |= {f"blocks.{layer}.{name}.weight": tensor(leaf, inputs) for layer, leaf in enumerate(stacked)}
-    with torch.device("meta"):  # no time lost on random weights
+    with torch.device("meta"):  # random weights would only cost time
         model = TorchLLaDA(config)
     model.load_state_dict(state, assign=True)
     return model
@@ -201,7 +203,7 @@ def generate(
                 score_BS = torch.rand(guess_BS.shape, generator=generator, device=guess_BS.device)
             score_BS = score_BS.masked_fill(canvas_BS != mask_id, -torch.inf)
             score_BS[:, end:] = -torch.inf
-            _keep_best(canvas_BS, guess_BS, score_BS, quota_B)
+            _commit_best(canvas_BS, guess_BS, score_BS, quota_B)
     return canvas_BS, steps * (2 if cfg_scale else 1)
 
 
@@ -221,9 +223,9 @@ def generate_cached(
     """Fast-dLLM at temperature 0: `(tokens_BS, forward passes)`.
 
     The first pass of a block sees the whole canvas, refreshes the cache and fills positions like any other. The
-    following ones are given the block (`kind="dual"`) or all from the block on (`kind="prefix"`); the cache stands for
-    the rest. With `threshold` a pass keeps every prediction at least that probable, and always the best one; without,
-    `steps` (always to be valid) are shared by the blocks and fill equal quotas.
+    following ones see the block (`kind="dual"`) or all from the block on (`kind="prefix"`); the cache stands for the
+    rest. With `threshold` a pass commits every prediction at least that probable, and always the best one; without,
+    `steps` (valid in either case) are shared by the blocks and fill equal quotas.
 
     No pass runs once a block is full. Their code runs at least two per block: one too many where the first fills it,
     and an IndexError at one step a block. Forbid the mask token: a model that predicts it leaves the position open, in
@@ -244,23 +246,23 @@ def generate_cached(
         score_BL.masked_fill_(tokens_BL != mask_id, -torch.inf)
         score_BL[:, fillable:] = -torch.inf
         if threshold is None:
-            _keep_best(tokens_BL, guess_BL, score_BL, quota_B)
+            _commit_best(tokens_BL, guess_BL, score_BL, quota_B)
         else:
-            keep_BL = (score_BL >= threshold).scatter(1, score_BL.argmax(dim=-1, keepdim=True), True)
-            tokens_BL.copy_(torch.where(keep_BL & (score_BL > -torch.inf), guess_BL, tokens_BL))
+            commit_BL = (score_BL >= threshold).scatter(1, score_BL.argmax(dim=-1, keepdim=True), True)
+            tokens_BL.copy_(torch.where(commit_BL & (score_BL > -torch.inf), guess_BL, tokens_BL))
 
     for begin in range(S - gen_length, S, block_length):
         end = begin + block_length
         quotas = _quotas(canvas_BS[:, begin:end] == mask_id, steps_per_block)
-        logits_BSV, cache = model(canvas_BS, keep=True)
+        logits_BSV, cache = model(canvas_BS, return_cache=True)
         fill(canvas_BS, logits_BSV, end, quotas[0])
         passes += 1
-        given_BL = canvas_BS[:, begin : end if kind == "dual" else S]
-        for turn in range(1, steps_per_block if threshold is None else block_length):
+        seen_BL = canvas_BS[:, begin : end if kind == "dual" else S]
+        for step in range(1, steps_per_block if threshold is None else block_length):
             if not (canvas_BS[:, begin:end] == mask_id).any():
                 break
-            logits_BLV = model(given_BL, past=cache, start=begin)
-            fill(given_BL, logits_BLV, block_length, quotas[turn] if threshold is None else None)
+            logits_BLV = model(seen_BL, past=cache, start=begin)
+            fill(seen_BL, logits_BLV, block_length, quotas[step] if threshold is None else None)
             passes += 1
     return canvas_BS, passes
 
@@ -277,7 +279,7 @@ def log_likelihood(
     cfg_scale: float = 0.0,
     mask_id: int,
 ) -> float:
-    """LLaDA's Monte Carlo estimate of log p(answer | prompt) in nats, on the masks given.
+    """LLaDA's Monte Carlo estimate of log p(answer | prompt) in nats, on these masks.
 
     masks_MA   bool, answer positions that are masked in each row
     weights_M  of each row's masked nats; None: A / (number masked)
@@ -318,7 +320,7 @@ def _steps_per_block(steps, gen_length, block_length):
 
 def _quotas(masked_BL, steps):
     """How many positions of each row to fill, step by step: as equal as integers allow, the larger ones first."""
-    counts = masked_BL.sum(dim=1).tolist()  # once a block: no waiting for the device within its steps
+    counts = masked_BL.sum(dim=1).tolist()  # once a block: no synchronisation within its steps
     return [[count // steps + (step < count % steps) for count in counts] for step in range(steps)]
 
 
@@ -327,7 +329,7 @@ def _guided(model, tokens_BS, context_BS, cfg_scale, mask_id, allowed_BS):
     if not cfg_scale:
         return model(tokens_BS, allowed_BS)
     both = torch.cat([tokens_BS, tokens_BS.masked_fill(context_BS, mask_id)])
-    # Theirs doubles the mask only where there is one and then uses it even so: guidance without padding raised.
+    # The published code fails here without padding: it uses a doubled mask that it makes only with padding.
     allowed = None if allowed_BS is None else torch.cat([allowed_BS, allowed_BS])
     seeing_BSV, blind_BSV = model(both, allowed).chunk(2)
     return blind_BSV + (cfg_scale + 1) * (seeing_BSV - blind_BSV)
@@ -343,7 +345,7 @@ def _draw(logits_BSV, temperature, generator):
     return (logits_BSV.double() - noise).argmax(dim=-1)
 
 
-def _keep_best(tokens_BL, guess_BL, score_BL, quota_B):
+def _commit_best(tokens_BL, guess_BL, score_BL, quota_B):
     """Write each row's `quota_B` best-scored guesses into `tokens_BL`."""
     for row, quota in enumerate(quota_B):
         best = score_BL[row].topk(quota).indices

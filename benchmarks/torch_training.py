@@ -3,10 +3,10 @@
     trainer = Trainer(config, params)            # a Config and the parameter tree of `llada.model.transformer`
     loss, norm = trainer.step(xt_BL, x0_BL, masked_BL, p_B)
 
-It spends what the published formulation spends (github.com/ML-GSAI/LLaDA, GUIDELINES.md): logits of all positions, then
-those of the masked ones, their cross-entropy over p, the sum over B x L. What the published code leaves open is the
-fastest PyTorch offers: scaled_dot_product_attention, fused AdamW, no waiting for a value before the end of the step.
-Masks are given, so that both programs see the same ones; drawing them costs this one nothing.
+It does the work of the published formulation (github.com/ML-GSAI/LLaDA, GUIDELINES.md): logits of all positions, then
+those of the masked ones, their cross-entropy over p, the sum over B x L. Where the published code leaves a choice, it
+takes the fastest that PyTorch offers: scaled_dot_product_attention, fused AdamW, no synchronisation before the end of
+the step. Masks are inputs, so that both programs see the same ones; drawing them costs this one nothing.
 Shapes: B sequences, L tokens.
 """
 
@@ -41,7 +41,7 @@ class Trainer:
         )
         self.loss = self._loss
         if compiled:
-            # The number of masked positions differs at every step: say so, and nothing is compiled again for it.
+            # The number of masked positions differs at every step: a dynamic shape avoids recompiling for each.
             torch._dynamo.config.capture_dynamic_output_shape_ops = True
             self.loss = torch.compile(self._loss)
 
@@ -49,7 +49,7 @@ class Trainer:
         return bound(self.model(xt_BL), x0_BL, masked_BL, p_BL)
 
     def gradients(self, xt_BL, x0_BL, masked_BL, p_B) -> torch.Tensor:
-        """Forward and backward; the loss. Arrays may be NumPy's."""
+        """Forward and backward; the loss. Arrays may be NumPy arrays."""
         as_ids = dict(dtype=torch.long, device=self.device)
         x0_BL, xt_BL = torch.as_tensor(np.array(x0_BL), **as_ids), torch.as_tensor(np.array(xt_BL), **as_ids)
         masked_BL = torch.as_tensor(np.array(masked_BL), device=self.device)

@@ -3,7 +3,7 @@
 `benchmarks/torch_reference.py` holds the readings: LLaDA's sampler and Monte Carlo likelihood, Fast-dLLM's caches.
 """
 
-import importlib.util
+import sys
 from pathlib import Path
 
 import jax
@@ -17,17 +17,12 @@ from llada.inference.settings import SamplerConfig
 from llada.model import transformer
 from llada.objectives.contract import SpecialTokens
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import inference_speed
+import timing
+import torch_reference as published
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-published = load("torch_reference")
 torch.set_num_threads(1)  # more would only spin beside JAX's
 
 V, MASK = 50, 3
@@ -125,10 +120,9 @@ def test_likelihood_is_the_published_one_on_the_same_masks(models, prompt_BL, cf
 
 def test_the_speed_benchmark_runs_and_asserts_parity():
     """A short sample of `benchmarks/inference_speed.py`, whose figures are taken at another shape."""
-    import sys
-
-    sys.modules.setdefault("torch_reference", published)
-    timing = sys.modules.setdefault("timing", load("timing"))
-    speed = load("inference_speed")
-    for program in (speed.sampling("toy", dual=False), speed.sampling("toy", dual=True), speed.scoring("toy")):
+    for program in (
+        inference_speed.sampling("toy", dual=False),
+        inference_speed.sampling("toy", dual=True),
+        inference_speed.scoring("toy"),
+    ):
         timing.alternate(*program, pairs=1)  # fails where the two programs disagree
