@@ -21,9 +21,8 @@ import timing
 
 from llada.config import from_config_dict
 from llada.data.tokenizer_training import train_tokenizer
-from llada.interop import importing, layout, llada_schema, safetensors_files, sentencepiece_files
+from llada.interop import importing, layout, safetensors_files, schema, sentencepiece_files
 from llada.interop.export import SHARD_BYTES, export
-from llada.interop.schema import Special
 
 EXPERIMENT = Path(__file__).resolve().parents[1] / "experiments" / "llada_8b.py"
 _PIECE = 8 << 20
@@ -43,16 +42,16 @@ def write_released(directory: Path, layers: int) -> None:
                 count = min(_PIECE, tensor.size - start)
                 yield np.roll(noise, int(rng.integers(_PIECE)))[:count]
 
-    shards = safetensors_files.plan(layout.tensors(model, llada_schema.NAMES), "bfloat16", SHARD_BYTES)
+    shards = safetensors_files.plan(layout.tensors(model, schema.LLADA.names), "bfloat16", SHARD_BYTES)
     directory.mkdir()
     for shard in shards:
         safetensors_files.write_shard(directory, shard, "bfloat16", pieces(shard))
     index = safetensors_files.index(shards, "bfloat16")
     (directory / safetensors_files.INDEX).write_text(json.dumps(index), encoding="utf-8")
     tokenizer = train_tokenizer(["a quick brown fox\n" * 50], 280, directory.parent / "tokenizer.model")
-    special = Special(tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id)
-    (directory / "config.json").write_text(json.dumps(llada_schema.to_json(model, special)), encoding="utf-8")
-    ids = dict(mask_id=special.mask, eos_id=special.eos, pad_id=special.pad)
+    values = schema.LLADA.to_json(model, tokenizer.special, tokenizer.pad_id)
+    (directory / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    ids = dict(mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     for name, content in sentencepiece_files.tokenizer_files(tokenizer.proto, **ids, model_max_length=4096).items():
         (directory / name).write_bytes(content)
 

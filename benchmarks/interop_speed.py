@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 from llada.config import default_config, from_config_dict, to_dict
 from llada.data.tokenizer_training import train_tokenizer
 from llada.interop import export as export_lib
-from llada.interop import importing, layout, llada_schema
+from llada.interop import importing, layout, schema
 from llada.training import run as run_lib
 from llada.training.checkpoint import Checkpoints
 from llada.training.leaves import create, open_parameters
@@ -83,7 +83,7 @@ def check(workdir: Path, exported: Path, imported: Path, dtype: str) -> None:
     ours, again = (open_parameters(Checkpoints(path)) for path in (workdir, imported))
     files = json.loads((exported / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
     cast = np.dtype(np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
-    for tensor in layout.tensors(config.model, llada_schema.NAMES):
+    for tensor in layout.tensors(config.model, schema.LLADA.names):
         index = () if tensor.layer is None else (tensor.layer,)
         source, back = (leaves[tensor.leaf].read(*index) for leaves in (ours, again))
         with safe_open(exported / files[tensor.name], framework="np") as file:

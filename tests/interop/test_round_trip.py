@@ -20,8 +20,10 @@ from safetensors.numpy import load_file
 import llada
 from llada.config import default_config, from_config_dict
 from llada.errors import UserError
-from llada.interop import importing, layout, llada_schema, llama_schema
+from llada.interop import importing, layout, schema, source_tokenizer
 from llada.interop.export import export
+from llada.objectives import families
+from llada.objectives.contract import SpecialTokens
 from llada.training.checkpoint import Checkpoints
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -88,7 +90,7 @@ def llada_8b():
 def test_llada_8b_has_the_released_names_shapes_size_and_config():
     """Nothing is allocated: shapes come from `jax.eval_shape`."""
     config = llada_8b()
-    found = {tensor.name: tensor.shape for tensor in layout.tensors(config.model, llada_schema.NAMES)}
+    found = {tensor.name: tensor.shape for tensor in layout.tensors(config.model, schema.LLADA.names)}
     D, F, V = 4096, 12288, 126464
     released = {
         "model.transformer.wte.weight": (V, D),
@@ -105,10 +107,10 @@ def test_llada_8b_has_the_released_names_shapes_size_and_config():
     shards = importing_plan(config, "bfloat16")
     assert shards["metadata"]["total_size"] == 16_031_162_368  # the released index says so
     assert set(shards["weight_map"]) == set(released)
-    written = llada_schema.to_json(config.model, llada_schema.Special(126336, 126081, 126081))
+    written = schema.LLADA.to_json(config.model, SpecialTokens(mask=126336, eos=126081), 126081)
     assert {key: written[key] for key in RELEASED} == RELEASED
     assert written.keys() - RELEASED.keys() == {"transformers_version"}
-    fields, special = llada_schema.from_json(RELEASED)
+    fields, special = schema.LLADA.from_json(RELEASED)
     for name, value in fields.items():
         wanted = getattr(config.model, name)
         assert value == (config.model.key_value_heads if name == "kv_heads" else wanted), name
@@ -118,7 +120,7 @@ def test_llada_8b_has_the_released_names_shapes_size_and_config():
 def importing_plan(config, dtype):
     from llada.interop import safetensors_files
 
-    shards = safetensors_files.plan(layout.tensors(config.model, llada_schema.NAMES), dtype, 5_000_000_000)
+    shards = safetensors_files.plan(layout.tensors(config.model, schema.LLADA.names), dtype, 5_000_000_000)
     assert [s.name for s in shards][:1] == ["model-00001-of-00004.safetensors"]
     return safetensors_files.index(shards, dtype)
 
@@ -297,8 +299,8 @@ def test_a_mask_is_found_for_models_that_have_none(build, tokenizer, tmp_path):
     assert named.mask_id == tokenizer.mask_id and named.piece(named.mask_id) == "<|reserved_7|>"
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert config["vocab_size"] > tokenizer.vocab_size
-    assert importing._free_id(tmp_path, {"a": 0, "<unk>": 1, "<|reserved_7|>": 2}, 3) == 2
-    assert importing._free_id(tmp_path, {"a": 0, "<unk>": 1}, 2) == 1
+    assert source_tokenizer._free_id({"a": 0, "<unk>": 1, "<|reserved_7|>": 2}, 3) == 2
+    assert source_tokenizer._free_id({"a": 0, "<unk>": 1}, 2) == 1
 
 
 def test_a_llama_with_only_a_sentencepiece_model_comes_in(build, tokenizer, tmp_path):
@@ -314,7 +316,7 @@ def test_a_llama_with_only_a_sentencepiece_model_comes_in(build, tokenizer, tmp_
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the cat sees the dog"] * 50), model_writer=writer, vocab_size=278, model_type="bpe",
-        byte_fallback=True, num_threads=1, minloglevel=2,
+        byte_fallback=True, normalization_rule_name="identity", num_threads=1, minloglevel=2,
     )  # fmt: skip
     (tmp_path / "hf/tokenizer.model").write_bytes(writer.getvalue())
     values = json.loads((tmp_path / "hf/config.json").read_text())
@@ -326,9 +328,7 @@ def test_a_llama_with_only_a_sentencepiece_model_comes_in(build, tokenizer, tmp_
 
 def test_defaults_are_safe_for_every_context(build):
     config = default_config().to_dict()
-    assert (
-        importing._default_tree({"max_length": 8192, "causal": True}, "autoregressive")["data"]["sequence_length"]
-        == 8192
-    )
+    tree = importing._default_tree({"max_length": 8192, "causal": True}, families.AUTOREGRESSIVE)
+    assert tree["data"]["sequence_length"] == 8192
     assert config["data"]["sequence_length"] != 8192  # the defaults themselves stay as they are
-    assert llama_schema.NAMES.keys() == llada_schema.NAMES.keys()
+    assert schema.LLAMA.names.keys() == schema.LLADA.names.keys()

@@ -17,7 +17,7 @@ import llada
 from llada.config import from_config_dict
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.errors import UserError
-from llada.interop import importing
+from llada.interop import importing, source_tokenizer
 from llada.interop.export import export
 from llada.model import transformer
 from llada.objectives import autoregressive
@@ -71,7 +71,7 @@ def spaced(lengths, mask: bool = False) -> bytes:
 @pytest.mark.parametrize("lengths", [range(2, 17), [*range(2, 15), 16], [2, 3]], ids=["Llama", "Mistral", "few"])
 def test_runs_of_spaces_of_one_score_are_cut_as_sentencepiece_cuts_them(lengths, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(spaced(lengths))
-    files = importing._from_sentencepiece(tmp_path, {}, {"bos": 1, "eos": 2})
+    files = source_tokenizer._from_sentencepiece(tmp_path, {}, {"bos": 1, "eos": 2})
     (tmp_path / "tokenizer.json").write_text(files["tokenizer.json"])
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     ours = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))

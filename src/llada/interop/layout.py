@@ -1,7 +1,8 @@
 """Our parameters and the tensors of a checkpoint for PyTorch: which is which, and how one is laid out as the other.
 
-Ours are stacked over layers and keep heads and channels apart, `(layers, D, H, C)`; theirs are one matrix per layer in
-the order of torch's Linear, `[outputs, inputs]`. Rotary embedding is half-split on both sides, so no channel moves.
+Ours are stacked over layers and have separate axes for heads and channels, `(layers, D, H, C)`; theirs are one matrix
+per layer in the order of torch's Linear, `[outputs, inputs]`. Rotary embedding is half-split on both sides, so no
+channel moves.
 """
 
 import math
@@ -43,13 +44,13 @@ def tensors(config: ModelConfig, names: dict[str, str]) -> list[Tensor]:
     The order is that of a forward pass: embedding, layers, final norm, head. Nothing is allocated.
     """
     shapes = leaf_shapes(config)
-    found = [Tensor(names["embedding"], shapes["embedding"], "embedding", None)]
+    listed = [Tensor(names["embedding"], shapes["embedding"], "embedding", None)]
     for layer in range(config.layers):
         for leaf, (_, *shape) in shapes.items():
             if leaf.startswith("layers."):
-                found.append(Tensor(names[leaf].format(layer), _their_shape(leaf, shape), leaf, layer))
-    found += [Tensor(names[leaf], shapes[leaf], leaf, None) for leaf in ("final_norm", "head") if leaf in shapes]
-    return found
+                listed.append(Tensor(names[leaf].format(layer), _their_shape(leaf, shape), leaf, layer))
+    listed += [Tensor(names[leaf], shapes[leaf], leaf, None) for leaf in ("final_norm", "head") if leaf in shapes]
+    return listed
 
 
 def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -70,7 +71,7 @@ def as_matrix(leaf: str, ours: np.ndarray) -> np.ndarray:
 
 
 def transpose(matrix: np.ndarray, out: np.ndarray) -> None:
-    """`out[...] = matrix.T`, cast to the dtype of `out`, by blocks: several times the speed of doing it at once."""
+    """`out[...] = matrix.T`, cast to the dtype of `out`, by blocks: several times as fast as all at once."""
     for start in range(0, len(matrix), _BLOCK):
         out[:, start : start + _BLOCK] = matrix[start : start + _BLOCK].T
 

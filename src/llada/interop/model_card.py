@@ -9,9 +9,34 @@ import numpy as np
 from llada import accounting, json_files
 from llada.config import Config
 from llada.data.tokenizer import Tokenizer
+from llada.objectives import families
 from llada.paths import user_path
+from llada.scaling import held_out
 from llada.training import metrics
 
+ORIGIN = "trained with llada in JAX and exported for PyTorch"  # by which an export is recognised
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{tags}]
+license: unknown  # fill in before you publish: that of the weights, such as apache-2.0
+language: [{language}]  # fill in: such as [en]
+datasets: []  # fill in: names on the hub of what it was trained on
+---
+
+# {name}
+
+{kind}, {origin}. The fields `license`, `language` and `datasets` above are
+for you to fill in before you publish it.
+
+| | |
+|---|---|
+{facts}
+
+## Use
+
+{use}"""
 _LLADA_USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,73 +59,54 @@ ids = model.generate(**tokenizer({prompt}, return_tensors="pt"), max_new_tokens=
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
 ```
 
-{begun}
+{first_token}
 """
-
-ORIGIN = "trained with llada in JAX and exported for PyTorch"  # by which exports are known again
 
 
 def text(config: Config, workdir: Path, step: int, dtype: str, architecture: str, tokenizer: Tokenizer) -> str:
-    """The card in Markdown; facts come from the run's own files, and a fact that is not there is not told."""
-    causal = config.model.causal
-    count = accounting.parameters(config.model)
-    tags = ["llada", "jax", *([] if causal else ["diffusion", "masked-diffusion"])]
-    code = config.data.source == "stdlib" and step > 0
-    front = [
-        *("library_name: transformers", "pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]"),
-        "license: unknown  # fill in before you publish: that of the weights, such as apache-2.0",
-        f"language: [{'code' if code else ''}]  # fill in: such as [en]",
-        "datasets: []  # fill in: names on the hub of what it was trained on",
-    ]
+    """The card in Markdown; facts come from the run's own files, and one that is not known is left out."""
+    m, count = config.model, accounting.parameters(config.model)
     facts = {
-        "architecture": f"`{architecture}`, {'causal' if causal else 'bidirectional'}",
-        "layers, width, heads (key/value), FFN": f"{config.model.layers}, {config.model.width}, {config.model.heads} "
-        f"({config.model.key_value_heads}), {config.model.ffn}",
-        "vocabulary, context": f"{config.model.vocab_size:,}, {config.model.max_length:,} tokens",
+        "architecture": f"`{architecture}`, {'causal' if m.causal else 'bidirectional'}",
+        "layers, width, heads (key/value), FFN": f"{m.layers}, {m.width}, {m.heads} ({m.key_value_heads}), {m.ffn}",
+        "vocabulary, context": f"{m.vocab_size:,}, {m.max_length:,} tokens",
         "parameters (without embeddings)": f"{count.total:,} ({count.non_embedding:,})",
         "weights": dtype,
         **_training_facts(config, workdir, step),
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    begun = f"Training rows began after the token {tokenizer.special.start}; "
-    if tokenizer.bos_id is not None:
-        begun = f"Texts begin with the token {tokenizer.bos_id}, which the tokenizer of the source puts there."
-    elif tokenizer.file_name == "tokenizer.model":
-        begun += "the tokenizer puts it before every text."
-    else:
-        begun += "put it before a prompt."
-    kind = (
-        "An autoregressive model"
-        if causal
-        else "A large language diffusion model ([LLaDA](https://arxiv.org/abs/2502.09992))"
-    )
-    use = (_ARM_USE if causal else _LLADA_USE).format(
+    kind = "An autoregressive model"
+    if not m.causal:
+        kind = "A large language diffusion model ([LLaDA](https://arxiv.org/abs/2502.09992))"
+    use = (_ARM_USE if m.causal else _LLADA_USE).format(
         prompt=json.dumps(_prompt(config, workdir, tokenizer), ensure_ascii=False),
-        length=min(64, config.model.max_length // 2),
+        length=min(64, m.max_length // 2),
         mask_id=tokenizer.mask_id,
-        begun=begun,
+        first_token=_first_token(tokenizer),
     )
-    lines = "\n".join(front)
-    return f"""---
-{lines}
----
+    return _CARD.format(
+        tags=", ".join(["llada", "jax", *([] if m.causal else ["diffusion", "masked-diffusion"])]),
+        language="code" if config.data.source == "stdlib" and step > 0 else "",
+        name=workdir.resolve().name,
+        kind=kind,
+        origin=ORIGIN,
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        use=use,
+    )
 
-# {workdir.resolve().name}
 
-{kind}, {ORIGIN}. The fields `license`, `language` and `datasets` above are
-for you to fill in before you publish it.
-
-| | |
-|---|---|
-{rows}
-
-## Use
-
-{use}"""
+def _first_token(tokenizer: Tokenizer) -> str:
+    if tokenizer.bos_id is not None:
+        return f"Texts begin with the token {tokenizer.bos_id}, which the tokenizer of the source puts there."
+    how = (
+        "the tokenizer puts it before every text."
+        if tokenizer.file_name == "tokenizer.model"
+        else ("put it before a prompt.")
+    )
+    return f"Training rows began after the token {tokenizer.special.start}; {how}"
 
 
 def _training_facts(config: Config, workdir: Path, step: int) -> dict[str, str]:
-    """How this checkpoint came to be, and the held-out figures that were measured at this very step."""
+    """How this checkpoint was trained, and the held-out figures that were measured at this very step."""
     if step == 0:
         return {"training": "imported; no step taken here"}
     tokens = step * config.tokens_per_step
@@ -113,42 +119,38 @@ def _training_facts(config: Config, workdir: Path, step: int) -> dict[str, str]:
         f"weight decay {config.optimizer.weight_decay:g}, batch {config.train.batch_size} rows, "
         f"schedule `{config.optimizer.schedule}`",
     }
-    summary = _read(workdir / "summary.json")
-    if summary.get("step") == step and _are_numbers(summary, "flops_6nd", "flops_exact"):
+    path = workdir / "summary.json"
+    summary = json_files.read(path) if path.exists() else {}
+    if summary.get("step") != step:
+        summary = {}
+    if all(held_out.is_number(summary.get(name)) for name in ("flops_6nd", "flops_exact")):
         facts["training FLOPs (6ND, exact)"] = f"{summary['flops_6nd']:.3e}, {summary['flops_exact']:.3e}"
-    return facts | _figures(config, workdir, step, summary)
+    # Evaluations on the way are in metrics.jsonl, the last one in summary.json as well.
+    values: dict[str, Any] = {}
+    for line in metrics.read(workdir / "metrics.jsonl"):
+        if line["step"] == step:
+            values |= {name.replace("eval/", "eval_"): value for name, value in line.items()}
+    return facts | _held_out_facts(config, workdir, step, held_out.of_training(config, values | summary))
 
 
-def _figures(config: Config, workdir: Path, step: int, summary: dict[str, Any]) -> dict[str, str]:
-    """Held-out figures of this step: training's own, and that of `llada evaluate` beside it, each saying of what."""
-    exact = config.model.causal
-    measured = {"estimator": "exact" if exact else "l_of_L", "draws": 1 if exact else config.evaluate.draws}
-    lines = [line for line in metrics.read(workdir / "metrics.jsonl") if line["step"] == step]
-    training: dict[str, Any] = {}
-    for line in lines:
-        training |= {name.removeprefix("eval/"): value for name, value in line.items() if name.startswith("eval/")}
-    if summary.get("step") == step:
-        training |= {name.removeprefix("eval_"): value for name, value in summary.items() if name.startswith("eval_")}
-    found = {"in training": measured | training}
-    evaluation = _read(workdir / "evaluation.json")
-    if evaluation.get("step") == step:
-        found["llada evaluate"] = {"rows_digest": evaluation.get("eval_rows_digest")} | evaluation
-    facts = {}
-    for where, values in found.items():
-        if not _are_numbers(values, "nats_per_token"):
-            continue
-        figure = f"{values['nats_per_token']:.4f}"
-        figure += f" ± {values['stderr']:.4f}" if _are_numbers(values, "stderr") else ""
-        kind = "exact NLL" if exact else "upper bound on the NLL"
-        of = [f"{values['rows']:,} held-out rows"] if _are_numbers(values, "rows") else ["held-out rows"]
-        of += [] if exact else [f"{values['draws']} draws each", f"estimator {values['estimator']}"]
-        figure += f" ({kind}; {', '.join(of)})"
-        figure += f", {values['bits_per_byte']:.4f} bits per byte" if _are_numbers(values, "bits_per_byte") else ""
-        facts[f"held-out nats per token, {where}"] = figure
-    digests = {values.get("rows_digest") for values in found.values()}
-    if len(facts) == 2 and (len(digests) > 1 or None in digests):
+def _held_out_facts(config: Config, workdir: Path, step: int, training: held_out.Figures) -> dict[str, str]:
+    """Training's own figures and those of `llada evaluate`, each with what it is of, and whether the two compare."""
+    evaluation, _ = held_out.of_evaluation(workdir, step)
+    figures = {"in training": training, "llada evaluate": evaluation}
+    known = {where: each for where, each in figures.items() if each and held_out.is_number(each.nats_per_token)}
+    facts = {f"held-out nats per token, {where}": _figure(config, each) for where, each in known.items()}
+    if len(known) == 2 and not held_out.of_same_rows(list(known.values())):
         facts["of the two"] = "they were not measured on the same rows, or may not have been: not to be compared"
     return facts
+
+
+def _figure(config: Config, figures: held_out.Figures) -> str:
+    exact = families.of(config).exact
+    words = f"{figures.nats_per_token:.4f}" + ("" if figures.stderr is None else f" ± {figures.stderr:.4f}")
+    of = ["held-out rows" if figures.rows is None else f"{figures.rows:,} held-out rows"]
+    of += [] if exact else [f"{figures.draws} draws each", f"estimator {figures.estimator}"]
+    words += f" ({'exact NLL' if exact else 'upper bound on the NLL'}; {', '.join(of)})"
+    return words + ("" if figures.bits_per_byte is None else f", {figures.bits_per_byte:.4f} bits per byte")
 
 
 def _prompt(config: Config, workdir: Path, tokenizer: Tokenizer) -> str:
@@ -161,13 +163,5 @@ def _prompt(config: Config, workdir: Path, tokenizer: Tokenizer) -> str:
     except (OSError, ValueError, IndexError):
         return "The"
     row = row[row.index(tokenizer.eos_id) + 1 :] if tokenizer.eos_id in row[:-16] else row
-    text = tokenizer.decode(token for token in row if token < tokenizer.vocab_size)
-    return " ".join(text.split()[:5])[:60] or "The"
-
-
-def _are_numbers(values: dict[str, Any], *names: str) -> bool:
-    return all(type(values.get(name)) in (int, float) for name in names)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json_files.read(path) if path.exists() else {}
+    words = tokenizer.decode(token for token in row if token < tokenizer.vocab_size).split()
+    return " ".join(words[:5])[:60] or "The"

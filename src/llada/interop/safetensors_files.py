@@ -1,6 +1,6 @@
-"""Safetensors shards and their index: written tensor by tensor, read slice by slice, and nothing believed unchecked.
+"""Safetensors shards and their index: written tensor by tensor, read slice by slice; every file is checked first.
 
-The library checks what is read. The data itself goes past it both ways, because it would hold a whole shard, or a copy
+The library checks what is read. The data itself bypasses it both ways, because it would hold an entire shard, or a copy
 of each slice, in memory; the format is eight bytes of length, a JSON header and the data. No other weight format is
 read: pickles run code.
 """
@@ -52,8 +52,8 @@ def plan(tensors: list[Tensor], dtype: str, shard_bytes: int) -> list[Shard]:
     return [Shard(f"model-{i:05d}-of-{count:05d}.safetensors", group) for i, group in enumerate(groups, 1)]
 
 
-def write_shard(directory: Path, shard: Shard, dtype: str, pieces: Iterable[np.ndarray]) -> None:
-    """Write one file; `pieces` are the bytes of its tensors in order, in contiguous arrays of any size."""
+def write_shard(directory: Path, shard: Shard, dtype: str, pieces: Iterable[np.ndarray]) -> int:
+    """Write one file, return the size of its data; `pieces` are that of its tensors in order, in contiguous arrays."""
     numpy_dtype, code = DTYPES[dtype]
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -66,11 +66,12 @@ def write_shard(directory: Path, shard: Shard, dtype: str, pieces: Iterable[np.n
     with (directory / shard.name).open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for piece in pieces:
-            written += file.write(piece.view(np.uint8))
+            written += file.write(piece.view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
     if written != end:
         raise AssertionError(f"{shard.name}: wrote {written} bytes of {end}")
+    return written
 
 
 def index(shards: list[Shard], dtype: str) -> dict:
@@ -86,7 +87,8 @@ class Weights:
     def __init__(self, directory: Path):
         """UserError, naming the file, for anything missing, damaged, contradictory, or outside the directory."""
         files, weight_map = _files(directory)
-        self._directory, self._start = directory, {}
+        self._directory = directory
+        self._start: dict[str, int] = {}
         self._entries: dict[str, dict] = {}
         self._file_of: dict[str, str] = {}
         for name in files:
@@ -96,7 +98,9 @@ class Weights:
                     raise UserError(f"{_short(tensor)} is in {name} and in another file")
             self._entries |= entries
             self._file_of |= dict.fromkeys(entries, name)
-        for tensor in sorted(weight_map.keys() ^ self._file_of.keys()) if weight_map is not None else ():
+        if weight_map is None:
+            return
+        for tensor in sorted(weight_map.keys() ^ self._file_of.keys()):
             kind = "names, but its file lacks" if tensor in weight_map else "does not name, but a file holds"
             raise UserError(f"{INDEX} {kind}, the tensor {_short(tensor)}")
 
@@ -181,8 +185,8 @@ def _shards(directory: Path) -> list[str]:
         raise UserError(
             f"it holds shards of {' and of '.join(sorted(counts))} files, and no {INDEX} that says which count"
         )
-    ((count, found),) = counts.items()
-    missing = next((n for n in range(1, int(count) + 1) if n not in found), None)
+    ((count, numbers),) = counts.items()
+    missing = next((n for n in range(1, int(count) + 1) if n not in numbers), None)
     if missing is not None:
         raise UserError(f"model-{missing:05d}-of-{count}.safetensors is not there; copy the missing shard")
     return [f"model-{n:05d}-of-{count}.safetensors" for n in range(1, int(count) + 1)]
