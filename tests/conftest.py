@@ -31,6 +31,7 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax
 import pytest
+from marks import FILES, LONGEST
 
 from llada.config import default_config, from_config_dict
 from llada.training import loop
@@ -41,30 +42,6 @@ gc.set_threshold(100_000, 50, 100)
 
 
 HERE = Path(__file__).resolve().parent
-
-# Files that take longest, under tests/: they begin first, so that no process is left with one at the end.
-LONGEST = (
-    "scaling/test_sweep.py inference/test_sampler.py commands/test_program.py training/test_loop.py test_multihost.py "
-    "test_sharding.py inference/test_published.py interop/test_modeling.py commands/test_surroundings.py "
-    "commands/test_wrong_commands.py interop/test_round_trip.py interop/test_pytorch.py model/test_transformer.py "
-    "planning/test_plan.py training/test_damage.py training/test_ground.py test_tour.py test_benchmarks.py "
-    "scaling/test_study.py training/test_step.py inference/test_distribution.py inference/test_likelihood.py "
-    "scaling/test_pictures.py interop/test_sentencepiece_files.py test_preemption.py test_equations.py"
-).split()
-
-# Markers of whole files; single tests have theirs where they stand. `fast` has seconds of every room.
-FILES = {
-    "fast": (
-        "test_architecture.py test_documents.py test_guarantees.py test_experiments.py test_files.py "
-        "data/test_sources.py model/test_accounting.py planning/test_hlo.py scaling/test_grid.py scaling/test_laws.py "
-        "training/test_optimizer.py"
-    ).split(),
-    "multihost": ["test_multihost.py"],
-    "torch": (
-        "test_benchmarks.py inference/test_published.py interop/test_modeling.py interop/test_pytorch.py "
-        "interop/test_wild.py"
-    ).split(),
-}
 
 
 def pytest_collection_modifyitems(items):

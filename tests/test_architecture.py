@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import marks
 from packaging.requirements import Requirement
 
 from llada import config
@@ -179,3 +180,13 @@ def test_the_installed_versions_are_the_pins_or_within_the_ranges():
         requirement = Requirement(line)
         if "extra" not in str(requirement.marker):
             assert importlib.metadata.version(requirement.name) in requirement.specifier, line
+
+
+def test_fast_tests_are_of_every_room_and_marked_files_exist():
+    """`-m fast` says whether the tree is sane: a marked file, or a marked test, in every folder of tests/."""
+    tests = ROOT / "tests"
+    marked = [name for files in (marks.LONGEST, *marks.FILES.values()) for name in files]
+    assert not [name for name in marked if not (tests / name).exists()]
+    for room in {path.parent for path in tests.glob("*/test_*.py")}:
+        files = [name for name in marks.FILES["fast"] if (tests / name).parent == room]
+        assert files or any("@pytest.mark.fast" in path.read_text() for path in room.glob("test_*.py")), room.name

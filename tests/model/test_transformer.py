@@ -75,6 +75,7 @@ def numpy_hidden(c: ModelConfig, params, tokens):
     return np.stack(out)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk_norm"])
 def test_forward_pass_equals_a_numpy_reimplementation(causal, qk_norm):

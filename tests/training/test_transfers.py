@@ -8,8 +8,6 @@ from llada import mesh as mesh_lib
 from llada.objectives.contract import SpecialTokens
 from llada.training.step import compile_step, init_state, state_shardings
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.mark.parametrize("family", ["llada", "arm"])
 def test_a_step_transfers_nothing(tiny, family):
