@@ -71,9 +71,9 @@ def attempt(given, objective: str, sequences: int) -> dict | None:
     config = experiment.read(given.config, given.overrides | changes)
     mesh = mesh_lib.make(config.mesh, place.devices)
     # What a diffusion step would need is what all three are credited with.
-    program = programs.make(config, mesh, "train", programs.Request())
+    program = programs.make(config, mesh, "train", programs.Workload())
     other = dataclasses.replace(config, objective=dataclasses.replace(config.objective, name=objective))
-    jitted = programs.make(other, mesh, "train", programs.Request()).jitted
+    jitted = programs.make(other, mesh, "train", programs.Workload()).jitted
     compiled = programs.lower_and_compile(program._replace(jitted=jitted), mesh)
     if compiled.refusal:
         return None

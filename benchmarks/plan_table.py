@@ -87,7 +87,7 @@ def entry(model: str, name: str, remat: str, microbatches: int) -> dict:
             str(ROOT / "experiments" / f"{model}.py"), overrides | {"train.batch_size": str(batch)}
         )
         mesh = mesh_lib.make(config.mesh, place.devices)
-        program = programs.make(config, mesh, "train", programs.Request())
+        program = programs.make(config, mesh, "train", programs.Workload())
         compiled = programs.lower_and_compile(program, mesh)
         found = None if compiled.refusal else report.figures(config, place, mesh, program, compiled)
         if found and found["hbm_bytes"]["peak_share"] <= 1:

@@ -30,7 +30,7 @@ def test_a_product_in_nested_loops_counts_once_a_turn():
     read = module(lambda x: jax.lax.scan(outer, x, None, length=5)[0], (32, 64))
     once = 2 * 32 * 64 * 64
     assert flops(read) == 5 * (3 + 1) * once
-    assert sorted((loop.turns, loop.entries) for loop in read.loops) == [(3, 5), (5, 1)]
+    assert sorted((loop.trip_count, loop.entries) for loop in read.loops) == [(3, 5), (5, 1)]
 
 
 def test_a_loop_that_depends_on_data_is_asked_for():
@@ -42,7 +42,7 @@ def test_a_loop_that_depends_on_data_is_asked_for():
 
     read = module(function, (32, 64), trips=lambda path: (7.5, f"told: {path}"))
     (loop,) = read.loops
-    assert not loop.counted and loop.turns == 7.5 and "while" in loop.why
+    assert not loop.counted and loop.trip_count == 7.5 and "while" in loop.why
     assert flops(read) == 7.5 * 2 * 32 * 64 * 64
 
 
@@ -93,14 +93,14 @@ ENTRY %main (x.1: bf16[8,128]) -> bf16[8,128] {
 
 def test_turns_are_read_from_start_limit_and_step():
     read = hlo.Module(LOOP)
-    assert [(loop.turns, loop.counted) for loop in read.loops] == [(6, True)]
+    assert [(loop.trip_count, loop.counted) for loop in read.loops] == [(6, True)]
     assert flops(read) == 6 * 2 * 8 * 128 * 128
     assert read.cycles(read.entry) == 6 * (10 + 90)
 
 
 def test_a_limit_may_be_inclusive():
     text = LOOP.replace("direction=LT", "direction=LE").replace("constant(11)", "constant(10)")
-    assert [loop.turns for loop in hlo.Module(text).loops] == [6]  # 0, 2 ... 10
+    assert [loop.trip_count for loop in hlo.Module(text).loops] == [6]  # 0, 2 ... 10
 
 
 def test_bytes_cycles_and_link_seconds_are_those_of_every_turn():

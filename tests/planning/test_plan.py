@@ -37,7 +37,7 @@ def small(**changes):
 def compiled(config, name="v5e:2x2"):
     place = topology.describe(name)
     mesh = mesh_lib.make(config.mesh, place.devices)
-    made = programs.make(config, mesh, "train", programs.Request())
+    made = programs.make(config, mesh, "train", programs.Workload())
     done = programs.lower_and_compile(made, mesh)
     assert done.refusal is None
     return SimpleNamespace(place=place, mesh=mesh, program=made, compiled=done)
@@ -90,7 +90,7 @@ def test_loops_over_a_devices_own_rows_hold_no_collective(step):
         seen.append(todo.pop())
         for i in module.computations[seen[-1]]:
             assert not i.opcode.startswith(traffic.KINDS), i.name
-            todo += [*hlo.callees(i), *(i.called("body") if i.opcode == "while" else [])]
+            todo += [*i.callees, *(i.called("body") if i.opcode == "while" else [])]
     assert len(seen) > 10
 
 
@@ -206,7 +206,7 @@ def test_collectives_of_one_channel_under_way_at_once_all_count(libtpu):
     ],
 )
 def test_groups_in_every_notation(attributes, group):
-    assert traffic.groups(attributes, 8) == group
+    assert traffic.first_group(attributes, 8) == group
 
 
 def test_slices_lie_along_data_first(libtpu):
@@ -225,7 +225,7 @@ def test_gradients_cross_slices_once(libtpu):
     config = small(mesh__fsdp=4)
     place = topology.describe("v5e:2x2", 2)
     mesh = mesh_lib.make(config.mesh, place.devices)
-    program = programs.make(config, mesh, "train", programs.Request())
+    program = programs.make(config, mesh, "train", programs.Workload())
     found = report.figures(config, place, mesh, program, programs.lower_and_compile(program, mesh))
     held = accounting.parameters(config.model).total / 4
     # float32 gradients, or bfloat16 ones where products make them; each sent, and the sum received.
@@ -258,13 +258,13 @@ def test_a_search_prefers_less_recomputation_where_memory_allows(monkeypatch):
         projected = {"tokens_per_second_per_chip": rate, "seconds": 1 / rate, "useful_mfu": 0.5}
         figures = {"projection": projected, "matrix_flops": {"executed_over_useful": 1.0}} if fits else None
         model = dataclasses.replace(config.model, remat=remat)
-        return search.Point(dataclasses.replace(config, mesh=mesh, model=model), sequences, peak, figures)
+        return search.Candidate(dataclasses.replace(config, mesh=mesh, model=model), sequences, peak, figures)
 
     monkeypatch.setattr(search, "_compile", compile_)
     config = small(train__batch_size=64, model__width=256)
     found = search.search(config, place, lambda text: None, told.append)
     assert (found.best.config.model.remat, found.best.config.mesh.fsdp, found.best.sequences) == ("none", 8, 1)
-    assert all(point.fits for point in found.pareto) and found.best in found.pareto
+    assert all(candidate.fits for candidate in found.pareto) and found.best in found.pareto
     # Everything on half of the slice, from the largest batch down; there the best, and only that on the other meshes.
     assert tried[:3] == [(8, "full", 4), (8, "attention", 4), (8, "dots", 4)]
     assert tried[3:6] == [(8, "none", 4), (8, "none", 1), (8, "none", 2)]
@@ -275,19 +275,19 @@ def test_a_search_prefers_less_recomputation_where_memory_allows(monkeypatch):
     need["full"] = 14.75 / 14
     tried.clear()
     tight = search.search(small(train__batch_size=14 * 16, model__width=256), place, lambda text: None, told.append)
-    assert tried[:3] == [(8, "full", 14), (8, "full", 7), (8, "attention", 7)] and tight.points[0].fits
+    assert tried[:3] == [(8, "full", 14), (8, "full", 7), (8, "attention", 7)] and tight.candidates[0].fits
     table = search.text(found).splitlines()
     assert table[2].split()[:6] == "* 2 x 8 x 1".split() and "best within 92% of memory: " in table[-1]
 
 
 def test_what_does_not_fit_is_named_for_every_remat():
     """Less recomputation keeps more."""
-    mesh, program = SimpleNamespace(shape=dict(data=1, fsdp=4, tensor=1)), SimpleNamespace(name="train")
-    kept = []
+    axes, program = dict(data=1, fsdp=4, tensor=1), SimpleNamespace(name="train")
+    saved = []
     for remat in ("offload", "full", "attention", "dots", "none"):
         config = small(model__remat=remat)
-        kept += [size for name, size in fitting.largest_buffers(config, mesh, program) if f"remat={remat}" in name]
-    assert len(kept) == 5 and kept == sorted(set(kept))
+        saved += [size for name, size in fitting.largest_buffers(config, axes, program) if f"remat={remat}" in name]
+    assert len(saved) == 5 and saved == sorted(set(saved))
 
 
 # Devices per mesh axis, GiB that a v5e chip (15.75) would need, changes: the advice, and what it must leave out. Of the
@@ -306,8 +306,8 @@ ADVICE = {
 def test_no_advice_is_given_that_cannot_do(name):
     (data, fsdp), gibibytes, changes, words, absent = ADVICE[name]
     config = experiment.read(str(EXPERIMENTS / "llada_1b.py"), changes)
-    mesh, program = SimpleNamespace(shape=dict(data=data, fsdp=fsdp, tensor=1)), SimpleNamespace(name="train")
-    line = fitting.advice(config, mesh, program, topology.CHIPS["v5e"], gibibytes * topology.GIB)
+    axes, program = dict(data=data, fsdp=fsdp, tensor=1), SimpleNamespace(name="train")
+    line = fitting.advice(config, axes, program, topology.CHIPS["v5e"], gibibytes * topology.GIB)
     assert all(word in line for word in words) and not any(word in line for word in absent), line
 
 
@@ -391,12 +391,12 @@ def test_what_does_not_fit_names_buffers_and_flags(libtpu):
     config = small(model__width=1024, model__layers=8, model__vocab_size=126_464, train__batch_size=64)
     place = topology.describe("v5e:2x2")
     mesh = mesh_lib.make(config.mesh, place.devices)
-    program = programs.make(config, mesh, "train", programs.Request())
+    program = programs.make(config, mesh, "train", programs.Workload())
     said = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (27.92G) exceeds available HBM (15.75G)."
-    line = fitting.refusal(config, place, mesh, program, programs.Compiled("", {}, said, 1.0))
+    line = fitting.refusal(config, place, mesh.shape, program, said)
     assert "27.92G" in line and "15.75G" in line and "\n" not in line
     assert "parameters and moments" in line and "--config.train.microbatches=2" in line
     vmem = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 16.03M of 16.00M vmem."
-    line = fitting.refusal(config, place, mesh, program, programs.Compiled("", {}, vmem, 1.0))
+    line = fitting.refusal(config, place, mesh.shape, program, vmem)
     assert "on-chip memory" in line and "16.03M of 16.00M" in line
     assert fitting.wanted_bytes(said) == pytest.approx(27.92 * topology.GIB)

@@ -1,78 +1,31 @@
-"""Reading a compiled program: computations, instructions, who calls whom and how often, and matrix FLOPs.
+"""What a compiled program does: how often each computation runs, and the matrix FLOPs and cycles of its instructions.
 
-The text is what XLA prints of an optimised module. XLA's own cost analysis counts the body of a loop once, so loops are
-multiplied out here: a counted loop's turns are read from its condition; turns that depend on data are asked for.
+XLA's own cost analysis counts the body of a loop once, so loops are multiplied out here: the trip count of a counted
+loop is read from its condition, and one that depends on data is estimated by whoever planned the program.
 """
 
 import functools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
 from llada.planning import kernels
+from llada.planning.hlo_text import BYTES, FLOATS, Instruction, first, integers, parse
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1, "token": 0}
+# From the source path of a loop to (expected trip count, why), None where it is not known.
+Trips = Callable[[str], tuple[float, str] | None]
 
-FLOATS = ("bf16", "f16", "f32", "f8e4m3fn", "f8e5m2")
-
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-_HEAD = re.compile(r"^(ENTRY )?(%[^\s(]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?(%[^\s=]+) = ")
-_NAME = re.compile(r"%[\w.\-]+")
-_CALLED = re.compile(r"(calls|body|condition|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%[\w.\-]+)")
-
-
-class Array(NamedTuple):
-    """One array of a shape; `fast` where it lies in on-chip memory instead of HBM."""
-
-    dtype: str
-    dims: tuple[int, ...]
-    fast: bool
-
-    @property
-    def bytes(self) -> float:
-        """Without padding."""
-        return math.prod(self.dims) * BYTES.get(self.dtype, 0)
-
-
-class Instruction(NamedTuple):
-    """One line; `attributes` is the rest of it, unread."""
-
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    arguments: str
-    attributes: str
-    root: bool
-
-    @property
-    def arrays(self) -> list[Array]:
-        """The arrays that it makes."""
-        return _arrays(self.shape)
-
-    @property
-    def path(self) -> str:
-        """Where in the source it came from, as JAX names it."""
-        return _found(r'op_name="([^"]*)"', self.attributes) or ""
-
-    @property
-    def cycles(self) -> int:
-        """The compiler's estimate for one execution; 0 where it makes none."""
-        return int(_found(r'"estimated_cycles":"(\d+)"', self.attributes) or 0)
-
-    def called(self, kind: str) -> list[str]:
-        """Computations in the attribute `kind`: calls, body, condition, branch_computations."""
-        return [name for key, text in _CALLED.findall(self.attributes) if key == kind for name in _NAME.findall(text)]
+# Instructions whose result is their first operand, as far as an integer is concerned.
+_COPIES = ("copy", "bitcast", "convert", "copy-done", "copy-start", "broadcast", "reshape")
 
 
 class Loop(NamedTuple):
-    """A loop that was met: its turns each time it is entered, how often it is, and `why` turns are not `counted`."""
+    """A loop of the program: its trip count each time it is entered, how often it is, why that is not `counted`."""
 
     path: str
-    turns: float
+    trip_count: float
     entries: float
     counted: bool
     why: str
@@ -81,188 +34,186 @@ class Loop(NamedTuple):
 class Module:
     """A parsed program and how often each of its computations runs.
 
-    `trips(path)` gives (expected turns, why) of loops whose turns depend on data. Kernels are opaque: whether attention
-    is `causal` and how many FLOPs a device does per cycle at its peak is told.
+    trips             estimates loops whose trip count depends on data
+    causal            whether attention is: kernels are opaque to the compiler
+    flops_per_cycle   of a device at its peak, from which the cycles of a kernel are estimated
+
+    What could not be read is in `unknown`: what was assumed instead, and the names it was assumed of.
     """
 
-    def __init__(
-        self,
-        text: str,
-        trips: Callable[[str], tuple[float, str]] | None = None,
-        causal: bool = False,
-        flops_per_cycle: float = math.inf,
-    ):
+    def __init__(self, text: str, trips: Trips | None = None, causal: bool = False, flops_per_cycle: float = math.inf):
         self.causal, self.flops_per_cycle = causal, flops_per_cycle
-        self.computations: dict[str, list[Instruction]] = {}
-        self.entry = ""
-        self._parse(text)
+        self.computations, self.entry = parse(text)
         self.by_name = {name: {i.name: i for i in body} for name, body in self.computations.items()}
         self.loops: list[Loop] = []
         self.executions: dict[str, float] = dict.fromkeys(self.computations, 0.0)
-        self.turns: dict[str, float] = {}  # of each while instruction
-        self._trips = trips or (lambda path: (1.0, "not known; counted once"))
+        self.trip_counts: dict[str, float] = {}  # of each while instruction
+        self.unknown: dict[str, set[str]] = defaultdict(set)
+        self._trips = trips or (lambda path: None)
+        self._products: dict[str, float] = {}
+        self._cycles: dict[tuple[str, str], float] = {}
         self._walk(self.entry, 1.0)
-
-    def _parse(self, text: str) -> None:
-        current: list[Instruction] = []
-        for line in text.splitlines():
-            if head := _HEAD.match(line):
-                current = self.computations.setdefault(head[2], [])
-                self.entry = head[2] if head[1] else self.entry
-            elif found := _INSTRUCTION.match(line):
-                current.append(_instruction(line, found))
+        self._note_unknown()
 
     def _walk(self, name: str, times: float) -> None:
         self.executions[name] += times
         for instruction in self.computations[name]:
             if instruction.opcode == "while":
-                turns, counted, why = self._turns(name, instruction)
-                self.turns[instruction.name] = turns
-                self.loops.append(Loop(instruction.path, turns, times, counted, why))
-                self._walk(instruction.called("body")[0], times * turns)
+                loop = self._loop(name, instruction, times)
+                self.trip_counts[instruction.name] = loop.trip_count
+                self.loops.append(loop)
+                self._walk(instruction.called("body")[0], times * loop.trip_count)
             elif instruction.opcode == "conditional":
                 # The branch with the most products; branches of one conditional exclude each other.
                 branches = instruction.called("branch_computations") or instruction.called("called_computations")
                 self._walk(max(branches, key=self.products), times)
             else:
-                for called in callees(instruction):
+                for called in instruction.callees:
                     self._walk(called, times)
 
-    @functools.cache  # noqa: B019 -- a module lives as long as its report
+    def _note_unknown(self) -> None:
+        for name, body in self.computations.items():
+            for i in body if self.executions[name] else ():
+                for dtype in {array.dtype for array in i.arrays} - BYTES.keys():
+                    self.unknown[f"arrays of type {dtype}, counted as no bytes"].add(i.name)
+                if kernels.is_kernel(i.opcode, i.attributes) and self._kernel_flops(name, i) is None:
+                    self.unknown["kernels that declare no FLOPs, counted as none"].add(i.name)
+
     def products(self, name: str) -> float:
         """Matrix FLOPs of a computation and all it calls, loop bodies once."""
-        total = 0.0
-        for instruction in self.computations[name]:
-            total += self.flops(name, instruction)
-            inner = [*callees(instruction), *instruction.called("body"), *instruction.called("branch_computations")]
-            total += sum(self.products(called) for called in inner)
-        return total
+        if name not in self._products:
+            total = 0.0
+            for instruction in self.computations[name]:
+                total += self.flops(name, instruction)
+                inner = [*instruction.callees, *instruction.called("body"), *instruction.called("branch_computations")]
+                total += sum(self.products(called) for called in inner)
+            self._products[name] = total
+        return self._products[name]
 
     def operand(self, computation: str, instruction: Instruction, index: int) -> Instruction | None:
-        """The instruction that made an operand."""
+        """The instruction whose result an operand is; None where that is of another computation."""
         return self.by_name[computation].get(instruction.operands[index])
 
-    def _turns(self, computation: str, loop: Instruction) -> tuple[float, bool, str]:
-        """(turns, whether they are counted, why if not) of a while loop."""
-        if known := _found(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
-            return int(known), True, ""
-        condition, body = loop.called("condition")[0], loop.called("body")[0]
-        counter, end, inclusive = self._limit(computation, loop, condition)
-        start = None if counter is None else self._constant(computation, self._element(computation, loop, counter))
-        step = None if counter is None else self._step(body, counter)
-        if end is not None and start is not None and step:
-            return max(0, math.ceil((end - start + inclusive) / step)), True, ""
-        turns, why = self._trips(loop.path)
-        # A counter that starts late belongs to a loop whose first turns the compiler wrote out before it.
-        return max(0.0, turns - (start or 0)), False, why
+    def root(self, computation: str) -> Instruction | None:
+        """The instruction whose result a computation returns."""
+        return next((i for i in self.computations[computation] if i.root), None)
 
-    def _limit(self, computation, loop, condition) -> tuple[int | None, int | None, int]:
-        """(place of the counter in the loop's tuple, its limit, 1 if inclusive) of a condition counter < limit.
+    def _loop(self, computation: str, loop: Instruction, entries: float) -> Loop:
+        """A while loop, with the trip count that the compiler prints, that can be counted here, or that is expected."""
+        if known := first(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
+            return Loop(loop.path, int(known), entries, True, "")
+        counter, end, inclusive = self._limit(computation, loop, loop.called("condition")[0])
+        start = None if counter is None else self._constant(computation, self._element(computation, loop, counter))
+        step = None if counter is None else self._step(loop.called("body")[0], counter)
+        if end is not None and start is not None and step:
+            return Loop(loop.path, max(0, math.ceil((end - start + inclusive) / step)), entries, True, "")
+        expected = self._trips(loop.path)
+        if expected is None:
+            self.unknown["loops of unknown trip count, counted once"].add(loop.name)
+            expected = 1.0, "not known; counted once"
+        trip_count, why = expected
+        # A counter that starts late belongs to a loop whose first iterations the compiler wrote out before it.
+        return Loop(loop.path, max(0.0, trip_count - (start or 0)), entries, False, why)
+
+    def _limit(self, computation: str, loop: Instruction, condition: str) -> tuple[int | None, int | None, int]:
+        """(index of the counter in the loop's tuple, its limit, 1 if inclusive) of a condition counter < limit.
 
         None for what cannot be read, and for a limit that depends on data.
         """
-        root = next((i for i in self.computations[condition] if i.root), None)
+        root = self.root(condition)
         if root is not None and root.opcode == "fusion":
-            root = next((i for i in self.computations[root.called("calls")[0]] if i.root), None)
-        direction = _found(r"direction=(L[TE])", root.attributes) if root and root.opcode == "compare" else None
+            root = self.root(root.called("calls")[0])
         names = self.by_name[condition]
-        if direction is None or any(name not in names for name in root.operands):
+        if root is None or root.opcode != "compare" or any(name not in names for name in root.operands):
             return None, None, 0
+        direction = first(r"direction=(L[TE])", root.attributes)
         left, right = (names[name] for name in root.operands)
-        if left.opcode != "get-tuple-element":
+        if direction is None or left.opcode != "get-tuple-element":
             return None, None, 0
         if right.opcode == "get-tuple-element":
-            end = self._constant(computation, self._element(computation, loop, _index(right)))
+            end = self._constant(computation, self._element(computation, loop, right.element))
         else:
             end = self._constant(condition, right)
-        return _index(left), end, int(direction == "LE")
+        return left.element, end, int(direction == "LE")
 
     def _element(self, computation: str, loop: Instruction, index: int) -> Instruction | None:
+        """What the element `index` of a loop's tuple is before the first iteration."""
         start = self.operand(computation, loop, 0)
         if start is None or start.opcode != "tuple":
             return None
         return self.operand(computation, start, index)
 
     def _constant(self, computation: str, instruction: Instruction | None) -> int | None:
-        """The integer that an instruction always makes, through copies; None if there is no such."""
-        while instruction is not None:
-            if instruction.opcode == "constant":
-                return int(instruction.arguments) if re.fullmatch(r"-?\d+", instruction.arguments) else None
-            if instruction.opcode not in (
-                "copy",
-                "bitcast",
-                "convert",
-                "copy-done",
-                "copy-start",
-                "broadcast",
-                "reshape",
-            ):
-                return None
+        """The integer that an instruction always returns, through copies; None if there is no such."""
+        while instruction is not None and instruction.opcode in _COPIES:
             instruction = self.operand(computation, instruction, 0)
-        return None
+        if instruction is None or instruction.opcode != "constant":
+            return None
+        return int(instruction.arguments) if re.fullmatch(r"-?\d+", instruction.arguments) else None
 
     def _step(self, body: str, index: int) -> int | None:
-        """What a turn adds to the counter: the constant of the addition that makes the next one."""
-        root = next(i for i in self.computations[body] if i.root)
-        if root.opcode != "tuple":
+        """What an iteration adds to the counter: the constant of the addition whose result is the next one."""
+        root = self.root(body)
+        if root is None or root.opcode != "tuple":
             return None
-        made = self.operand(body, root, index)
-        while made is not None and made.opcode in ("copy", "bitcast", "get-tuple-element"):
-            made = self.operand(body, made, 0)
+        sum_ = self.operand(body, root, index)
+        while sum_ is not None and sum_.opcode in ("copy", "bitcast", "get-tuple-element"):
+            sum_ = self.operand(body, sum_, 0)
         home = body
-        if made is not None and made.opcode == "fusion":
-            home = made.called("calls")[0]
-            made = next((i for i in self.computations[home] if i.root), None)
-        if made is None or made.opcode != "add":
+        if sum_ is not None and sum_.opcode == "fusion":
+            home = sum_.called("calls")[0]
+            sum_ = self.root(home)
+        if sum_ is None or sum_.opcode != "add":
             return None
-        found = [self._constant(home, self.operand(home, made, k)) for k in range(2)]
-        return next((value for value in found if value), None)
+        constants = [self._constant(home, self.operand(home, sum_, k)) for k in range(2)]
+        return next((value for value in constants if value), None)
 
     def flops(self, computation: str, instruction: Instruction) -> float:
         """Matrix FLOPs of one execution of an instruction itself: dots, convolutions, declared ones of kernels."""
-        if instruction.opcode == "dot":
-            left = self.operand(computation, instruction, 0).arrays[0].dims
-            contracted = _integers(_found(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes) or "")
+        names = self.by_name[computation]
+        if instruction.opcode in ("dot", "convolution"):
+            left, right = (names[name].arrays[0].dims for name in instruction.operands[:2])
+            if instruction.opcode == "convolution":
+                return _convolution_flops(instruction, left, right)
+            contracted = integers(first(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes) or "")
             return 2.0 * math.prod(instruction.arrays[0].dims) * math.prod(left[i] for i in contracted)
-        if instruction.opcode == "convolution":
-            shapes = [self.operand(computation, instruction, k).arrays[0].dims for k in range(2)]
-            return _convolution_flops(instruction, *shapes)
         if kernels.is_kernel(instruction.opcode, instruction.attributes):
-            shapes = self._operand_shapes(computation, instruction)
-            results = len(instruction.arrays)
-            return kernels.flops(instruction.name, instruction.attributes, shapes, results, self.causal)
+            return self._kernel_flops(computation, instruction) or 0.0
         return 0.0
+
+    def _kernel_flops(self, computation: str, instruction: Instruction) -> float | None:
+        shapes, results = self._operand_shapes(computation, instruction), len(instruction.arrays)
+        return kernels.flops(instruction.name, instruction.attributes, shapes, results, self.causal)
 
     def _operand_shapes(self, computation: str, instruction: Instruction) -> list[tuple[int, ...]]:
         """Shapes of the numbers that a kernel works on; integers say which of them."""
         names = self.by_name[computation]
-        made = [names[name].arrays[0] for name in instruction.operands if name in names]
-        return [array.dims for array in made if array.dtype in FLOATS]
+        arrays = [names[name].arrays[0] for name in instruction.operands if name in names]
+        return [array.dims for array in arrays if array.dtype in FLOATS]
 
     def cycles(self, name: str) -> float:
         """The compiler's cycles for one execution of a computation, loops multiplied out."""
         return sum(self.instruction_cycles(name, instruction) for instruction in self.computations[name])
 
-    @functools.cache  # noqa: B019
     def instruction_cycles(self, computation: str, instruction: Instruction) -> float:
         """Of one execution of an instruction, with the loops and calls within; of kernels by `kernels.efficiency`."""
+        key = computation, instruction.name
+        if key not in self._cycles:
+            self._cycles[key] = self._count_cycles(computation, instruction)
+        return self._cycles[key]
+
+    def _count_cycles(self, computation: str, instruction: Instruction) -> float:
         if instruction.opcode == "while":
-            return self.turns.get(instruction.name, 0) * self.cycles(instruction.called("body")[0])
+            return self.trip_counts.get(instruction.name, 0) * self.cycles(instruction.called("body")[0])
         if instruction.opcode == "conditional":
             branches = instruction.called("branch_computations")
             return max((self.cycles(branch) for branch in branches), default=0.0)
         if instruction.opcode == "call":
-            return sum(self.cycles(called) for called in callees(instruction))
+            return sum(self.cycles(called) for called in instruction.callees)
         if kernels.is_kernel(instruction.opcode, instruction.attributes) and not instruction.cycles:
             share = kernels.efficiency(instruction.name, self._operand_shapes(computation, instruction))
             return self.flops(computation, instruction) / (self.flops_per_cycle * share)
         return instruction.cycles
-
-
-def callees(instruction: Instruction) -> list[str]:
-    """Computations that an instruction runs once: of a fusion, a call, or the start of either on another thread."""
-    runs = instruction.opcode in ("call", "call-start", "async-start")
-    return instruction.called("calls") + (instruction.called("to_apply") if runs else [])
 
 
 def enclosed(module: Module) -> set[str]:
@@ -272,98 +223,68 @@ def enclosed(module: Module) -> set[str]:
         for body in module.computations.values()
         for instruction in body
         if instruction.opcode in ("fusion", "call-start", "async-start")
-        for called in callees(instruction)
+        for called in instruction.callees
     ]
-    found: set[str] = set()
+    inside: set[str] = set()
     while todo:
         name = todo.pop()
-        if name not in found:
-            found.add(name)
-            todo += [called for instruction in module.computations[name] for called in callees(instruction)]
-    return found
+        if name not in inside:
+            inside.add(name)
+            todo += [called for instruction in module.computations[name] for called in instruction.callees]
+    return inside
 
 
 def _convolution_flops(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
-    """2 x output x input features x the places of the window that meet data: TPUs write most products this way.
+    """2 x batch x output features x input features x the window positions on data: TPUs write most products this way.
 
-    Places in the padding or between dilated elements are not computed, as in a batched product written as a window
-    that meets data once.
+    Window positions in the padding or between dilated elements are not computed, as in a batched product written as a
+    window that meets data once. `dim_labels=b0f_0io->b0f` names the axes of input, window and output: b is the batch,
+    f and o features of the output, i of the input, digits the spatial axes.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    window = _found(r"window=\{([^}]*)\}", instruction.attributes) or ""
+    if labels is None:
+        raise ValueError(f"a convolution without dim_labels: {instruction.attributes[:80]}")
+    of_input, of_window, of_output = labels.groups()
+    window = first(r"window=\{([^}]*)\}", instruction.attributes) or ""
     output = instruction.arrays[0].dims
-    spatial = sorted(int(label) for label in labels[1] if label.isdigit())
+    spatial = sorted(int(label) for label in of_input if label.isdigit())
 
     def per_axis(key: str, default: str) -> list[str]:
-        found = _found(rf"(?:^| ){key}=(\S+)", window)
-        return found.split("x") if found else [default] * len(spatial)
+        values = first(rf"(?:^| ){key}=(\S+)", window)
+        return values.split("x") if values else [default] * len(spatial)
 
-    meets = 1
+    on_data = 1
     pads, strides = per_axis("pad", "0_0"), per_axis("stride", "1")
-    left_gaps, right_gaps = per_axis("lhs_dilate", "1"), per_axis("rhs_dilate", "1")
+    input_gaps, window_gaps = per_axis("lhs_dilate", "1"), per_axis("rhs_dilate", "1")
     for axis in spatial:
-        size, kernel = left[labels[1].index(str(axis))], right[labels[2].index(str(axis))]
-        places = output[labels[3].index(str(axis))]
-        before = int(pads[axis].split("_")[0])
-        stride, gap, spread = int(strides[axis]), int(left_gaps[axis]), int(right_gaps[axis])
-        meets *= _meetings(size, kernel, places, before, stride, gap, spread)
-    batch, features = output[labels[3].index("b")], output[labels[3].index("f")]
-    groups = int(_found(r"batch_group_count=(\d+)", instruction.attributes) or 1)
-    return 2.0 * batch * features * right[labels[2].index("i")] * meets / groups
+        on_data *= _positions_on_data(
+            size=left[of_input.index(str(axis))],
+            window=right[of_window.index(str(axis))],
+            outputs=output[of_output.index(str(axis))],
+            before=int(pads[axis].split("_")[0]),
+            stride=int(strides[axis]),
+            gap=int(input_gaps[axis]),
+            window_gap=int(window_gaps[axis]),
+        )
+    batch, features = output[of_output.index("b")], output[of_output.index("f")]
+    groups = int(first(r"batch_group_count=(\d+)", instruction.attributes) or 1)
+    return 2.0 * batch * features * right[of_window.index("i")] * on_data / groups
 
 
 @functools.cache
-def _meetings(size: int, kernel: int, places: int, before: int, stride: int, gap: int, spread: int) -> int:
-    """Pairs (output place, window place) of one axis whose input is an element, not padding and not a gap."""
-    if kernel == 1 and before == 0 and gap == 1:
-        return places
+def _positions_on_data(
+    size: int, window: int, outputs: int, before: int, stride: int, gap: int, window_gap: int
+) -> int:
+    """Pairs (output position, window position) of one axis whose input is an element, not padding and not a gap."""
+    if window == 1 and before == 0 and gap == 1:
+        return outputs
     count = 0
-    for k in range(kernel):
-        at = k * spread - before
-        if gap == 1:  # 0 <= place * stride + at < size
-            first, last = max(0, -(at // stride)), min(places - 1, (size - 1 - at) // stride)
-            count += max(0, last - first + 1)
+    for k in range(window):
+        offset = k * window_gap - before
+        if gap == 1:  # 0 <= position * stride + offset < size
+            earliest, latest = max(0, -(offset // stride)), min(outputs - 1, (size - 1 - offset) // stride)
+            count += max(0, latest - earliest + 1)
         else:
-            inside = (place * stride + at for place in range(places))
-            count += sum(x % gap == 0 and 0 <= x // gap < size for x in inside)
+            inputs = (position * stride + offset for position in range(outputs))
+            count += sum(x % gap == 0 and 0 <= x // gap < size for x in inputs)
     return count
-
-
-def _instruction(line: str, found: re.Match) -> Instruction:
-    rest = line[found.end() :]
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
-    opcode, _, rest = rest.partition("(")
-    close = _closing("(" + rest, 0) - 1
-    arguments = rest[:close]
-    return Instruction(
-        found[2], shape, opcode, tuple(_NAME.findall(arguments)), arguments, rest[close + 1 :], bool(found[1])
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    depth = 0
-    for match in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if match[0] == "(" else -1
-        if depth == 0:
-            return match.start()
-    raise ValueError(f"parentheses do not close: {text[:80]}")
-
-
-@functools.lru_cache(maxsize=50_000)
-def _arrays(shape: str) -> list[Array]:
-    found = _ARRAY.findall(shape)
-    return [Array(dtype, _integers(dims), "S(" in layout and "S(5)" not in layout) for dtype, dims, layout in found]
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(",") if word)
-
-
-def _index(instruction: Instruction) -> int:
-    return int(_found(r"index=(\d+)", instruction.attributes))
-
-
-def _found(pattern: str, text: str) -> str | None:
-    match = re.search(pattern, text)
-    return match[1] if match else None

@@ -6,8 +6,7 @@ model's size is allocated.
 
 import functools
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +22,18 @@ from llada.model import transformer
 from llada.objectives import vocabulary_head
 from llada.objectives.contract import SpecialTokens
 from llada.planning import topology
+from llada.planning.hlo import Trips
 from llada.training import step as step_lib
 
 PROGRAMS = ("train", "evaluate", "sample", "likelihood")
-Trips = Callable[[str], tuple[float, str]]
+_DIFFUSION_ONLY = ("steps", "block_length", "cache")  # fields of a Workload
 
 
-class Request(NamedTuple):
-    """What to plan besides training: `batch` rows of `prompt_length` + `gen_length` tokens, and how to fill them.
+class Workload(NamedTuple):
+    """The work of inference to plan: `batch` rows of `prompt_length` + `gen_length` tokens, and how they are filled.
 
-    `steps` and `block_length` None are one step per token and one block, as in `llada sample`; `dtype`, of the
-    parameters in memory, is float32 where it is None.
+    Without `steps` and `block_length` it is one step per token and one block, as in `llada sample`; `dtype` is that of
+    the parameters in memory, by default float32.
     """
 
     batch: int | None = None
@@ -48,28 +48,39 @@ class Request(NamedTuple):
 class Program(NamedTuple):
     """A function to compile and what is known of it beforehand.
 
-    trips         from the source path of a loop whose turns depend on data to (expected turns, why)
+    arguments     abstract; the first are the parameters, or a state that begins with them, the second a batch
+    trips         estimates the trip count of a loop that depends on data
     useful        matrix FLOPs of one run on all chips without recomputation; None where the term means nothing
     dense         the same with the vocabulary head credited on every position
     tokens        tokens that one run trains on, scores or writes
     """
 
     name: str
-    jitted: Callable
-    arguments: tuple
+    jitted: jax.stages.Wrapped
+    arguments: tuple[Any, ...]
     trips: Trips
     useful: float | None
     dense: float | None
     tokens: int
 
     @property
+    def parameter_bytes(self) -> float:
+        """Of one parameter in memory: 4, or 2 where inference holds them in bfloat16."""
+        return float(jax.tree.leaves(self.arguments[0])[0].dtype.itemsize)
+
+    @property
     def in_half(self) -> bool:
         """Whether the parameters are in memory at half the size that they are trained with."""
-        return jax.tree.leaves(self.arguments[0])[0].dtype == jnp.bfloat16
+        return self.parameter_bytes == 2
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch, over all devices."""
+        return self.arguments[1].shape[0]
 
 
 class Compiled(NamedTuple):
-    """What the compiler made: its text and its memory figures (bytes per device), or why it does not fit."""
+    """The compiler's output: the program's text and memory figures (bytes per device), or why it does not fit."""
 
     text: str
     memory: dict[str, int]
@@ -77,21 +88,18 @@ class Compiled(NamedTuple):
     seconds: float
 
 
-def make(config: Config, mesh: jax.sharding.Mesh, name: str, request: Request) -> Program:
+def make(config: Config, mesh: jax.sharding.Mesh, name: str, workload: Workload) -> Program:
     """The program called `name`. UserError for an unknown one, or options that it does not take."""
     if name not in PROGRAMS:
         raise UserError(f"--program={name} is not one of {', '.join(PROGRAMS)}")
-    given = [key for key, value in request._asdict().items() if value]
-    allowed = {"train": (), "evaluate": ("dtype",), "likelihood": ("batch", "dtype"), "sample": request._fields}[name]
-    if wrong := [key for key in given if key not in allowed]:
+    options = [key for key, value in workload._asdict().items() if value]
+    allowed = {"train": (), "evaluate": ("dtype",), "likelihood": ("batch", "dtype"), "sample": workload._fields}[name]
+    if wrong := [key for key in options if key not in allowed]:
         raise UserError(f"--{wrong[0]} is not for --program={name}; leave it out")
-    if wrong := [key for key in given if name == "sample" and config.model.causal and key in _DIFFUSION_ONLY]:
+    if wrong := [key for key in options if name == "sample" and config.model.causal and key in _DIFFUSION_ONLY]:
         raise UserError(f"--{wrong[0]} needs a diffusion model; this one is an ARM, written left to right")
     makers = {"train": _train, "evaluate": _evaluate, "sample": _sample, "likelihood": _likelihood}
-    return makers[name](config, mesh, request)
-
-
-_DIFFUSION_ONLY = ("steps", "block_length", "cache")
+    return makers[name](config, mesh, workload)
 
 
 def lower_and_compile(program: Program, mesh: jax.sharding.Mesh, options: dict | None = None) -> Compiled:
@@ -117,12 +125,12 @@ def lower_and_compile(program: Program, mesh: jax.sharding.Mesh, options: dict |
     return Compiled(compiled.as_text(), figures, None, time.perf_counter() - start)
 
 
-def special_tokens(config: Config) -> SpecialTokens:
-    """Ids that stand for a tokenizer's: which they are changes no shape."""
+def _special_tokens(config: Config) -> SpecialTokens:
+    """Ids in place of a tokenizer's: which they are changes no shape."""
     return SpecialTokens(mask=config.model.vocab_size - 1, eos=0)
 
 
-def _train(config: Config, mesh, request: Request) -> Program:
+def _train(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Program:
     mesh_lib.check(config, mesh)
     B, L = config.train.batch_size, config.data.sequence_length
     abstract = jax.eval_shape(functools.partial(step_lib.init_state, config))
@@ -132,16 +140,16 @@ def _train(config: Config, mesh, request: Request) -> Program:
     tokens = config.tokens_per_step
     return Program(
         "train",
-        step_lib.compile_step(config, special_tokens(config), mesh),
+        step_lib.compile_step(config, _special_tokens(config), mesh),
         (state, batch_BL),
-        head_trips(rows, config.objective.head_rows or vocabulary_head.ROWS["tpu"], accounting.head_fraction(config)),
+        _training_head_trips(config, rows),
         tokens * accounting.flops_exact_per_token(config),
         tokens * accounting.flops_exact_per_token(config, dense_head=True),
         tokens,
     )
 
 
-def _evaluate(config: Config, mesh, request: Request) -> Program:
+def _evaluate(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Program:
     """One batch of held-out rows, all of its draws: what the validation figure is made of."""
     mesh_lib.check_parameters(config, mesh)
     estimator, L = validation.estimator_for(config), config.data.sequence_length
@@ -152,76 +160,79 @@ def _evaluate(config: Config, mesh, request: Request) -> Program:
     per_device = B * L // mesh.devices.size
     return Program(
         "evaluate",
-        validation.jitted(config, special_tokens(config), mesh, estimator),
-        (_inference_parameters(config, mesh, request), rows, indices),
-        head_trips(
-            *(per_device, config.objective.head_rows or vocabulary_head.ROWS["tpu"], accounting.head_fraction(config))
-        ),
+        validation.jitted(config, _special_tokens(config), mesh, estimator),
+        (_inference_parameters(config, mesh, workload), rows, indices),
+        _training_head_trips(config, per_device),
         passes * accounting.flops_exact_per_token(config) / 3,
         passes * accounting.flops_exact_per_token(config, dense_head=True) / 3,
         B * L,
     )
 
 
-def head_trips(rows: int, block_rows: int, fraction: float) -> Trips:
-    """Turns of the vocabulary head's two loops: as many blocks as the rows with work on one device fill, on average."""
+def _training_head_trips(config: Config, rows: int) -> Trips:
+    block_rows = config.objective.head_rows or vocabulary_head.ROWS["tpu"]
+    return _head_trips(rows, block_rows, accounting.head_fraction(config))
+
+
+def _head_trips(rows: int, block_rows: int, fraction: float) -> Trips:
+    """Of the vocabulary head's two loops: as many blocks as the rows with work on one device fill, on average."""
     sizes = vocabulary_head.block_sizes(rows, block_rows, "tpu")
     largest, smallest = sizes[0], sizes[-1]
     blocks = largest // smallest
     if fraction == 1:
-        whole, smaller = divmod(-(-rows // smallest), blocks)
+        large, small = map(float, divmod(-(-rows // smallest), blocks))
     else:
-        # A share of the rows needs work; how many smaller blocks are left over is any number alike, and the last one is
-        # half empty on average.
-        smaller = (blocks - 1) / 2
-        whole = max(0.0, (rows * fraction / smallest + 0.5 - smaller) / blocks)
-    turns = {
-        vocabulary_head.WHOLE_BLOCKS: (float(whole), largest),
-        vocabulary_head.SMALLER_BLOCKS: (float(smaller), smallest),
+        # A share of the rows needs work. How many small blocks are left over is uniform on 0 ... blocks - 1, and the
+        # last one is half empty on average.
+        small = (blocks - 1) / 2
+        large = max(0.0, (rows * fraction / smallest + 0.5 - small) / blocks)
+    expected = {
+        vocabulary_head.WHOLE_BLOCKS: (large, largest),
+        vocabulary_head.SMALLER_BLOCKS: (small, smallest),
     }
 
-    def trips(path: str) -> tuple[float, str]:
-        for name, (expected, size) in turns.items():
+    def trips(path: str) -> tuple[float, str] | None:
+        for name, (count, size) in expected.items():
             if name in path:
-                return expected, f"vocabulary head: {fraction:.1%} of {rows} rows, in blocks of {size}"
-        return 1.0, "not known; counted once"
+                return count, f"vocabulary head: {fraction:.1%} of {rows} rows, in blocks of {size}"
+        return None
 
     return trips
 
 
-def _likelihood(config: Config, mesh, request: Request) -> Program:
+def _likelihood(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Program:
     L = config.model.max_length
-    B = mesh_lib.local_batch(request.batch or 1, mesh)
-    params = _inference_parameters(config, mesh, request)
+    B = mesh_lib.local_batch(workload.batch or 1, mesh)
+    params = _inference_parameters(config, mesh, workload)
     rows = [
         jax.ShapeDtypeStruct((B, L), dtype, sharding=mesh_lib.sharding(mesh, "BL"))
         for dtype in (jnp.int32, bool, bool, bool)
     ]
-    special = special_tokens(config)
+    special = _special_tokens(config)
     fraction = accounting.head_fraction(config)
     per_device = B * L // mesh.devices.size
     return Program(
         "likelihood",
         jax.jit(functools.partial(likelihood.row_nats, config.model, special, 0.0)),
         (params, *rows, None),
-        head_trips(per_device, likelihood.head_rows("tpu"), fraction),
+        _head_trips(per_device, likelihood.head_rows("tpu"), fraction),
         B * L * accounting.flops_exact_per_token(config) / 3,
         B * L * accounting.flops_exact_per_token(config, dense_head=True) / 3,
         B * L,
     )
 
 
-def _sample(config: Config, mesh, request: Request) -> Program:
-    m, special = config.model, special_tokens(config)
-    B = mesh_lib.local_batch(request.batch or 1, mesh)
-    prompt = request.prompt_length or 0
-    written = request.gen_length or min(64, m.max_length - prompt)
+def _sample(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Program:
+    m, special = config.model, _special_tokens(config)
+    B = mesh_lib.local_batch(workload.batch or 1, mesh)
+    prompt = workload.prompt_length or 0
+    written = workload.gen_length or min(64, m.max_length - prompt)
     L = prompt + written
     if written < 1 or m.max_length < L:
         raise UserError(
             f"--prompt_length={prompt} and --gen_length={written} are {L} tokens; the context is {m.max_length}"
         )
-    params = _inference_parameters(config, mesh, request)
+    params = _inference_parameters(config, mesh, workload)
     rows, each = mesh_lib.sharding(mesh, "BL"), mesh_lib.sharding(mesh, "B")
     tokens_BL = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=rows)
     forbidden_F = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=mesh_lib.sharding(mesh, "replicated"))
@@ -233,7 +244,7 @@ def _sample(config: Config, mesh, request: Request) -> Program:
         passes = float(written - 1), "a token a pass, to the end of the canvas"
         return Program("sample", jax.jit(jitted), arguments, lambda path: passes, None, None, B * written)
     settings = settings_lib.SamplerConfig(
-        steps=request.steps or written, block_length=request.block_length or written, cache=request.cache or "none"
+        steps=workload.steps or written, block_length=workload.block_length or written, cache=workload.cache or "none"
     )
     settings_lib.check(settings, written)
     blocks = -(-written // settings.block_length)
@@ -245,22 +256,22 @@ def _sample(config: Config, mesh, request: Request) -> Program:
     )
 
 
-def _sampler_trips(settings, blocks: int, B: int, mesh) -> Trips:
-    """Turns of a block's loop: its steps; the head's blocks where a device's part of them is large."""
+def _sampler_trips(settings: settings_lib.SamplerConfig, blocks: int, B: int, mesh: jax.sharding.Mesh) -> Trips:
+    """Of a block's loop: its steps; of the head's, the blocks that a device's rows fill where they are many."""
     steps = settings.steps // blocks - (settings.cache != "none")
-    rows = B // (mesh.shape["data"] * mesh.shape["fsdp"]) * settings.block_length
+    rows = B // mesh_lib.batch_shards(mesh) * settings.block_length
 
     def trips(path: str) -> tuple[float, str]:
         if "shard_map" in path:
-            blocks = rows / 2 / choice.block_rows("tpu")[0] + 0.5
-            return max(1.0, blocks), "vocabulary head: half of a block's positions, on average"
+            head_blocks = rows / 2 / choice.block_rows("tpu")[0] + 0.5
+            return max(1.0, head_blocks), "vocabulary head: half of a block's positions, on average"
         return float(steps), "steps of a block"
 
     return trips
 
 
-def _inference_parameters(config: Config, mesh, request: Request):
-    dtype = jnp.dtype(request.dtype or "float32")
+def _inference_parameters(config: Config, mesh: jax.sharding.Mesh, workload: Workload):
+    dtype = jnp.dtype(workload.dtype or "float32")
     abstract = transformer.abstract_parameters(config.model)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
     return _placed(abstract, mesh_lib.parameter_shardings(mesh, abstract))

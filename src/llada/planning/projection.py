@@ -2,25 +2,28 @@
 
 Two estimates that share the collectives. `compiler`: the compiler's own cycles over the clock, and after them the link
 time that its schedule leaves unhidden. `roofline`: the largest of matrix products at 80 % of peak, HBM traffic at 90 %
-of its bandwidth, and each network; it supposes perfect overlap, so it is the floor.
+of its bandwidth, and each network; it assumes perfect overlap, so it is the floor.
 """
 
 from typing import NamedTuple
 
-from llada.planning.hlo import Instruction, Module, enclosed
+from llada.planning.hlo import Module, enclosed
+from llada.planning.hlo_text import Array, Instruction
 from llada.planning.topology import Slice
 from llada.planning.traffic import Traffic
 
 MATH_SHARE = 0.8  # of peak FLOP/s that large products reach
 HBM_SHARE = 0.9
 
-_FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota")
-_FREE += ("copy-done", "after-all", "partition-id", "replica-id")
+_FREE = frozenset(
+    "parameter constant get-tuple-element tuple bitcast while conditional call iota copy-done after-all partition-id "
+    "replica-id".split()
+)
 _SLICES = ("dynamic-slice", "gather", "slice")
 
 
 class Projection(NamedTuple):
-    """Seconds of one run of the program; `binding` names what the roofline stands on."""
+    """Seconds of one run of the program; `binding` names what bounds the roofline."""
 
     matrix_flops: float  # executed, per chip
     hbm_bytes: float  # per chip
@@ -39,7 +42,7 @@ class Projection(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """What to plan with: the larger of the two estimates."""
+        """The figure to plan with: the larger of the two estimates."""
         return max(self.roofline_seconds, self.compiler_seconds)
 
 
@@ -56,12 +59,15 @@ def project(module: Module, traffic: Traffic, place: Slice) -> Projection:
     }
     cycles = module.cycles(module.entry) / chip.clock
     return Projection(
-        flops,
-        hbm,
-        *bounds.values(),
-        traffic.exposed_seconds,
-        cycles + traffic.exposed_seconds,
-        max(bounds, key=bounds.get),
+        matrix_flops=flops,
+        hbm_bytes=hbm,
+        math_seconds=bounds["matrix products"],
+        hbm_seconds=bounds["HBM"],
+        ici_seconds=bounds["ICI"],
+        dcn_seconds=bounds["DCN"],
+        exposed_seconds=traffic.exposed_seconds,
+        compiler_seconds=cycles + traffic.exposed_seconds,
+        binding=max(bounds, key=lambda name: bounds[name]),
     )
 
 
@@ -89,25 +95,35 @@ def hbm_bytes(module: Module) -> float:
 
 
 def _moved(module: Module, name: str, instruction: Instruction) -> float:
+    """HBM bytes that one execution of an instruction reads and writes."""
     called = instruction.called("calls") if instruction.opcode == "fusion" else []
     if instruction.opcode == "dynamic-update-slice":
         return 2 * _change(module, name, instruction)
-    written = sum(a.bytes for a in instruction.arrays if not a.fast)
+    written = _in_hbm(instruction.arrays)
     read = 0.0
-    numbers = {i.arguments: i.name for i in module.computations[called[0]] if i.opcode == "parameter"} if called else {}
+    parameters = _parameters(module, called[0]) if called else {}
     for number, operand in enumerate(instruction.operands):
-        made = module.by_name[name].get(operand)
-        whole = sum(a.bytes for a in made.arrays if not a.fast) if made is not None else 0.0
+        origin = module.by_name[name].get(operand)
+        size = _in_hbm(origin.arrays) if origin is not None else 0.0
         if instruction.opcode in _SLICES:
-            whole = min(whole, sum(a.bytes for a in instruction.arrays))
-        elif whole and str(number) in numbers:
-            whole = _read(module, called[0], numbers[str(number)], whole)
-        read += whole
-    return read + max(written - sum(_kept(module, c) for c in called), 0.0)
+            size = min(size, sum(a.bytes for a in instruction.arrays))
+        elif size and str(number) in parameters:
+            size = _read(module, called[0], parameters[str(number)], size)
+        read += size
+    return read + max(written - sum(_updated_in_place(module, c) for c in called), 0.0)
 
 
-def _read(module: Module, computation: str, array: str, whole: float) -> float:
-    """Bytes that a fused computation reads of an array: slices where only they are taken, none if it is renewed."""
+def _in_hbm(arrays: list[Array]) -> float:
+    return sum(a.bytes for a in arrays if not a.fast)
+
+
+def _parameters(module: Module, computation: str) -> dict[str, str]:
+    """Names of a computation's parameters by their number."""
+    return {i.arguments: i.name for i in module.computations[computation] if i.opcode == "parameter"}
+
+
+def _read(module: Module, computation: str, array: str, size: float) -> float:
+    """Bytes, of `size`, that a fused computation reads of an array: of one that is only sliced or updated, less."""
     total = 0.0
     for user in module.computations[computation]:
         if array not in user.operands:
@@ -115,23 +131,23 @@ def _read(module: Module, computation: str, array: str, whole: float) -> float:
         if user.opcode in _SLICES:
             total += sum(a.bytes for a in user.arrays)
         elif _renames(user):
-            total += _read(module, computation, user.name, whole)
+            total += _read(module, computation, user.name, size)
         elif user.opcode == "fusion":
             called = user.called("calls")[0]
-            inner = {i.arguments: i.name for i in module.computations[called] if i.opcode == "parameter"}
-            places = [inner[str(k)] for k, operand in enumerate(user.operands) if operand == array]
-            total += sum(_read(module, called, place, whole) for place in places)
+            inner = _parameters(module, called)
+            names = [inner[str(k)] for k, operand in enumerate(user.operands) if operand == array]
+            total += sum(_read(module, called, name, size) for name in names)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != array:
-            return whole
-    return min(total, whole)
+            return size
+    return min(total, size)
 
 
-def _kept(module: Module, computation: str) -> float:
-    """Bytes of a fused computation's result that it does not write: what a slice was put into stays where it is."""
+def _updated_in_place(module: Module, computation: str) -> float:
+    """Bytes of a fused computation's result that it does not write: an array that a slice is put into stays."""
     total = 0.0
     for i in module.computations[computation]:
         if i.opcode == "fusion":
-            total += sum(_kept(module, called) for called in i.called("calls"))
+            total += sum(_updated_in_place(module, called) for called in i.called("calls"))
         if i.opcode != "dynamic-update-slice" or i.arrays[0].fast:
             continue
         origin = module.operand(computation, i, 0)
@@ -143,8 +159,9 @@ def _kept(module: Module, computation: str) -> float:
 
 
 def _change(module: Module, computation: str, update: Instruction) -> float:
-    part = module.operand(computation, update, 1)
-    return sum(a.bytes for a in part.arrays) if part else 0.0
+    """Bytes of the slice that an update puts into an array."""
+    piece = module.operand(computation, update, 1)
+    return sum(a.bytes for a in piece.arrays) if piece else 0.0
 
 
 def _renames(instruction: Instruction) -> bool:

@@ -8,7 +8,7 @@ then compiled on the others: at minutes a compilation, all combinations would ta
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from llada import accounting
 from llada import mesh as mesh_lib
@@ -23,8 +23,11 @@ LARGE = 16  # devices of a slice from which on splitting parameters over all of 
 FULL = 0.92  # of HBM: what is left is for fragmentation and for what the program does not know of
 
 
-class Point(NamedTuple):
-    """One candidate: `sequences` at once on a device. Without `figures` it does not fit; `peak` is what it wants."""
+class Candidate(NamedTuple):
+    """A config that was compiled, `sequences` at once on a device, and the memory it needs; no `figures` if too much.
+
+    `peak` is in bytes per chip.
+    """
 
     config: Config
     sequences: int
@@ -49,76 +52,76 @@ class Point(NamedTuple):
         return f"{mesh} --config.model.remat={c.model.remat} --config.train.microbatches={c.train.microbatches}"
 
 
-class Found(NamedTuple):
-    """All points that were compiled, in order; the fastest; those that nothing beats in both speed and memory."""
+class Result(NamedTuple):
+    """All candidates in the order of their compilation; the best; those that none beats in both speed and memory."""
 
-    points: list[Point]
-    best: Point
-    pareto: list[Point]
+    candidates: list[Candidate]
+    best: Candidate
+    pareto: list[Candidate]
 
     @property
     def figures(self) -> dict[str, Any]:
         """For JSON."""
         entries = [
             {
-                "flags": p.flags,
-                "sequences_per_device": p.sequences,
-                "fits": p.fits,
-                "peak_bytes": p.peak,
-                "pareto": p in self.pareto,
-                "plan": p.figures,
+                "flags": c.flags,
+                "sequences_per_device": c.sequences,
+                "fits": c.fits,
+                "peak_bytes": c.peak,
+                "pareto": c in self.pareto,
+                "plan": c.figures,
             }
-            for p in self.points
+            for c in self.candidates
         ]
         return {"best": self.best.flags, "method": report.METHOD, "points": entries}
 
 
-Attempt = Callable[[MeshConfig, str, int], Point]  # mesh, remat, sequences at once on a device
+Attempt = Callable[[MeshConfig, str, int], Candidate]  # mesh, remat, sequences at once on a device
 
 
-def search(config: Config, place: Slice, now: Callable[[str], None], done: Callable[[str], None]) -> Found:
+def search(config: Config, place: Slice, now: Callable[[str], None], done: Callable[[str], None]) -> Result:
     """Compile candidates, about ten. UserError where none fits, in one line.
 
-    `now` is told what is being compiled, `done` the header and the row of each when it is.
+    `now` is called with what is being compiled, `done` with the header and the row of each candidate.
     """
-    points: list[Point] = []
+    candidates: list[Candidate] = []
     best = None
 
-    def attempt(mesh: MeshConfig, remat: str, sequences: int) -> Point:
-        named = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, remat {remat}"
-        now(f"{len(points) + 1}: {named}, {sequences} sequences per device")
-        if not points:
+    def attempt(mesh: MeshConfig, remat: str, sequences: int) -> Candidate:
+        axes = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, remat {remat}"
+        now(f"{len(candidates) + 1}: {axes}, {sequences} sequences per device")
+        if not candidates:
             done(HEADER)  # not before it is clear that there is something to try: a mistake gets one line
-        points.append(_compile(config, place, mesh, remat, sequences))
-        done(row(points[-1]))
-        return points[-1]
+        candidates.append(_compile(config, place, mesh, remat, sequences))
+        done(row(candidates[-1]))
+        return candidates[-1]
 
     for mesh in candidate_meshes(config, place):
         if best is None:
             _on_mesh(config, place, mesh, attempt)
-            best = _best(points, place)
+            best = _best(candidates, place)
         elif _per_device(config, mesh) % best.sequences == 0:
             attempt(mesh, best.config.model.remat, best.sequences)
-    best = _best(points, place)
+    best = _best(candidates, place)
     if best is None:
-        least = min(points, key=lambda p: p.peak)
+        least = min(candidates, key=lambda c: c.peak)
         raise UserError(
             f"does not fit {place.chips} chips of {place.name} at any remat: the least is {least.peak / GIB:.1f} GiB "
             f"of {place.chip.capacity / GIB:.1f} a chip with {least.flags}; use a larger slice, or a smaller model"
         )
-    fitting = [p for p in points if p.fits]
-    return Found(points, best, [p for p in fitting if not any(_beats(other, p) for other in fitting)])
+    fitting = [c for c in candidates if c.fits]
+    return Result(candidates, best, [c for c in fitting if not any(_beats(other, c) for other in fitting)])
 
 
-def _best(points: list[Point], place: Slice) -> Point | None:
+def _best(candidates: list[Candidate], place: Slice) -> Candidate | None:
     """The fastest that leaves some memory free, or of those that fit at all; None where none does."""
-    fitting = [p for p in points if p.fits]
-    within = [p for p in fitting if _leaves_room(p, place)]
-    return max(within or fitting, key=lambda p: p.rate, default=None)
+    fitting = [c for c in candidates if c.fits]
+    within = [c for c in fitting if _leaves_room(c, place)]
+    return max(within or fitting, key=lambda c: c.rate, default=None)
 
 
-def _leaves_room(point: Point, place: Slice) -> bool:
-    return point.fits and point.peak <= FULL * place.chip.capacity
+def _leaves_room(candidate: Candidate, place: Slice) -> bool:
+    return candidate.fits and candidate.peak <= FULL * place.chip.capacity
 
 
 def _on_mesh(config: Config, place: Slice, mesh: MeshConfig, attempt: Attempt) -> None:
@@ -133,30 +136,30 @@ def _on_mesh(config: Config, place: Slice, mesh: MeshConfig, attempt: Attempt) -
 def candidate_meshes(config: Config, place: Slice) -> list[MeshConfig]:
     """A few meshes that arithmetic allows, the most promising first.
 
-    Half a slice leads: memory, links and bytes are best where parameters are split furthest, but over the whole of a
-    large slice the compiler moves more bytes than it has to. Then the middle, the smallest, and the whole. Tensor
-    parallelism is left at the config's: at these sizes it never pays on a torus that FSDP can fill.
+    FSDP over half a slice comes first: memory, links and bytes are best where parameters are split furthest, but over
+    all of a large slice the compiler moves more bytes than it has to. Then the middle, the smallest, and all of it.
+    Tensor parallelism is left at the config's: at these sizes it never pays on a torus that FSDP can fill.
     """
     devices, tensor = len(place.devices), config.mesh.tensor
     if devices // place.slices % tensor:
         raise UserError(
             f"--config.mesh.tensor={tensor} does not divide the {devices // place.slices} devices of a slice"
         )
-    whole = devices // place.slices // tensor
-    found = []
-    for fsdp in (n for n in range(whole, 0, -1) if whole % n == 0):
+    widest = devices // place.slices // tensor
+    meshes = []
+    for fsdp in (n for n in range(widest, 0, -1) if widest % n == 0):
         mesh = MeshConfig(data=devices // fsdp // tensor, fsdp=fsdp, tensor=tensor)
-        divides = config.model.width % fsdp == 0 and config.train.batch_size % (mesh.data * fsdp) == 0
+        divides = config.model.width % fsdp == 0 and config.train.batch_size % (devices // tensor) == 0
         if divides and _floor(config, mesh, 1) * place.chip.devices <= place.chip.capacity:
-            found.append(mesh)
-    if not found:
+            meshes.append(mesh)
+    if not meshes:
         _refuse(config, place, devices // tensor, tensor)
-    parts = [mesh for mesh in found if mesh.fsdp < whole]
-    chosen = dict.fromkeys([*parts[:1], *parts[len(parts) // 2 :][:1], *parts[-1:], *found[:1]])
-    return list(chosen) if whole >= LARGE else [*found[:1], *(mesh for mesh in chosen if mesh != found[0])]
+    narrower = [mesh for mesh in meshes if mesh.fsdp < widest]
+    chosen = dict.fromkeys([*narrower[:1], *narrower[len(narrower) // 2 :][:1], *narrower[-1:], *meshes[:1]])
+    return list(chosen) if widest >= LARGE else [*meshes[:1], *(mesh for mesh in chosen if mesh != meshes[0])]
 
 
-def _refuse(config: Config, place: Slice, ways: int, tensor: int) -> None:
+def _refuse(config: Config, place: Slice, ways: int, tensor: int) -> NoReturn:
     widest = MeshConfig(data=1, fsdp=len(place.devices) // place.slices // tensor, tensor=tensor)
     needs = _floor(config, widest, 1) * place.chip.devices
     if needs > place.chip.capacity:
@@ -179,30 +182,30 @@ def _floor(config: Config, mesh: MeshConfig, sequences: int) -> float:
 
 def _per_device(config: Config, mesh: MeshConfig) -> int:
     """Sequences of a step per device."""
-    return config.train.batch_size // (mesh.data * mesh.fsdp)
+    return config.train.batch_size // ((mesh.data or 1) * mesh.fsdp)
 
 
 def _largest_batch(config: Config, place: Slice, mesh: MeshConfig, remat: str, limit: int, attempt: Attempt) -> int:
     """The largest batch per device up to `limit` that leaves some memory free, from a good guess; 0 where none does."""
-    whole = _per_device(config, mesh)
-    sizes = [n for n in range(1, min(whole, limit) + 1) if whole % n == 0]
+    per_device = _per_device(config, mesh)
+    sizes = [n for n in range(1, min(per_device, limit) + 1) if per_device % n == 0]
     while sizes and _floor(config, mesh, sizes[-1]) * place.chip.devices > place.chip.capacity:
         sizes.pop()
-    low, high = 0, len(sizes) - 1  # what is left to try
-    at = high
+    low, high = 0, len(sizes) - 1  # the indices left to try
+    index = high
     while low <= high:
-        point = attempt(mesh, remat, sizes[at])
-        if _leaves_room(point, place):
-            low = at + 1
-            at = high
+        candidate = attempt(mesh, remat, sizes[index])
+        if _leaves_room(candidate, place):
+            low = index + 1
+            index = high
         else:
-            high = at - 1
-            room = FULL * place.chip.capacity / point.peak
-            at = max([i for i in range(low, high + 1) if sizes[i] <= sizes[at] * room], default=low)
+            high = index - 1
+            room = FULL * place.chip.capacity / candidate.peak
+            index = max([i for i in range(low, high + 1) if sizes[i] <= sizes[index] * room], default=low)
     return sizes[high] if high >= 0 else 0
 
 
-def _compile(config: Config, place: Slice, mesh_config: MeshConfig, remat: str, sequences: int) -> Point:
+def _compile(config: Config, place: Slice, mesh_config: MeshConfig, remat: str, sequences: int) -> Candidate:
     microbatches = _per_device(config, mesh_config) // sequences
     changed = dataclasses.replace(
         config,
@@ -211,19 +214,19 @@ def _compile(config: Config, place: Slice, mesh_config: MeshConfig, remat: str, 
         train=dataclasses.replace(config.train, microbatches=microbatches),
     )
     mesh = mesh_lib.make(mesh_config, place.devices)
-    program = programs.make(changed, mesh, "train", programs.Request())
+    program = programs.make(changed, mesh, "train", programs.Workload())
     compiled = programs.lower_and_compile(program, mesh)
     if compiled.refusal:
-        return Point(changed, sequences, wanted_bytes(compiled.refusal) * place.chip.devices, None)
+        return Candidate(changed, sequences, wanted_bytes(compiled.refusal) * place.chip.devices, None)
     figures = report.figures(changed, place, mesh, program, compiled)
     peak = figures["hbm_bytes"]["peak"]
-    # Compiled is not yet within HBM: the compiler may allot more than there is.
-    return Point(changed, sequences, peak, figures if peak <= place.chip.capacity else None)
+    # A program that compiles may still not fit: the compiler may allot more than there is.
+    return Candidate(changed, sequences, peak, figures if peak <= place.chip.capacity else None)
 
 
-def _beats(other: Point, point: Point) -> bool:
-    better = other.rate >= point.rate and other.peak <= point.peak
-    return better and (other.rate > point.rate or other.peak < point.peak)
+def _beats(other: Candidate, candidate: Candidate) -> bool:
+    no_worse = other.rate >= candidate.rate and other.peak <= candidate.peak
+    return no_worse and (other.rate > candidate.rate or other.peak < candidate.peak)
 
 
 HEADER = (
@@ -232,24 +235,26 @@ HEADER = (
 )
 
 
-def row(p: Point, star: bool = False) -> str:
+def row(candidate: Candidate, star: bool = False) -> str:
     """One line under HEADER."""
-    c, mesh = p.config, f"{p.config.mesh.data} x {p.config.mesh.fsdp} x {p.config.mesh.tensor}"
-    line = f"{'*' if star else ' '} {mesh:<22}{c.model.remat:<11}{p.sequences:>10}{p.peak / GIB:>10.1f}"
-    if p.figures is None:
-        return line + "  does not fit"
-    q = p.figures["projection"]
-    ratio = p.figures["matrix_flops"]["executed_over_useful"]
-    return f"{line}{ratio:>17.3f}{q['seconds']:>9.3g}{p.rate:>15,.0f}{q['useful_mfu']:>12.1%}"
+    c = candidate.config
+    mesh = f"{c.mesh.data} x {c.mesh.fsdp} x {c.mesh.tensor}"
+    memory = f"{candidate.sequences:>10}{candidate.peak / GIB:>10.1f}"
+    line = f"{'*' if star else ' '} {mesh:<22}{c.model.remat:<11}{memory}"
+    if candidate.figures is None:
+        return f"{line}  does not fit"
+    p, ratio = candidate.figures["projection"], candidate.figures["matrix_flops"]["executed_over_useful"]
+    return f"{line}{ratio:>17.3f}{p['seconds']:>9.3g}{candidate.rate:>15,.0f}{p['useful_mfu']:>12.1%}"
 
 
-def text(found: Found) -> str:
+def text(result: Result) -> str:
     """The table, fastest first, and the line to paste."""
+    ordered = sorted(result.candidates, key=lambda c: (-c.rate, c.peak))
     return "\n".join(
         [
             "projections, not measurements; * nothing beats it in both speed and memory",
             HEADER,
-            *(row(p, p in found.pareto) for p in sorted(found.points, key=lambda p: (-p.rate, p.peak))),
-            f"best within {FULL:.0%} of memory: {found.best.flags}",
+            *(row(candidate, candidate in result.pareto) for candidate in ordered),
+            f"best within {FULL:.0%} of memory: {result.best.flags}",
         ]
     )

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llada import accounting
 from llada.errors import UserError
@@ -83,11 +83,11 @@ class Slice(NamedTuple):
 
 
 def parse(name: str) -> tuple[str, Chip, tuple[int, ...]]:
-    """`("v5p", chip, (4, 4, 8))` from "v5p:4x4x8". UserError, with the names there are, for any other."""
+    """`("v5p", chip, (4, 4, 8))` from "v5p:4x4x8". UserError, listing the valid names, for any other."""
     generation, _, text = name.partition(":")
     if generation not in CHIPS:
         raise UserError(
-            f"--topology={name}: {generation!r} is no TPU generation; there are {', '.join(CHIPS)}: v5p:4x4x8"
+            f"--topology={name}: {generation!r} is no TPU generation; choose from {', '.join(CHIPS)}: v5p:4x4x8"
         )
     chip = CHIPS[generation]
     shape = tuple(int(size) for size in text.split("x")) if re.fullmatch(r"[0-9]{1,5}(x[0-9]{1,5})*", text) else ()
@@ -105,7 +105,7 @@ def parse(name: str) -> tuple[str, Chip, tuple[int, ...]]:
 
 
 def describe(name: str, slices: int = 1) -> Slice:
-    """Slices called `name` with JAX devices to compile for. UserError for a bad name, or where libtpu is missing."""
+    """Slices called `name` with JAX devices to compile for. UserError for a bad name, or without libtpu."""
     _, chip, shape = parse(name)
     if not 1 <= slices <= MOST_SLICES:
         raise UserError(f"--slices={slices} must be from 1 to {MOST_SLICES}")
@@ -117,7 +117,7 @@ def describe(name: str, slices: int = 1) -> Slice:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another process may be compiling, or training
     from jax.experimental import topologies
 
-    options = {} if slices == 1 else {"num_slices": slices}
+    options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
     if math.prod(shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if chip.kind == "TPU v4":
@@ -129,13 +129,13 @@ def describe(name: str, slices: int = 1) -> Slice:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what libtpu writes to standard error, beneath Python, from the user: harmless lines about missing hosts."""
+    """Discard what libtpu writes to standard error, beneath Python: harmless lines about missing hosts."""
     sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    saved = os.dup(2)
+    with open(os.devnull, "w", encoding="utf-8") as devnull:
+        os.dup2(devnull.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(saved)
