@@ -10,7 +10,7 @@ import pytest
 
 from llada.config import ModelConfig
 from llada.errors import UserError
-from llada.inference import choice, sampler
+from llada.inference import choice, compiled_loop, sampler
 from llada.inference import settings as settings_lib
 from llada.inference.ancestral import ancestral
 from llada.inference.settings import SamplerConfig
@@ -91,6 +91,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", PLAIN)
 def test_greedy_sampling_equals_the_plain_reading_token_for_token(params, canvas_BL, name):
     settings = PLAIN[name]
@@ -131,7 +132,7 @@ def test_temperatures_that_float32_cannot_divide_by_are_zero(params, canvas_BL):
     hidden_RD = np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32)
     head_VD = np.random.default_rng(1).normal(size=(8, 4)).astype(np.float32)
     forbidden_F, data_R2 = np.array([2, 5]), jax.random.key_data(jax.random.split(jax.random.key(0), 500))
-    rows = jax.jit(choice._rows, static_argnums=3)
+    rows = jax.jit(choice._choose_rows, static_argnums=3)
     greedy_R, cold_R, hot_R = (rows(hidden_RD, head_VD, forbidden_F, t, data_R2)[0] for t in (0.0, 1e-30, 1e30))
     np.testing.assert_array_equal(cold_R, greedy_R)
     counts = np.bincount(hot_R, minlength=8)
@@ -148,11 +149,11 @@ def test_the_time_that_an_observer_takes_is_not_sampling_time():
     @jax.jit
     def loop(tokens_BL):
         for step in range(3):
-            sampler.report(observe, tokens_BL, tokens_BL, step)
+            compiled_loop.report(observe, tokens_BL, tokens_BL, step)
         return tokens_BL, tokens_BL, 3
 
     start = time.perf_counter()
-    sample = sampler.timed(loop, np.arange(6).reshape(2, 3))
+    sample = compiled_loop.timed(loop, np.arange(6).reshape(2, 3))
     elapsed = time.perf_counter() - start
     assert seen == [([0, 1, 2], step) for step in range(3)]
     assert 0 < sample.seconds < elapsed - sample.compile_seconds - 0.29

@@ -5,18 +5,45 @@ Shapes: B sequences, L canvas positions, P the longest prompt, V vocabulary, F f
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llada.config import ModelConfig
-from llada.inference.choice import choose
-from llada.inference.sampler import Observer, Sample, ids_of, position_keys, repeated, report, seeds, timed
+from llada.inference.choice import choose, position_keys
+from llada.inference.compiled_loop import Array, Observer, Sample, forbidden_list, report, row_seeds, timed
 from llada.inference.settings import check_temperature, usable_temperature
-from llada.model import transformer
+from llada.model import cached, transformer
 from llada.objectives.autoregressive import shift_right
 from llada.objectives.contract import SpecialTokens
+
+
+class Setup(NamedTuple):
+    """What a program is compiled for (hashable); `longest_prompt` is of the batch."""
+
+    config: ModelConfig
+    special: SpecialTokens
+    temperature: float
+    longest_prompt: int
+    observe: Observer | None = None
+
+
+class Rows(NamedTuple):
+    """What a program reads of the requests of a batch, besides their canvas."""
+
+    prompt_length_B: Array
+    seed_B: Array
+    forbidden_F: Array
+
+
+class _Text(NamedTuple):
+    """What a step changes; `step_BL` is -1 where nothing was written, `ended_B` tells which rows have an end token."""
+
+    tokens_BL: jax.Array
+    step_BL: jax.Array
+    ended_B: jax.Array
 
 
 def ancestral(
@@ -36,56 +63,60 @@ def ancestral(
     `sampler.reverse_process`.
     """
     check_temperature(temperature)
+    canvas_BL = np.asarray(canvas_BL, np.int32)
     prompt_length_B = np.broadcast_to(prompt_length_B, len(canvas_BL)).astype(np.int32)
-    longest = int(prompt_length_B.max())
-    forbidden_F = ids_of(forbidden_V, special.mask)
-    return timed(
-        left_to_right,
-        *(config, special, usable_temperature(temperature), longest, observe),
-        *(repeated(params), np.asarray(canvas_BL, np.int32)),
-        *(prompt_length_B, forbidden_F, seeds(seed_B, len(canvas_BL))),
-    )
+    setup = Setup(config, special, usable_temperature(temperature), int(prompt_length_B.max()), observe)
+    rows = Rows(prompt_length_B, row_seeds(seed_B, len(canvas_BL)), forbidden_list(forbidden_V, special.mask))
+    return timed(left_to_right, setup, cached.for_decoding(params), canvas_BL, rows)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=0)
 def left_to_right(
-    config, special, temperature, longest, observe, params, canvas_BL, prompt_length_B, forbidden_F, seed_B
-):
+    setup: Setup, params: transformer.Parameters, canvas_BL: Array, rows: Rows
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The compiled program of `ancestral`: its tokens, steps and number of forward passes."""
+    config, special, longest = setup.config, setup.special, setup.longest_prompt
     B, L = canvas_BL.shape
     head_VD = transformer.head(config, params)
+    start_B1 = rows.prompt_length_B[:, None]
     # Position i sees the tokens before i, so the prompts and one more position are known from the start.
     inputs_BP = shift_right(canvas_BL, special.start)[:, : longest + 1]
-    hidden_BPD, cache = transformer.prefill(config, params, inputs_BP)
+    hidden_BPD, cache = cached.prefill(config, params, inputs_BP)
     pad = ((0, 0), (0, L - longest - 1), (0, 0), (0, 0))
     cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 4) + pad), cache)
-    first_B1D = jnp.take_along_axis(hidden_BPD, prompt_length_B[:, None, None], axis=1)
-
-    def write(i, hidden_B1D, tokens_BL, step_BL, ended_B):
-        position_B1 = prompt_length_B[:, None] + i
-        keys_B1 = position_keys(seed_B, jnp.full(B, i), position_B1)
-        needed_B1 = ~ended_B[:, None]
-        chosen = choose(hidden_B1D, head_VD, needed_B1, forbidden_F, temperature, keys_B1)
-        token_B1 = jnp.where(needed_B1, chosen.token_BK, special.eos)
-        at = (jnp.arange(B)[:, None], position_B1)
-        tokens_BL, step_BL = tokens_BL.at[at].set(token_B1), step_BL.at[at].set(jnp.where(needed_B1, i, -1))
-        report(observe, tokens_BL, step_BL, i)
-        return tokens_BL, step_BL, ended_B | jnp.isin(token_B1[:, 0], jnp.array(special.ends))
+    first_B1D = jnp.take_along_axis(hidden_BPD, start_B1[:, :, None], axis=1)
 
     def unfinished(carry):
-        i, _, (_, _, ended_B) = carry
-        return (i < L - longest) & ~jnp.all(ended_B)
+        i, _, text = carry
+        return (i < L - longest) & ~jnp.all(text.ended_B)
 
     def step(carry):
-        i, cache, (tokens_BL, step_BL, ended_B) = carry
-        position_B1 = prompt_length_B[:, None] + i
-        tokens_B1 = jnp.take_along_axis(tokens_BL, position_B1 - 1, axis=1)
-        hidden_B1D, cache = transformer.extend(config, params, tokens_B1, position_B1, cache, return_cache=True)
-        return i + 1, cache, write(i, hidden_B1D, tokens_BL, step_BL, ended_B)
+        i, cache, text = carry
+        position_B1 = start_B1 + i
+        tokens_B1 = jnp.take_along_axis(text.tokens_BL, position_B1 - 1, axis=1)
+        hidden_B1D, cache = cached.extend(config, params, tokens_B1, position_B1, cache)
+        return i + 1, cache, _write(setup, rows, head_VD, i, hidden_B1D, text)
 
-    # What an end token leaves open reads as end of text.
-    after_BL = jnp.arange(L) >= prompt_length_B[:, None]
-    start = (jnp.where(after_BL, special.eos, canvas_BL), jnp.full((B, L), -1, jnp.int32), jnp.zeros(B, bool))
-    start = write(0, first_B1D, *start)
-    passes, _, (tokens_BL, step_BL, _) = jax.lax.while_loop(unfinished, step, (jnp.int32(1), cache, start))
-    return tokens_BL, step_BL, passes
+    # What follows an end token reads as end of text.
+    after_prompt_BL = jnp.arange(L)[None, :] >= start_B1
+    tokens_BL = jnp.where(after_prompt_BL, special.eos, canvas_BL)
+    text = _Text(tokens_BL, jnp.full((B, L), -1, jnp.int32), jnp.zeros(B, bool))
+    text = _write(setup, rows, head_VD, 0, first_B1D, text)
+    passes, _, text = jax.lax.while_loop(unfinished, step, (jnp.int32(1), cache, text))
+    return text.tokens_BL, text.step_BL, passes
+
+
+def _write(setup: Setup, rows: Rows, head_VD: jax.Array, i: jax.Array | int, hidden_B1D: jax.Array, text: _Text):
+    """The text after step `i`: token i behind each prompt, chosen from its hidden state."""
+    B = len(text.ended_B)
+    position_B1 = rows.prompt_length_B[:, None] + i
+    keys_B1 = position_keys(rows.seed_B, jnp.full(B, i), position_B1)
+    open_B1 = ~text.ended_B[:, None]
+    with jax.named_scope("choose_tokens"):
+        choice = choose(hidden_B1D, head_VD, open_B1, rows.forbidden_F, setup.temperature, keys_B1)
+    token_B1 = jnp.where(open_B1, choice.token_BK, setup.special.eos)
+    at = (jnp.arange(B)[:, None], position_B1)
+    tokens_BL = text.tokens_BL.at[at].set(token_B1)
+    step_BL = text.step_BL.at[at].set(jnp.where(open_B1, i, -1))
+    report(setup.observe, tokens_BL, step_BL, i)
+    return _Text(tokens_BL, step_BL, text.ended_B | jnp.isin(token_B1[:, 0], jnp.array(setup.special.ends)))

@@ -1,9 +1,9 @@
 """From hidden states to a token and its confidence, for the rows that need one.
 
 Only needed rows meet the vocabulary matrix, a block at a time; confidence is a logit minus a logsumexp, so no softmax
-over the vocabulary is ever stored. Logits stand as (V, R): on CPU a product with the matrix on the left is faster.
-Shapes: B sequences, K candidate positions of each, N = B K flat rows of one device, R rows of a block, V vocabulary,
-F forbidden ids.
+over the vocabulary is ever stored. Logits are (V, R): on CPU a product with the matrix on the left is faster.
+Shapes: B sequences, K candidate positions of each, D width, N = B K flat rows of one device, R rows of a block,
+V vocabulary, F forbidden ids.
 """
 
 import functools
@@ -22,9 +22,10 @@ def block_rows(platform: str) -> tuple[int, ...]:
 
 
 class Choice(NamedTuple):
-    """A token for each row, and log p of it under the clean law: without temperature and without noise.
+    """A token for each row, and its log-probability under the model's own distribution.
 
-    Ranking by noised confidences is a known flaw of other samplers (LLaDA issue 42).
+    That is without temperature and without noise: ranking by noised confidences is a known flaw of other samplers
+    (LLaDA issue 42).
     """
 
     token_BK: jax.Array
@@ -45,60 +46,69 @@ def choose(
     temperature > 0. Rows that are not needed mean nothing.
     """
     head_VD = head_VD.astype(hidden_BKD.dtype)
-    data_BK2 = jnp.zeros((*needed_BK.shape, 0), jnp.uint32) if temperature == 0 else jax.random.key_data(keys_BK)
+    if temperature == 0 or keys_BK is None:
+        data_BK2 = jnp.zeros((*needed_BK.shape, 0), jnp.uint32)
+    else:
+        data_BK2 = jax.random.key_data(keys_BK)
 
     def on_one_device(hidden, head, needed, forbidden, data):
         N = needed.size
-        token_N, confidence_N = _needed_rows(
+        choice = _choose_needed(
             hidden.reshape(N, -1), head, needed.reshape(N), forbidden, temperature, data.reshape(N, data.shape[-1])
         )
-        return token_N.reshape(needed.shape), confidence_N.reshape(needed.shape)
+        return jax.tree.map(lambda x_N: x_N.reshape(needed.shape), choice)
 
     # Rows are independent: each device does its own, and their loops may differ in length.
-    rows, whole = ACTIVATIONS["BL"], ACTIVATIONS["VD_gathered"]
-    places = (ACTIVATIONS["BLD"], whole, rows, ACTIVATIONS["replicated"], ACTIVATIONS["BLD"])
-    choose_all = on_each_device(on_one_device, places, (rows, rows))
+    per_row, gathered = ACTIVATIONS["BL"], ACTIVATIONS["VD_gathered"]
+    specs = (ACTIVATIONS["BLD"], gathered, per_row, ACTIVATIONS["replicated"], ACTIVATIONS["BLD"])
+    choose_all = on_each_device(on_one_device, specs, (per_row, per_row))
     return Choice(*choose_all(hidden_BKD, head_VD, needed_BK, forbidden_F, data_BK2))
 
 
-def level(confidence_BK: jax.Array, visible_BL: jax.Array) -> jax.Array:
+def equalize_if_blank(confidence_BK: jax.Array, visible_BL: jax.Array) -> jax.Array:
     """Confidences of most likely tokens, made equal in sequences that show no token at all.
 
-    There all positions have the same law, as only differences of positions enter the model: rounding alone, and so the
-    shape of the batch, would rank them. Equal ones are ranked from left to right.
+    There all positions have the same distribution, as only differences of positions enter the model: rounding alone,
+    and so the shape of the batch, would rank them. Equal ones are ranked from left to right.
     """
     return jnp.where(jnp.any(visible_BL, axis=1, keepdims=True), confidence_BK, confidence_BK[:, :1])
 
 
-def _needed_rows(hidden_ND, head_VD, needed_N, forbidden_F, temperature, data_N2):
+def position_keys(seed_B: jax.Array, step_B: jax.Array, position_BK: jax.Array) -> jax.Array:
+    """A key for the noise of each (row's seed, step, position) of sampling."""
+    keys_B = jax.vmap(lambda seed, step: noise_lib.step_key(seed, step, noise_lib.SAMPLING))(seed_B, step_B)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_B, position_BK)
+
+
+def _choose_needed(hidden_ND, head_VD, needed_N, forbidden_F, temperature, data_N2):
+    """(token_N, confidence_N): needed rows are moved to the front, then as many blocks are done as they fill."""
     N = len(needed_N)
     sizes = sorted({min(N, size) for size in block_rows(platform())}, reverse=True)
     if sizes == [N]:
-        return _rows(hidden_ND, head_VD, forbidden_F, temperature, data_N2)
-    # Needed rows first, then as many blocks of them as there are.
+        return _choose_rows(hidden_ND, head_VD, forbidden_F, temperature, data_N2)
     order_N = jnp.argsort(~needed_N, stable=True)
     order = jnp.pad(order_N, (0, sizes[0]))
 
     def block(size, start, carry):
         at_R = jax.lax.dynamic_slice_in_dim(order, start, size)
-        found = _rows(hidden_ND[at_R], head_VD, forbidden_F, temperature, data_N2[at_R])
-        return jax.tree.map(lambda all_, x: jax.lax.dynamic_update_slice_in_dim(all_, x, start, 0), carry, found)
+        choice = _choose_rows(hidden_ND[at_R], head_VD, forbidden_F, temperature, data_N2[at_R])
+        return jax.tree.map(lambda all_, x: jax.lax.dynamic_update_slice_in_dim(all_, x, start, 0), carry, choice)
 
-    found = (jnp.zeros(len(order), jnp.int32), jnp.zeros(len(order), jnp.float32))
-    whole, rest = jnp.divmod(jnp.sum(needed_N), sizes[0])
-    found = jax.lax.fori_loop(0, whole, lambda i, carry: block(sizes[0], i * sizes[0], carry), found)
+    choices = (jnp.zeros(len(order), jnp.int32), jnp.zeros(len(order), jnp.float32))
+    full_blocks, rest = jnp.divmod(jnp.sum(needed_N), sizes[0])
+    choices = jax.lax.fori_loop(0, full_blocks, lambda i, carry: block(sizes[0], i * sizes[0], carry), choices)
     # The smallest block that the rest fits, or none.
-    branches = [functools.partial(block, size, whole * sizes[0]) for size in sizes] + [lambda carry: carry]
-    token, confidence = jax.lax.switch(jnp.sum(rest <= jnp.array([*sizes[1:], 0])), branches, found)
-    back_N = jnp.argsort(order_N)
-    return token[back_N], confidence[back_N]
+    branches = [functools.partial(block, size, full_blocks * sizes[0]) for size in sizes] + [lambda carry: carry]
+    token, confidence = jax.lax.switch(jnp.sum(rest <= jnp.array([*sizes[1:], 0])), branches, choices)
+    rank_N = jnp.argsort(order_N)
+    return token[rank_N], confidence[rank_N]
 
 
-def _rows(hidden_RD, head_VD, forbidden_F, temperature, data_R2):
+def _choose_rows(hidden_RD, head_VD, forbidden_F, temperature, data_R2):
     logits_VR = jnp.einsum("vd,rd->vr", head_VD, hidden_RD, preferred_element_type=jnp.float32)
     logits_VR = logits_VR.at[forbidden_F].set(-jnp.inf)  # in place: a mask over V would cost a pass over all logits
     top_R, token_R = _max_and_argmax(logits_VR)
-    log_z_R = top_R + jnp.log(_sum(jnp.exp(logits_VR - top_R)))
+    log_z_R = top_R + jnp.log(_sum(jnp.exp(logits_VR - top_R[None, :])))
     if temperature == 0:
         return token_R, top_R - log_z_R
 
@@ -122,9 +132,9 @@ def _sum(x_VR):
 
 
 def _max_and_argmax(x_VR):
-    """The maximum over the vocabulary and its first place."""
+    """The maximum over the vocabulary and its first index."""
     x_GIR = _grouped(x_VR, -jnp.inf)
-    # The barrier keeps XLA from finding the maximum of all a second time, from all.
+    # The barrier keeps XLA from computing the maximum of all a second time, from all entries.
     top_GR = jax.lax.optimization_barrier(jnp.max(x_GIR, axis=1))
     best_R = jnp.argmax(top_GR, axis=0)
     inside_R = jnp.argmax(jnp.take_along_axis(x_GIR, best_R[None, None], axis=0)[0], axis=0)

@@ -18,6 +18,7 @@ from llada.inference import canvas as canvas_lib
 from llada.inference import sampler
 from llada.inference import settings as settings_lib
 from llada.inference.ancestral import ancestral
+from llada.inference.compiled_loop import Observer
 from llada.model import transformer
 
 BATCH = 16  # requests that run together
@@ -80,7 +81,7 @@ def generate(
     params: transformer.Parameters,
     tokenizer: Tokenizer,
     requests: Sequence[Request],
-    observe: sampler.Observer | None = None,
+    observe: Observer | None = None,
 ) -> list[Generated]:
     """Answer the requests, in their order. UserError for one that cannot be answered, before any is run.
 

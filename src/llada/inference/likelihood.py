@@ -24,7 +24,7 @@ from llada import mesh as mesh_lib
 from llada.config import ModelConfig
 from llada.errors import UserError
 from llada.inference import guidance
-from llada.inference.choice import choose, level
+from llada.inference.choice import choose, equalize_if_blank
 from llada.inference.settings import check_guidance, check_types
 from llada.model import transformer
 from llada.objectives import autoregressive, diffusion
@@ -340,12 +340,12 @@ def row_nats(config, special, scale, params, tokens_BL, masked_BL, scored_BL, op
         inputs_BL = autoregressive.shift_right(tokens_BL, special.start)
     else:
         inputs_BL = jnp.where(masked_BL, special.mask, tokens_BL)
-    rows_BL = guidance.branches(inputs_BL, open_BL, special.mask, scale)
-    hidden_BLD = transformer.hidden(config, params, rows_BL, guidance.both(lengths_B, scale))
+    rows_BL = guidance.add_unconditional(inputs_BL, open_BL, special.mask, scale)
+    hidden_BLD = transformer.hidden(config, params, rows_BL, guidance.duplicate(lengths_B, scale))
     head_VD = transformer.head(config, params)
     weights_BL = scored_BL.astype(jnp.float32)
     _, nats_BL = weighted_nats(
-        guidance.mixed(hidden_BLD, scale), head_VD, tokens_BL, weights_BL, head_rows(mesh_lib.platform())
+        guidance.combine(hidden_BLD, scale), head_VD, tokens_BL, weights_BL, head_rows(mesh_lib.platform())
     )
     return jnp.sum(nats_BL, axis=1)
 
@@ -380,11 +380,11 @@ def _order_nats(config, special, scale, params, tokens_BL, open_BL, lengths_B):
     def step(carry):
         masked_BL, nats_B = carry
         inputs_BL = jnp.where(masked_BL, special.mask, tokens_BL)
-        rows_BL = guidance.branches(inputs_BL, open_BL, special.mask, scale)
-        hidden_BLD = transformer.hidden(config, params, rows_BL, guidance.both(lengths_B, scale))
-        hidden_BLD = guidance.mixed(hidden_BLD, scale)
+        rows_BL = guidance.add_unconditional(inputs_BL, open_BL, special.mask, scale)
+        hidden_BLD = transformer.hidden(config, params, rows_BL, guidance.duplicate(lengths_B, scale))
+        hidden_BLD = guidance.combine(hidden_BLD, scale)
         confidence_BL = choose(hidden_BLD, head_VD, masked_BL, forbidden_F, temperature=0).confidence_BK
-        confidence_BL = level(confidence_BL, inside_BL & ~masked_BL)
+        confidence_BL = equalize_if_blank(confidence_BL, inside_BL & ~masked_BL)
         best_B1 = jnp.argmax(jnp.where(masked_BL, confidence_BL, -jnp.inf), axis=1, keepdims=True)
         picked_BL = (jnp.arange(masked_BL.shape[1]) == best_B1) & masked_BL
         _, nats_BL = weighted_nats(

@@ -239,8 +239,9 @@ def _sample(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Prog
     seed_B = jax.ShapeDtypeStruct((B,), jnp.uint32, sharding=each)
     if m.causal:
         prompt_B = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=each)
-        jitted = functools.partial(ancestral.left_to_right, config.model, special, 0.0, prompt, None)
-        arguments = (params, tokens_BL, prompt_B, forbidden_F, seed_B)
+        setup = ancestral.Setup(config.model, special, temperature=0.0, longest_prompt=prompt)
+        jitted = functools.partial(ancestral.left_to_right, setup)
+        arguments = (params, tokens_BL, ancestral.Rows(prompt_B, seed_B, forbidden_F))
         passes = float(written - 1), "a token a pass, to the end of the canvas"
         return Program("sample", jax.jit(jitted), arguments, lambda path: passes, None, None, B * written)
     settings = settings_lib.SamplerConfig(
@@ -249,8 +250,10 @@ def _sample(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Prog
     settings_lib.check(settings, written)
     blocks = -(-written // settings.block_length)
     open_BL = jax.ShapeDtypeStruct((B, L), bool, sharding=rows)
-    jitted = functools.partial(sampler.fill_blocks, config.model, settings, special, blocks, written, None)
-    arguments = (params, tokens_BL, open_BL, seed_B, forbidden_F, None)
+    jitted = functools.partial(
+        sampler.fill_blocks, sampler.Setup(config.model, settings, special, blocks, suffix=written)
+    )
+    arguments = (params, tokens_BL, sampler.Rows(open_BL, seed_B, forbidden_F, lengths_B=None))
     return Program(
         "sample", jax.jit(jitted), arguments, _sampler_trips(settings, blocks, B, mesh), None, None, B * written
     )

@@ -1,0 +1,79 @@
+"""What the compiled loops of both samplers share: their result, the clock, the observer, seeds and forbidden ids.
+
+Shapes: B sequences, L canvas positions, V vocabulary, F forbidden ids.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import io_callback
+
+from llada import mesh as mesh_lib
+
+Array = Any  # what a program takes: an array of JAX or NumPy, or in a plan its shape and sharding
+
+# Called after every step with the first sequence: (tokens_L, step_L, step).
+Observer = Callable[[np.ndarray, np.ndarray, int], None]
+
+
+class Sample(NamedTuple):
+    """Text of one batch, and what it cost.
+
+    tokens_BL        the canvas, filled
+    step_BL          at which step each position was written, -1 where it was part of the request
+    forward_passes   of the model. A pass counts once per batch, twice with guidance; a cached pass over part of the
+                     canvas counts like one over all of it, and so does a speculative one over several canvases
+    seconds          of the compiled loop, without those that its observer took
+    compile_seconds  before it; about 0 where these shapes were compiled before
+    """
+
+    tokens_BL: np.ndarray
+    step_BL: np.ndarray
+    forward_passes: int
+    seconds: float
+    compile_seconds: float
+
+
+class _ObserverClock:
+    """Seconds spent in observers so far, drawing and waiting: they are not sampling."""
+
+    seconds = 0.0
+
+
+_observer_clock = _ObserverClock()
+
+
+def timed(loop, *arguments) -> Sample:
+    """The Sample of a jitted loop that returns (tokens_BL, step_BL, passes), compiled before the clock starts."""
+    start = time.perf_counter()
+    loop.lower(*arguments).compile()
+    compiled, observing = time.perf_counter(), _observer_clock.seconds
+    tokens_BL, step_BL, passes = mesh_lib.on_host(loop(*arguments))
+    seconds = time.perf_counter() - compiled - (_observer_clock.seconds - observing)
+    return Sample(tokens_BL, step_BL, int(passes), max(seconds, 1e-9), compiled - start)
+
+
+def report(observe: Observer | None, tokens_BL: jax.Array, step_BL: jax.Array, step: jax.Array | int) -> None:
+    """From within a compiled loop, show the observer the first sequence."""
+    if observe is None:
+        return
+
+    def on_host(tokens_L, step_L, step):
+        start = time.perf_counter()
+        observe(np.asarray(tokens_L), np.asarray(step_L), int(step))
+        _observer_clock.seconds += time.perf_counter() - start
+
+    io_callback(on_host, None, tokens_BL[0], step_BL[0], step, ordered=True)
+
+
+def row_seeds(seed_B: np.ndarray | int, B: int) -> np.ndarray:
+    """A seed for each of B rows: `seed_B` itself, or for a number that seed and the next ones."""
+    return np.asarray(seed_B + np.arange(B) if np.ndim(seed_B) == 0 else seed_B, np.uint32)
+
+
+def forbidden_list(forbidden_V: np.ndarray, *more: int | None) -> np.ndarray:
+    """`forbidden_F`: the ids marked in `forbidden_V` and `more` (None adds nothing), ascending."""
+    return np.union1d(np.flatnonzero(forbidden_V), [token for token in more if token is not None]).astype(np.int32)
