@@ -17,10 +17,11 @@ from llada import mesh as mesh_lib
 from llada.config import MeshConfig
 from llada.errors import DataError, UserError
 from llada.evaluation import validation
-from llada.evaluation.validation import Validator, stratified_variance
+from llada.evaluation.validation import Validator
 from llada.objectives import diffusion
 from llada.objectives.autoregressive import shift_right
 from llada.objectives.contract import SpecialTokens
+from llada.objectives.estimates import stratified_variance
 from llada.training import corpus as corpus_lib
 from llada.training import run as run_lib
 
@@ -32,12 +33,12 @@ def test_the_variance_of_a_stratified_mean_is_right_where_strata_are_alike_and_n
     u_MB = (rng.uniform(size=rows) + np.arange(M)[:, None] / M) % 1.0
     for slope, noise in ((0.0, 1.0), (1.0, 1.0), (3.0, 0.1)):
         values_MB = slope * u_MB + noise * rng.normal(size=(M, rows))
-        estimate = float(np.mean(stratified_variance(jax.numpy.asarray(values_MB))))
+        estimate = float(np.mean(stratified_variance(jax.numpy.asarray(values_MB), circular=True)))
         true = values_MB.mean(axis=0).var()
         if slope == 0:
             assert estimate == pytest.approx(true, rel=0.02)
         assert estimate > 0.98 * true
-    assert np.isnan(stratified_variance(jax.numpy.ones((1, 3)))).all()
+    assert np.isnan(stratified_variance(jax.numpy.ones((1, 3)), circular=True)).all()
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def test_numbers_that_do_not_exist_are_null():
     assert validation.perplexity(709.0) < math.inf and validation.perplexity(711.0) == math.inf
     assert math.isnan(validation.perplexity(math.nan))
     assert (
-        json_files.dumps([validation.perplexity(1e4), float(stratified_variance(jnp.ones((1, 1)))[0])])
+        json_files.dumps([validation.perplexity(1e4), float(stratified_variance(jnp.ones((1, 1)), circular=True)[0])])
         == "[null, null]"
     )
 
@@ -181,7 +182,7 @@ def test_the_command_prints_before_it_keeps(trained, tmp_path, monkeypatch):
     assert {"rows", "draws", "eval_rows_digest", "estimator", "kind", "dtype", "step"} <= found.keys()
     few, kept = done.stderr.strip().splitlines()
     assert f"are 80,000 rows; the held-out side has {found['rows']:,}" in few
-    assert "evaluation.json could not be kept: Read-only file system" in kept
+    assert "evaluation.json could not be saved: Read-only file system" in kept
 
 
 MISTAKES = {

@@ -1,14 +1,25 @@
 """Flags of one command in a set of their own, so that several commands can be imported into one process."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from absl import flags
+
+from llada.errors import UserError
 
 # What a flag holds when it is not given: None, or a value of its own kind.
 Text = TypeVar("Text", None, str)
 Integer = TypeVar("Integer", None, int)
 Number = TypeVar("Number", None, float)
+Texts = TypeVar("Texts", None, list[str])
+
+
+def required(flag: flags.FlagHolder[str | None], advice: str) -> str:
+    """The value of a flag that must be given. UserError, with the advice, if it is not."""
+    if not flag.value:
+        raise UserError(f"--{flag.name} is missing; {advice}")
+    return flag.value
 
 
 class CommandFlags(flags.FlagValues):
@@ -24,7 +35,7 @@ class CommandFlags(flags.FlagValues):
         """A text."""
         return flags.DEFINE_string(name, default, meaning, self)
 
-    def define_multi_string(self, name: str, default: list[str] | None, meaning: str) -> flags.FlagHolder[list[str]]:
+    def define_multi_string(self, name: str, default: Texts, meaning: str) -> flags.FlagHolder[list[str] | Texts]:
         """Texts: one for each time that the flag is given."""
         return flags.DEFINE_multi_string(name, default, meaning, self)
 
@@ -52,6 +63,35 @@ class CommandFlags(flags.FlagValues):
     ) -> flags.FlagHolder[str | Text]:
         """One of `choices`."""
         return flags.DEFINE_enum(name, default, choices, meaning, self)
+
+    def parse(self, command: str, words: list[str], unknown: Callable[[str], str]) -> None:
+        """Set the flags from the words after the command's name; flags that are not among them get their defaults.
+
+        UserError for a word that is no flag, an unknown flag (with the message `unknown(flag)`), and a flag without its
+        value, where absl would take the following flag as the value. If a flag is given twice the last value counts,
+        as scripts rely on, and a line says so.
+        """
+        first: dict[str, str] = {}
+        rest = iter(words)
+        for word in rest:
+            if not word.startswith("-") or word.strip("-") == "":
+                raise UserError(f"{word!r} is not a flag; flags look like --name=value; see llada {command} --help")
+            name, equals, _ = word.lstrip("-").partition("=")
+            positive = name.removeprefix("no")
+            if name not in self and positive in self and self[positive].boolean:
+                name = positive
+            if name not in self:
+                raise UserError(unknown(name))
+            if not equals and not self[name].boolean and next(rest, "--").startswith("--"):
+                raise UserError(f"--{name} needs a value: --{name}=...")
+            if name in first and not isinstance(self[name], flags.MultiFlag):
+                print(f"llada: {first[name]} is given again; {word} counts", file=sys.stderr)
+            first[name] = word
+        self.unparse_flags()  # values of an earlier call in this process
+        try:
+            self([f"llada {command}", *words])
+        except flags.Error as error:
+            raise UserError(str(error)) from error
 
     def help_text(self) -> str:
         """Every flag with its meaning, default and kind, in alphabetical order."""

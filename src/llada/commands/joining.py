@@ -1,4 +1,4 @@
-"""Flags of the commands that several processes run together, one on each host; Slurm and TPU pods need none."""
+"""Flags of the commands that several processes can run together; under Slurm and on TPU pods none are needed."""
 
 from llada import processes
 from llada.commands.command_flags import CommandFlags
@@ -10,5 +10,5 @@ PROCESS_ID = FLAGS.define_integer("process_id", None, "which of them this is, fr
 
 
 def join() -> None:
-    """Find the other processes, if there are any, before anything touches a device. UserError where that fails."""
+    """Join the other processes, if there are any, before anything touches a device. UserError if that fails."""
     processes.start(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)

@@ -1,10 +1,12 @@
-"""The `llada` program: finds the command, parses its flags, and turns a user's mistake into one line and its status.
+"""The `llada` program: finds the command, parses its flags, and ends a user's mistake with one line and a status.
 
-What takes time is imported where it is used: until `start` runs, Ctrl-C ends in a traceback.
+Slow modules are imported where they are used: until `start` has run, Ctrl-C would end in a traceback.
 """
 
+import difflib
 import importlib
 import sys
+from types import ModuleType
 
 from llada.commands import endings
 from llada.errors import UserError
@@ -24,7 +26,7 @@ _HELP = ("-h", "--help", "-help")
 
 
 def start() -> int:
-    """The program as a process of its own."""
+    """Run the program as a process of its own; returns the exit status."""
     endings.open_streams()
     return endings.run(main)
 
@@ -56,11 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         return known.status
 
 
-def _call(name: str, command, words: list[str]) -> int:
+def _call(name: str, command: ModuleType, words: list[str]) -> int:
     """Parse the words after the command's name, and run it."""
     import inspect
-
-    from absl import flags
 
     from llada.commands import environment, experiment
     from llada.commands.command_flags import CommandFlags
@@ -69,15 +69,11 @@ def _call(name: str, command, words: list[str]) -> int:
     if any(word in _HELP for word in words):
         print(f"{command.__doc__}\n\nflags:\n{command.__name__}:\n{command.FLAGS.help_text()}")
         return 0
-    # Every command knows --config and --help_config, if only to refuse the one and answer the other.
+    # All commands have --help_config, and --config if only to refuse it.
     known = command.FLAGS if "config" in command.FLAGS else CommandFlags(command.FLAGS, experiment.FLAGS)
     words, overrides = experiment.take_overrides(words)
-    _check_flags(words, known, name, takes_overrides)
-    known.unparse_flags()  # of an earlier command in this process
-    try:
-        known([f"llada {name}", *words])
-    except flags.Error as error:
-        raise UserError(str(error)) from error
+    keys = _config_keys(name) if takes_overrides else []
+    known.parse(name, words, lambda flag: _no_flag(flag, name, list(known), keys))
     if experiment.HELP_CONFIG.value:
         print(experiment.help_config(_groups(name)))
         return 0
@@ -88,67 +84,39 @@ def _call(name: str, command, words: list[str]) -> int:
     return command.run(overrides) if takes_overrides else command.run()
 
 
-def _check_flags(words: list[str], defined, name: str, takes_overrides: bool) -> None:
-    """UserError for a flag that is unknown or without its value, and for words that are no flags.
-
-    absl would take a flag that follows as the value. Of a flag that is given twice the last counts, and a line says so.
-    """
-    from absl import flags
-
-    seen: dict[str, str] = {}
-    rest = iter(words)
-    for word in rest:
-        if not word.startswith("-") or word.strip("-") == "":
-            raise UserError(f"{word!r} is not a flag; flags look like --name=value; see llada {name} --help")
-        flag, equals, value = word.lstrip("-").partition("=")
-        off = flag.removeprefix("no")
-        if flag not in defined and off in defined and defined[off].boolean:
-            flag = off
-        if flag not in defined:
-            raise UserError(_no_flag(flag, defined, name, takes_overrides))
-        if not equals and not defined[flag].boolean:
-            value = next(rest, None)
-            if value is None or value.startswith("--"):
-                raise UserError(f"--{flag} needs a value: --{flag}=...")
-        if flag in seen and not isinstance(defined[flag], flags.MultiFlag):
-            # How scripts change what they were given: their words come last.
-            print(f"llada: {seen[flag]} is given again; {word} counts", file=sys.stderr)
-        seen[flag] = word
-
-
 def _no_command(name: str) -> str:
+    """The message for a command that does not exist."""
     if name.startswith("-"):
         return f"{name}: the command comes first, as in llada train --workdir=DIR; commands: {', '.join(COMMANDS)}"
     hint = _did_you_mean(name, list(COMMANDS)) or ";"
     return f"there is no command {name!r}{hint} commands: {', '.join(COMMANDS)}"
 
 
-def _no_flag(flag: str, defined, name: str, takes_overrides: bool) -> str:
-    """What to say to a flag that the command does not have."""
-    hint = _did_you_mean(flag, list(defined), "--") or ";"
-    if takes_overrides:
-        from llada import knobs
-
-        keys = [key.name for root, cls in _groups(name).items() for key in knobs.keys(cls, root)]
-        same = [f"--config.{key}" for key in keys if flag in (key, key.rpartition(".")[2])]
-        hint = f"; did you mean {' or '.join(same)}?" if same else hint
-    return f"--{flag} is no flag of llada {name}{hint} see llada {name} --help"
+def _no_flag(flag: str, command: str, flags: list[str], keys: list[str]) -> str:
+    """The message for a flag that the command does not have; `keys` are the config keys that it takes."""
+    same = [f"--config.{key}" for key in keys if flag in (key, key.rpartition(".")[2])]
+    hint = f"; did you mean {' or '.join(same)}?" if same else _did_you_mean(flag, flags, "--") or ";"
+    return f"--{flag} is no flag of llada {command}{hint} see llada {command} --help"
 
 
-def _did_you_mean(word: str, known: list[str], before: str = "") -> str:
-    import difflib
-
+def _did_you_mean(word: str, known: list[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {before}{close[0]}?" if close else ""
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def _groups(name: str) -> dict[str, type]:
-    """The dataclasses whose keys a command's --config.KEY can set, by what comes before their names."""
+def _config_keys(command: str) -> list[str]:
+    from llada import knobs
+
+    return [key.name for prefix, cls in _groups(command).items() for key in knobs.keys(cls, prefix)]
+
+
+def _groups(command: str) -> dict[str, type]:
+    """The dataclasses whose keys the command's --config.KEY can set, by the prefix of their names."""
     from llada.config import Config, MeshConfig
 
-    if name in ("train", "import", "plan"):
+    if command in ("train", "import", "plan"):
         return {"": Config}
-    if name != "sweep":
+    if command != "sweep":
         return {"mesh.": MeshConfig}
     from llada.scaling.sweep_config import SweepConfig
 
@@ -156,7 +124,7 @@ def _groups(name: str) -> dict[str, type]:
 
 
 def _one_line(text: str) -> str:
-    """Lines joined, characters that a terminal would obey or cannot show escaped; spaces stay as they are."""
+    """The text with its lines joined, and characters that would control or confuse a terminal escaped."""
     import re
 
     joined = re.sub(r"\s*[\r\n\v\f\x85\u2028\u2029]+\s*", " ", text.strip())

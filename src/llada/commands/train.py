@@ -5,16 +5,18 @@ TensorBoard events. Called again on the same DIR it continues from the newest ch
 the experiment is the one that DIR holds: a run to continue, or a model that llada import brought.
 
 On several hosts run the same command on each, with DIR on a file system that all of them share. Slurm (srun) and TPU
-pods are recognised; elsewhere --coordinator, --processes and --process_id say who is there.
+pods are recognised; elsewhere give --coordinator, --processes and --process_id.
 """
 
 import os
 import sys
+from typing import TextIO
 
 from llada import json_files, processes
 from llada.commands import environment, experiment, joining
-from llada.commands.command_flags import CommandFlags
-from llada.errors import UserError
+from llada.commands.command_flags import CommandFlags, required
+from llada.config import Config, load, to_dict
+from llada.errors import Diverged, Interrupted
 from llada.paths import user_path
 
 FLAGS = CommandFlags(experiment.FLAGS, joining.FLAGS)
@@ -26,46 +28,38 @@ ALLOW_RATE_JUMP = FLAGS.define_bool(
 
 
 def run(overrides: dict[str, str]) -> int:
-    """Train; 129, 130 or 143 after a signal (everything saved), 3 if the loss stopped being a number."""
-    if not PRINT_CONFIG.value:
-        joining.join()
-        environment.retain_freed_memory()
+    """Train; status 129, 130 or 143 after a signal (everything saved), 3 if training diverged."""
+    if PRINT_CONFIG.value:
+        print(json_files.dumps(to_dict(_config(overrides)), indent=2))
+        return 0
+    joining.join()
+    environment.retain_freed_memory()
     with processes.agreement():
         config = _config(overrides)
-    if PRINT_CONFIG.value:
-        from llada.config import to_dict
-
-        print(json_files.dumps(to_dict(config), indent=2))
-        return 0
-    if not WORKDIR.value:
-        raise UserError("--workdir is missing; for example --workdir=runs/first")
+    workdir = required(WORKDIR, "for example --workdir=runs/first")
     from llada.training import loop
 
     try:
-        summary = loop.train(config, WORKDIR.value, allow_rate_jump=ALLOW_RATE_JUMP.value)
-    except (loop.Interrupted, loop.Diverged) as end:
-        _say(f"llada train: {end}", sys.stderr)
+        summary = loop.train(config, workdir, allow_rate_jump=ALLOW_RATE_JUMP.value)
+    except (Interrupted, Diverged) as end:
+        _print_once(f"llada train: {end}", sys.stderr)
         return end.status
     except KeyboardInterrupt:
-        # The threads that were saving would go on, and end in tracebacks of their own.
-        _say("llada train: stopped at once; run again to continue from the newest checkpoint", sys.stderr)
-        sys.stderr.flush()
+        # A second Ctrl-C, while saving. The saving threads would go on, and print tracebacks of their own.
+        _print_once("llada train: stopped at once; run again to continue from the newest checkpoint", sys.stderr)
         os._exit(130)
-    _say(json_files.dumps(summary, indent=2), sys.stdout)
+    _print_once(json_files.dumps(summary, indent=2), sys.stdout)
     return 0
 
 
-def _say(text: str, file) -> None:
-    """What all processes know, once."""
+def _print_once(text: str, stream: TextIO) -> None:
     if processes.is_first():
-        print(text, file=file)
+        print(text, file=stream, flush=True)
 
 
-def _config(overrides: dict[str, str]):
-    """The experiment of --config, or else the workdir's own."""
-    held = user_path(WORKDIR.value, "--workdir") / "config.json" if WORKDIR.value else None
-    if experiment.CONFIG.value or not (held and held.exists()):
+def _config(overrides: dict[str, str]) -> Config:
+    """The experiment of --config, or else that of the workdir."""
+    saved = user_path(WORKDIR.value, "--workdir") / "config.json" if WORKDIR.value else None
+    if experiment.CONFIG.value or saved is None or not saved.exists():
         return experiment.read(experiment.CONFIG.value, overrides)
-    from llada import config as config_lib
-
-    return experiment.override(config_lib.to_dict(config_lib.load(held)), overrides)
+    return experiment.override(to_dict(load(saved)), overrides)
