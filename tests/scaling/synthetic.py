@@ -17,6 +17,15 @@ BUDGETS = (1e18, 1e19, 1e20, 1e21)
 EXACT = {"diffusion": 1.3, "autoregressive": 1.2}  # exact FLOPs over 6ND
 
 
+def change(fitted: Study, **of_family) -> Study:
+    """The study with fields of its families replaced: `minima=lambda family, fit: ...`."""
+    families = {
+        family: fit._replace(**{field: new(family, fit) for field, new in of_family.items()})
+        for family, fit in fitted.families.items()
+    }
+    return fitted._replace(families=families)
+
+
 def reading(objective: str, budget: float, parameters: float, loss: float, **changes) -> Result:
     """A finished run of 6ND = `budget`."""
     tokens = int(budget / 6 / parameters)
@@ -66,5 +75,4 @@ def lost(result: Result, status: str, reason: str | None = None, loss: float | N
 
 def only(fitted: Study, family: str) -> Study:
     """The study as if the other families had no runs."""
-    parts = (fitted.budgets, fitted.minima, fitted.laws, fitted.reasons)
-    return Study(*({family: part[family]} for part in parts), fitted.level)
+    return fitted._replace(families={family: fitted.families[family]})

@@ -5,7 +5,7 @@ import math
 import re
 
 import pytest
-from synthetic import BUDGETS, EXACT, LAWS, isoflop_readings, lost, only, repeated_readings
+from synthetic import BUDGETS, EXACT, LAWS, change, isoflop_readings, lost, only, repeated_readings
 
 from llada.scaling import findings, study
 from llada.scaling.results import FAILED, RUNNING, points
@@ -19,10 +19,8 @@ def whole():
 
 
 def written(readings, fitted=None, **changes) -> str:
-    settings = dict(
-        command="llada sweep --workdir=runs/x", matching="6nd", predict=None, pictures={}, annealing_gain=0.0
-    )
-    return report(readings, fitted or study.fit(points(readings), draws=5), **(settings | changes))
+    fitted = fitted or study.fit(points(readings), draws=5)
+    return report(readings, fitted, "llada sweep --workdir=runs/x", **changes)
 
 
 def section(text: str, title: str) -> str:
@@ -42,8 +40,8 @@ def number(text: str) -> float:
 
 
 def test_the_summary_comes_first_and_has_the_gap(whole):
-    text = written(*whole, pictures={"isoflop": "isoflop.png"})
-    gap, first = findings.headline_gap(whole[1]), text.split("\n\n")[1]
+    text = written(*whole, images=["isoflop.png"])
+    (gap,), first = findings.headline_gaps(whole[1]), text.split("\n\n")[1]
     found = re.search(r"\*\*([\d.]+)x\*\* \(95% interval ([\d.]+)x to ([\d.]+)x\)", first)
     assert [float(g) for g in found.groups()] == pytest.approx([gap.value, gap.low, gap.high], rel=0.06)
     assert "![loss against size at each budget](isoflop.png)" in text
@@ -51,8 +49,8 @@ def test_the_summary_comes_first_and_has_the_gap(whole):
 
 
 def test_a_gap_far_beyond_the_runs_is_no_finding(whole, monkeypatch):
-    gap = findings.headline_gap(whole[1])
-    monkeypatch.setattr(findings, "headline_gap", lambda study: gap._replace(value=5e23, beyond=2e23))
+    (gap,) = findings.headline_gaps(whole[1])
+    monkeypatch.setattr(findings, "headline_gaps", lambda study: [gap._replace(value=5e23, beyond=2e23)])
     said = " ".join(_fitted_sentences(whole[1]))
     assert "too far to tell a compute gap" in said and "LLaDA needs" not in said
 
@@ -134,25 +132,26 @@ def test_caveats_are_there_exactly_when_they_apply(whole):
     readings, fitted = whole
     always = {"bound", "gap", "accounting", "rule", "seeds", "draws", "rows"}
     assert caveats(written(readings, fitted)) == always
-    change = dataclasses.replace
     cases = {
-        "annealing": [change(r, mode="checkpoints") for r in readings],
-        "epochs": [change(readings[0], epochs=3.0), *readings[1:]],
-        "small": [change(r, non_embedding_parameters=r.non_embedding_parameters // 10**6) for r in readings],
+        "annealing": [dataclasses.replace(r, mode="checkpoints") for r in readings],
+        "epochs": [dataclasses.replace(readings[0], epochs=3.0), *readings[1:]],
+        "small": [
+            dataclasses.replace(r, non_embedding_parameters=r.non_embedding_parameters // 10**6) for r in readings
+        ],
     }
     for name, changed in cases.items():
         assert caveats(written(changed, fitted)) == always | {name}, name
-    other_seed = [change(readings[0], seed=1), *readings[1:]]
+    other_seed = [dataclasses.replace(readings[0], seed=1), *readings[1:]]
     assert caveats(written(other_seed, fitted)) == always - {"seeds"}
     arm = [r for r in readings if r.objective == "autoregressive"]
     assert caveats(written(arm, only(fitted, "autoregressive"))) == {"accounting", "rule", "seeds", "rows"}
-    two = fitted._replace(minima={family: minima[:2] for family, minima in fitted.minima.items()})
+    two = change(fitted, minima=lambda _, fit: fit.minima[:2])
     assert caveats(written(readings, two)) == always | {"budgets"}
 
 
 def test_caveats_carry_their_numbers(whole):
     readings, fitted = whole
-    text = written(readings, fitted, matching="exact")
+    text = written([dataclasses.replace(r, matching="exact") for r in readings], fitted)
     assert "matched in exact FLOPs" in text
     assert f"{EXACT['diffusion']:.2f} for LLaDA and {EXACT['autoregressive']:.2f} for ARM" in text
     early = [dataclasses.replace(r, mode="checkpoints") for r in readings]
@@ -166,7 +165,7 @@ def test_lost_runs_are_named_with_reasons(whole):
     readings[1] = lost(readings[1], RUNNING)
     readings[2] = lost(readings[2], FAILED, loss=math.nan)
     first = study.fit(points([r for r in readings if r.budget == BUDGETS[0]]), draws=5)
-    text = written(readings, whole[1]._replace(reasons=first.reasons))
+    text = written(readings, change(whole[1], reasons=lambda family, _: first.families[family].reasons))
     named = section(text, "Runs that have no figure")
     assert f"- {readings[0].run}: failed (out of memory at step 3)" in named
     assert f"- {readings[1].run}: running" in named and f"- {readings[2].run}: diverged" in named
@@ -191,7 +190,7 @@ def test_repeated_data_has_its_own_report():
     readings += repeated_readings(
         {"diffusion": [4.0, 3.8], "autoregressive": [3.2, 2.8]}, unique_tokens=10**7, epochs=[1, 16]
     )
-    text = written(readings, study.fit({}), pictures={"repeat": "repeat.png"})
+    text = written(readings, study.fit({}), images=["repeat.png"])
     first, second = rows(section(text, "Repeated data"))
     assert first["below the ARM after equally many epochs"] == "at 4.00 epochs"
     assert first["below the ARM's best"] == "at 8.00 epochs"
@@ -203,4 +202,4 @@ def test_repeated_data_has_its_own_report():
     assert "Repeated data" in written(readings, study.fit({}))
     # Checkpoints of more than one epoch are no such study.
     checkpoints = [dataclasses.replace(r, mode="checkpoints") for r in readings]
-    assert "Compute gap" in written(checkpoints, study.fit({}), pictures={"isoflop": "isoflop.png"})
+    assert "Compute gap" in written(checkpoints, study.fit({}), images=["isoflop.png"])

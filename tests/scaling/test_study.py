@@ -45,11 +45,12 @@ def trials():
         # Of 159 draws, the fourth from either end are the percentiles of 2.5 and 97.5 without rounding.
         study = fit({family: runs(law, rng) for family, law in families.items()}, draws=159, seed=seed)
         for family, law in families.items():
+            laws = study.families[family].laws
             for constant in "ab":
-                note((family, constant), study.constants(family, "parametric")[constant], getattr(law, constant))
+                note((family, constant), study.constants(laws.parametric)[constant], getattr(law, constant))
             for names in (FROM_MINIMA, FROM_PARAMETRIC):
                 for name, truth in zip(names, law.frontier(), strict=True):
-                    note((family, name), study.constants(family, name)["exponent"], truth.exponent)
+                    note((family, name), study.constants(getattr(laws, name))["exponent"], truth.exponent)
         for law in ("loss", "parametric_loss"):
             for row in study.gap("diffusion", "autoregressive", law)["ratios"]:
                 truth = compute_gap(of_d, of_a, of_a(row["budget"]))
@@ -97,7 +98,8 @@ def test_a_scatter_that_no_run_states_widens_the_intervals():
     for extra in (0.0, 0.02):
         noisy = [p._replace(loss=p.loss + extra * rng.normal()) for p in points]
         study = fit({"a": noisy}, draws=200)
-        rows = [study.constants("a", law)["exponent"] for law in ("tokens", "parametric_tokens")]
+        laws = study.families["a"].laws
+        rows = [study.constants(law)["exponent"] for law in (laws.tokens, laws.parametric_tokens)]
         widths.append([row["high"] - row["low"] for row in rows])
     assert np.all(np.array(widths[1]) > 6 * np.array(widths[0]))
 
@@ -174,8 +176,8 @@ def test_budgets_in_exact_flops_give_a_frontier_in_exact_flops():
     study = fit({"a": points}, draws=20)
     for names, precision in ((FROM_MINIMA, 2e-3), (FROM_PARAMETRIC, 1e-3)):
         for name, truth in zip(names, CHINCHILLA.frontier(per_token), strict=True):
-            assert study.laws["a"][name][0].exponent == pytest.approx(truth.exponent, abs=precision)
-            assert study.laws["a"][name][0](1e20) == pytest.approx(float(truth(1e20)), rel=0.015)
+            assert getattr(study.families["a"].laws, name).best.exponent == pytest.approx(truth.exponent, abs=precision)
+            assert getattr(study.families["a"].laws, name).best(1e20) == pytest.approx(float(truth(1e20)), rel=0.015)
 
 
 def told(points_by_family, **settings):
@@ -210,10 +212,10 @@ PARAMETRIC_LAWS = {"parametric", *FROM_PARAMETRIC}
 )
 def test_runs_that_tell_too_little_give_reasons(points, laws, reasons):
     study = told({"diffusion": points, "autoregressive": runs(QUOKKA, RNG)})
-    assert set(study.laws["diffusion"]) == laws
+    assert set(study.families["diffusion"].laws.known()) == laws
     for what, why in reasons.items():
-        assert why in study.reasons["diffusion"][what]
-    assert set(study.laws["autoregressive"]) == LAWS | PARAMETRIC_LAWS
+        assert why in study.families["diffusion"].reasons[what]
+    assert set(study.families["autoregressive"].laws.known()) == LAWS | PARAMETRIC_LAWS
     if "loss" not in laws:
         assert study.gap("diffusion", "autoregressive") == {"reason": "there is no law loss of diffusion"}
 
@@ -224,13 +226,13 @@ def test_one_family_or_none_and_a_budget_without_a_minimum():
     points = [p._replace(loss=6 - p.loss) if p.budget == BUDGETS[1] else p for p in points]
     study = told({"autoregressive": points})
     assert study.to_json()["gaps"] == []
-    assert "opens downwards" in study.reasons["autoregressive"]["budget 1.21231e+19"]
+    assert "opens downwards" in study.families["autoregressive"].reasons["budget 1.21231e+19"]
 
 
 def test_seeds_count_as_runs():
     rng = np.random.default_rng(3)
     study = told({"a": [p for _ in range(3) for p in runs(CHINCHILLA, rng, stderr=0.01)]})
-    assert study.reasons["a"] == {} and len(study.minima["a"]) == 5
+    assert study.families["a"].reasons == {} and len(study.families["a"].minima) == 5
 
 
 @pytest.mark.parametrize("change", [{"stderr": 0.0}, {"loss": math.nan}, {"loss": math.inf}, {"tokens": -1.0}])

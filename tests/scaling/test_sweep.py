@@ -13,7 +13,7 @@ import pytest
 
 from llada import config as config_lib
 from llada.errors import DataError, DiskError, Diverged, UserError
-from llada.scaling import outcome, results
+from llada.scaling import results, sweep_report
 from llada.scaling import sweep as sweep_lib
 from llada.training import loop, metrics
 
@@ -156,7 +156,7 @@ def quick_runs(monkeypatch):
     `fails` is called with the config. No pictures. Returns the names of the workdirs, in order.
     """
     begun = []
-    monkeypatch.setattr(outcome, "draw", lambda *_: {})
+    monkeypatch.setattr(sweep_report, "draw", lambda *_: {})
 
     def make(fails=lambda config: None):
         def train(config, workdir, progress=None):

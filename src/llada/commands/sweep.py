@@ -143,12 +143,12 @@ def _fit_only(directory: Path, rows, overrides: dict[str, str]) -> int:
 
 
 def _report(directory: Path, rows, annealing_gain: float, remarks: list[str]) -> None:
-    from llada.scaling import outcome
+    from llada.scaling import sweep_report
     from llada.scaling.results import each_once
 
     rows, dropped = each_once(rows)
     if dropped:
         print(f"llada sweep: {dropped} readings were given more than once and count once", file=sys.stderr)
     command = shlex.join(["llada", *sys.argv[1:]])
-    for path in outcome.write(directory, rows, command, PREDICT.value, annealing_gain, remarks):
+    for path in sweep_report.write(directory, rows, command, PREDICT.value, annealing_gain, remarks):
         print(path)

@@ -1,19 +1,22 @@
-"""What the pictures of a sweep share: panels under a title and caveats, shades, ticks, labels beside lines.
+"""What all pictures share: panels under a title and a caption, colours of families, axis limits, ticks, line labels.
 
 matplotlib (extra `plots`) is imported where it is used, so that everything else runs without it.
 """
 
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llada.errors import UserError
-from llada.files import write_atomically
+from llada.objectives.families import FAMILIES
+
+COLOURS = dict(zip(FAMILIES, itertools.cycle(("#c8553d", "#2a6f97", "#588157", "#7f5539")), strict=False))
+MEASURES = "; ".join(f"{f.title}: {'exact NLL' if f.exact else 'upper bound on its NLL'}" for f in FAMILIES.values())
 
 
 def require_matplotlib() -> None:
@@ -24,8 +27,8 @@ def require_matplotlib() -> None:
         raise UserError(f"pictures need matplotlib ({error}): pip install 'llada-jax[plots]'") from error
 
 
-def panels(columns: int, title: str, subtitle: str, **shared) -> tuple[Any, list[Any]]:
-    """A row of panels under a title and caveats, both wrapped to the width."""
+def panels(columns: int, title: str, caption: str, sharex: bool = False, sharey: bool = False) -> tuple[Any, list[Any]]:
+    """A figure with a row of axes, the title above and the caption below them, both wrapped to the width."""
     require_matplotlib()
     import matplotlib
 
@@ -33,33 +36,33 @@ def panels(columns: int, title: str, subtitle: str, **shared) -> tuple[Any, list
     from matplotlib import pyplot as plt
 
     width = 8.0 if columns == 1 else 5.6 * columns
-    title, subtitle = textwrap.fill(title, int(9.2 * width)), textwrap.fill(subtitle, int(15 * width))
-    head, foot = 0.22 * (title.count("\n") + 1) + 0.12, 0.15 * (subtitle.count("\n") + 1) + 0.08
+    title, caption = textwrap.fill(title, int(9.2 * width)), textwrap.fill(caption, int(15 * width))
+    head, foot = 0.22 * (title.count("\n") + 1) + 0.12, 0.15 * (caption.count("\n") + 1) + 0.08
     height = 4.6 + head + foot
-    made, axes = plt.subplots(
-        1, columns, figsize=(width, height), dpi=150, layout="constrained", squeeze=False, **shared
-    )
-    made.get_layout_engine().set(rect=(0, foot / height, 1, 1 - (head + foot) / height), w_pad=0.08, h_pad=0.06)
-    made.text(0.012, 1 - 0.08 / height, title, fontsize=13, fontweight="bold", va="top")
-    made.text(0.012, 0.07 / height, subtitle, fontsize=8, color="0.35", va="bottom")
+    fig = plt.figure(figsize=(width, height), dpi=150, layout="constrained")
+    axes = fig.subplots(1, columns, sharex=sharex, sharey=sharey, squeeze=False)
+    layout: Any = fig.get_layout_engine()
+    layout.set(rect=(0, foot / height, 1, 1 - (head + foot) / height), w_pad=0.08, h_pad=0.06)
+    fig.text(0.012, 1 - 0.08 / height, title, fontsize=13, fontweight="bold", va="top")
+    fig.text(0.012, 0.07 / height, caption, fontsize=8, color="0.35", va="bottom")
     for ax in axes[0]:
         ax.grid(alpha=0.2)
         ax.spines[["top", "right"]].set_visible(False)
-    return made, list(axes[0])
+    return fig, list(axes[0])
 
 
-def save(made, path: Path) -> None:
-    """Write the figure and let go of it."""
+def png(fig) -> bytes:
+    """The figure as a PNG file; it is closed."""
     from matplotlib import pyplot as plt
 
     image = io.BytesIO()
-    made.savefig(image, format="png")
-    plt.close(made)
-    write_atomically(path, image.getvalue())
+    fig.savefig(image, format="png")
+    plt.close(fig)
+    return image.getvalue()
 
 
-def say(ax, text: str) -> None:
-    """In the middle of an empty panel."""
+def note(ax, text: str) -> None:
+    """A text in the middle of an empty panel."""
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="0.4", fontsize=12)
 
 
@@ -74,22 +77,20 @@ def shades(colour: str, number: int) -> list[np.ndarray]:
     return [base + (1 - base) * -s if s < 0 else base * (1 - s) for s in steps]
 
 
-def around(values: Iterable[float], share: float, log: bool = False) -> tuple[float, float] | None:
-    """Limits of an axis: the ends of what was found and `share` of their distance beyond, in logs twofold at least.
+def limits(values: Iterable[float], share: float, log: bool = False) -> tuple[float, float]:
+    """Ends of an axis: those of the finite values and `share` of their distance beyond, in logs a factor 2 at least.
 
-    None where there is nothing. Laws through little may go anywhere; the axes stay with the data.
+    A law fitted to little data may go anywhere; the axes stay with the data.
     """
-    there = [math.log(v) if log else v for v in values if math.isfinite(v) and (v > 0 or not log)]
-    if not there:
-        return None
-    low, high = min(there), max(there)
+    shown = [math.log(v) if log else v for v in values if math.isfinite(v) and (v > 0 or not log)] or [0.0]
+    low, high = min(shown), max(shown)
     pad = max(share * (high - low), math.log(2) if log else 0.05 * abs(high), 1e-9)
     return (math.exp(low - pad), math.exp(high + pad)) if log else (low - pad, high + pad)
 
 
-def within(value: float, limits: tuple[float, float]) -> float:
-    """The value, or the nearest place on the axis."""
-    return min(max(value, limits[0]), limits[1])
+def clamp(value: float, ends: tuple[float, float]) -> float:
+    """The value, or the end of the axis nearest to it."""
+    return min(max(value, ends[0]), ends[1])
 
 
 def log_ticks(axis, show: Callable[[float], str]) -> None:
@@ -105,20 +106,23 @@ def log_ticks(axis, show: Callable[[float], str]) -> None:
 
 
 def labels_right(ax, entries: Sequence[tuple[float, float, str, Any]]) -> None:
-    """Name lines at the right edge, at the height where they end, moved apart where they would touch."""
+    """Label lines at the right edge, at the height where they end, moved apart where labels would touch.
+
+    An entry is the line's end (x, y), its label and colour.
+    """
     if not entries:
         return
     ax.figure.canvas.draw()  # fixes the limits and the panel's height
     height = ax.get_window_extent().height / ax.figure.dpi * 72
     to_axes = ax.transData + ax.transAxes.inverted()
     spots = sorted((to_axes.transform((x, y))[1], text, colour, (x, y)) for x, y, text, colour in entries)
-    places: list[float] = []
+    heights: list[float] = []
     for spot, text, *_ in spots:
         need = 13.5 * (text.count("\n") + 1) / height
-        places.append(max(spot, places[-1] + need) if places else spot)
-    shift = max(places[-1] - 1.0, 0.0)
-    for place, (_, text, colour, end) in zip(places, spots, strict=True):
-        at = 1.03, place - shift
+        heights.append(max(spot, heights[-1] + need) if heights else spot)
+    shift = max(heights[-1] - 1.0, 0.0)
+    for own_height, (_, text, colour, end) in zip(heights, spots, strict=True):
+        at = 1.03, own_height - shift
         leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1}
         ax.annotate("", end, xytext=at, textcoords="axes fraction", annotation_clip=False, arrowprops=leader)
         ax.text(at[0] + 0.008, at[1], text, transform=ax.transAxes, color=colour, fontsize=9, va="center")

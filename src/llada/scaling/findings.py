@@ -1,24 +1,33 @@
-"""What a study says in single numbers, shared by the pictures and the report of a sweep, and how numbers are written.
+"""What a sweep says in single numbers, shared by its pictures and its report, and what to keep in mind about them.
 
-Units as in `laws`: FLOPs, parameters without embeddings, tokens, nats per token.
+Every family is compared with the one whose likelihood is exact (`results.PAIRS`): its compute gap, its best sizes.
+Units: FLOPs, parameters without embeddings, tokens, nats per token.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from llada.objectives.families import FAMILIES, Family
+from llada.scaling.laws import GIDD_ANNEALING_GAIN
+from llada.scaling.numbers import count, flops, three
+from llada.scaling.results import PAIRS, REFERENCE, Result
 from llada.scaling.study import Study
+from llada.scaling.sweep_config import MATCHED
 
-NAMES = {"diffusion": "LLaDA", "autoregressive": "ARM"}
-APPROACHES = {"": "minima", "parametric_": "L(N, D)"}  # prefix of a law's name in `Study.laws`: what it comes from
+SMALL = 50e6  # parameters without embeddings: near the smallest models that the published laws were fitted to
+BUDGETS_FOR_E = 4  # fewer cannot tell an irreducible loss: laws.offset_power_law
 
 
 class Gap(NamedTuple):
-    """LLaDA needs `value` times the FLOPs (`low` to `high`; inf: never) to reach `loss`, an ARM's at `budget` FLOPs.
+    """`family` needs `value` times the FLOPs (`low` to `high`; inf: never) to come down to the reference's `loss`.
 
-    `beyond`: LLaDA's budget there over the largest it has runs at; above 1 it is extrapolated. `law`: as in Study.gap.
+    `budget`: the reference's FLOPs at that loss.
+    `beyond`: the family's budget there over the largest it has runs at; above 1 it is extrapolated. `law`: of `Laws`.
     """
 
+    family: Family
+    reference: Family
     budget: float
     loss: float
     value: float
@@ -29,109 +38,188 @@ class Gap(NamedTuple):
 
 
 class SizeRatio(NamedTuple):
-    """N* of LLaDA over an ARM's at the same FLOPs: geometric mean over `budgets` budgets, and two standard errors."""
+    """N* of `family` over the reference's at the same FLOPs: geometric mean over budgets, and two standard errors."""
 
+    family: Family
+    reference: Family
     value: float
     low: float
     high: float
     budgets: int
 
 
-def headline_gap(study: Study) -> Gap | None:
-    """The gap at the largest ARM budget where it needs no extrapolation, or else the least of it; None without laws.
+def headline_gaps(study: Study) -> list[Gap]:
+    """One per pair with laws of the loss: by the minima, or where these give no laws, by L(N, D).
 
-    By the minima, or where these give no laws, by L(N, D).
+    At the reference's largest budget where the gap needs no extrapolation, or else where it needs the least.
     """
-    if not set(NAMES) <= study.laws.keys():
-        return None
-    for law in ("loss", "parametric_loss"):
-        found = study.gap(*NAMES, law)
-        if rows := found.get("ratios"):
-            known = [row for row in rows if row["value"] is not None] or rows
-            inside = [row for row in known if row["beyond"] is not None and row["beyond"] <= 1]
-            row = (
-                max(inside, key=lambda r: r["budget"]) if inside else min(known, key=lambda r: r["beyond"] or math.inf)
-            )
-            numbers = [math.inf if row[k] is None else row[k] for k in ("value", "low", "high", "beyond")]
-            return Gap(row["budget"], row["loss"], *numbers, law)
-    return None
+    gaps = []
+    for family, reference in PAIRS:
+        for law in ("loss", "parametric_loss"):
+            if rows := study.gap(family.name, reference.name, law).get("ratios"):
+                gaps.append(_headline(family, reference, rows, law))
+                break
+    return gaps
 
 
-def size_ratio(study: Study) -> SizeRatio | None:
-    """From minima inside the sizes tried, at budgets that both families have; None where there is no such budget."""
-    a, b = ({m.budget: m for m in study.minima.get(family, []) if m.inside} for family in NAMES)
-    pairs = [(a[budget], b[budget]) for budget in sorted(a.keys() & b.keys())]
-    if not pairs:
-        return None
-    log_ratio = sum(math.log(x.parameters / y.parameters) for x, y in pairs) / len(pairs)
-    error = math.hypot(*(m.log_parameters_stderr for pair in pairs for m in pair)) / len(pairs)
-    return SizeRatio(*(math.exp(log_ratio + z * error) for z in (0, -2, 2)), len(pairs))
+def _headline(family: Family, reference: Family, rows: list[dict[str, Any]], law: str) -> Gap:
+    rows = [row for row in rows if row["value"] is not None] or rows
+    inside = [row for row in rows if row["beyond"] is not None and row["beyond"] <= 1]
+    rows = inside or sorted(rows, key=lambda row: row["beyond"] or math.inf)[:1]
+    row = max(rows, key=lambda row: row["budget"])
+    numbers = {key: math.inf if row[key] is None else row[key] for key in ("value", "low", "high", "beyond")}
+    return Gap(family, reference, row["budget"], row["loss"], **numbers, law=law)
 
 
-def law_of(study: Study, family: str, quantity: str) -> str | None:
-    """The name of the law of parameters, tokens or loss: by the minima, else by L(N, D), else None."""
-    names = (prefix + quantity for prefix in APPROACHES)
-    return next((law for law in names if law in study.laws.get(family, {})), None)
+def size_ratios(study: Study) -> list[SizeRatio]:
+    """One per pair with budgets at which both have a minimum inside the sizes tried."""
+    ratios = []
+    for family, reference in PAIRS:
+        of_family, of_reference = (
+            {m.budget: m for m in study.of(each.name).minima if m.inside} for each in (family, reference)
+        )
+        pairs = [(of_family[budget], of_reference[budget]) for budget in sorted(of_family.keys() & of_reference.keys())]
+        if pairs:
+            log_ratio = sum(math.log(x.parameters / y.parameters) for x, y in pairs) / len(pairs)
+            error = math.hypot(*(m.log_parameters_stderr for pair in pairs for m in pair)) / len(pairs)
+            value, low, high = (math.exp(log_ratio + z * error) for z in (0, -2, 2))
+            ratios.append(SizeRatio(family, reference, value, low, high, len(pairs)))
+    return ratios
 
 
-def predictions(study: Study, family: str, budget: float) -> dict[str, dict[str, dict[str, Any]]]:
-    """N*, D* and L* at `budget` FLOPs as Study estimates: {approach: {parameters | tokens | loss: estimate}}."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for prefix, approach in APPROACHES.items():
-        for quantity in ("parameters", "tokens", "loss"):
-            if pair := study.laws.get(family, {}).get(prefix + quantity):
-                best, draws = pair
-                found.setdefault(approach, {})[quantity] = study.estimate(float(best(budget)), draws(budget))
-    return found
+# --- caveats: one sentence or two each, and only those that apply
 
 
-def largest_budget(study: Study) -> float | None:
-    """FLOPs, over all families."""
-    return max((budget for budgets in study.budgets.values() for budget in budgets), default=None)
+def caveats(results: Sequence[Result], study: Study, annealing_gain: float) -> list[str]:
+    """What a reader of a sweep must know before believing it, the weightiest first."""
+    measured = [r for r in results if r.measured]
+    if not measured:
+        return ["No reading has a figure, so nothing here is a result."]
+    repeated = any(r.data_limited for r in measured)
+    texts = [_bound(measured, repeated), _accounting(measured, repeated)]
+    texts.append(_annealing(measured, 0.0 if repeated else annealing_gain))
+    if not repeated:  # that mode has no laws
+        texts += [_epochs(measured), _few_budgets(study)]
+    texts.append(_small(measured))
+    texts.append(
+        "Learning rates, batch sizes and shapes follow a rule and were not tuned for each run; a family that the rule "
+        "suits less looks worse than it is."
+    )
+    return [text for text in (*texts, _retried(measured), _seeds(measured), _errors(measured)) if text]
 
 
-def interval(estimate: dict[str, Any], show: Callable[[float], str] = "{:.3f}".format) -> str:
-    """An estimate of `Study` as '0.512 (0.480 to 0.544)'; what is not finite is 'unbounded'."""
-    value, low, high = ("unbounded" if estimate[k] is None else show(estimate[k]) for k in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
+def _bound(measured: Sequence[Result], repeated: bool) -> str:
+    present = [family for family in FAMILIES.values() if any(r.family is family for r in measured)]
+    text = ", ".join(
+        f"{family.title}'s figure is an upper bound on its negative log-likelihood"
+        for family in present
+        if not family.exact
+    )
+    if not text or REFERENCE not in present:
+        return text and f"{text}."
+    consequence = (
+        "the true crossover is no later than the one read off"
+        if repeated
+        else "the true compute gap is at most the one computed"
+    )
+    return f"{text}, the {REFERENCE.title}'s is exact: {consequence}."
 
 
-def flops(value: float) -> str:
-    """3e+18 as 3e18."""
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+def _accounting(measured: Sequence[Result], repeated: bool) -> str:
+    ratios = []
+    for family in FAMILIES.values():
+        own = [r.flops_exact / r.flops_6nd for r in measured if r.family is family]
+        if own:
+            ratios.append(f"{sum(own) / len(own):.2f} for {family.title}")
+    matched = MATCHED[measured[0].matching]
+    opening, end = f"Budgets are matched in {matched}.", "; matched by the other count, the gap would be another"
+    if repeated:
+        opening, end = f"Readings are compared after equally many tokens; their budgets are in {matched}.", ""
+    return (
+        f"{opening} There are two counts: 6ND takes 6 FLOPs per parameter without embeddings and token, the exact one "
+        "all matrix products, attention and vocabulary head included. The mean ratio of exact to 6ND is "
+        f"{' and '.join(ratios)}{end}."
+    )
 
 
-def count(value: float) -> str:
-    """1234567 as 1.23 M; three digits."""
-    if not math.isfinite(value):
-        return "none"
-    for unit, name in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if value >= 0.9995 * unit:
-            return three(value / unit) + name
-    return three(value)
+def _annealing(measured: Sequence[Result], annealing_gain: float) -> str:
+    early = sum(not r.annealed for r in measured)
+    if not early:
+        return ""
+    text = f"{early} of {len(measured)} readings were taken before the learning rate had come down"
+    if annealing_gain:
+        return (
+            f"{text}; {annealing_gain:.2%} of their loss was taken off for it before the fits (GIDD measured about "
+            f"{GIDD_ANNEALING_GAIN:.2%}), while the table of readings shows them as they are."
+        )
+    return f"{text}; nothing was taken off for it, while GIDD measured a gain of about {GIDD_ANNEALING_GAIN:.2%}."
 
 
-def short(value: float) -> str:
-    """1500000 as 1.5 M: three digits at most, for pictures."""
-    for unit, name in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if value >= 0.9995 * unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:.3g}"
+def _epochs(measured: Sequence[Result]) -> str:
+    over = [r.epochs for r in measured if r.epochs is not None and r.epochs > 1]
+    if not over:
+        return ""
+    return (
+        f"{len(over)} of {len(measured)} readings are of more than one epoch, up to {three(max(over))}: the laws count "
+        "repeated tokens as new ones, from which a model learns more."
+    )
 
 
-def three(value: float) -> str:
-    """Three significant digits without an exponent where it is short: 16.4, 0.00123, 12300."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    if not 1e-4 <= abs(value) < 1e6:
-        return flops(value)
-    digits = max(2 - math.floor(math.log10(abs(float(f"{value:.3g}")))), 0)
-    return f"{float(f'{value:.3g}'):.{digits}f}"
+def _few_budgets(study: Study) -> str:
+    few = []
+    for family in FAMILIES.values():
+        inside = sum(m.inside for m in study.of(family.name).minima)
+        if family.name in study.families and inside < BUDGETS_FOR_E:
+            few.append(f"{family.title} {inside}")
+    if not few:
+        return ""
+    return (
+        f"Fewer than {BUDGETS_FOR_E} budgets with a minimum inside the sizes tried ({', '.join(few)}) cannot tell an "
+        "irreducible loss: laws by the minima are plain power laws there, and too low far beyond the budgets."
+    )
 
 
-def times(value: float) -> str:
-    """A ratio as 16x, 9.4x or 0.45x; no end to it as 'unbounded'."""
-    if not math.isfinite(value):
-        return "unbounded"
-    return f"{value:.2f}x" if value < 2 else f"{value:.1f}x" if value < 10 else f"{value:,.0f}x"
+def _small(measured: Sequence[Result]) -> str:
+    largest = max(r.non_embedding_parameters for r in measured)
+    if largest >= SMALL:
+        return ""
+    shares = [1 - r.non_embedding_parameters / r.parameters for r in measured]
+    return (
+        f"The models are small, at most {count(largest)} parameters without embeddings (embeddings are "
+        f"{min(shares):.0%} to {max(shares):.0%} of all), and so are usually their vocabulary and sequence length: "
+        "what holds here need not hold at the size of the published laws, which begin near "
+        f"{count(SMALL)} parameters and {flops(3e18)} FLOPs."
+    )
+
+
+def _retried(measured: Sequence[Result]) -> str:
+    runs = {r.run for r in measured if r.retried}
+    return f"{len(runs)} runs had failed and were trained at a lower rate than the rule's: see below." if runs else ""
+
+
+def _seeds(measured: Sequence[Result]) -> str:
+    if len({r.seed for r in measured}) > 1:
+        return ""
+    return "All runs have the same seed: the scatter between seeds is only seen as scatter about the fits."
+
+
+def _errors(measured: Sequence[Result]) -> str:
+    drawn = [r for r in measured if not r.family.exact]
+    titles = " and ".join(family.title for family in FAMILIES.values() if any(r.family is family for r in drawn))
+    errors = [r.monte_carlo_stderr for r in drawn if r.monte_carlo_stderr is not None]
+    rows = [r.stderr for r in measured if r.stderr is not None]
+    counts = sorted({r.draws for r in drawn if r.draws is not None})
+    texts = []
+    if len(counts) > 1:
+        texts.append(f"{titles}'s figures are means of {counts[0]} to {counts[-1]} draws of masks a row.")
+    if errors:
+        texts.append(
+            f"The Monte Carlo error of {titles}'s figures, from the masks drawn, is at most {max(errors):.4f} nats per "
+            "token; fits weigh by it."
+        )
+    if rows:
+        texts.append(
+            f"The error over held-out rows is at most {max(rows):.4f}; it is common to all runs, which are read on the "
+            "same rows, so it moves all losses together and is not in the intervals."
+        )
+    return " ".join(texts)

@@ -1,4 +1,6 @@
-"""Data-limited runs: losses against epochs over the same unique tokens, and where diffusion overtakes the ARM.
+"""Repeated data: losses against epochs over the same unique tokens, and where a family overtakes the reference.
+
+Everything of the data-limited mode: its findings, its picture and its part of the report.
 
 The claim under test is that of "Diffusion language models are super data learners" (arXiv 2511.03276): with few unique
 tokens and enough epochs, a diffusion model ends below an autoregressive one of its size. Its figure here is a bound,
@@ -7,12 +9,15 @@ Units: epochs, tokens, nats per token.
 """
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from llada.scaling.results import Result
+from llada.objectives.families import FAMILIES, Family
+from llada.scaling import figure
+from llada.scaling.numbers import count, markdown_table, short, three
+from llada.scaling.results import PAIRS, REFERENCE, Result
 
 
 class Curve(NamedTuple):
@@ -24,7 +29,7 @@ class Curve(NamedTuple):
     unique_tokens: int
     epochs: tuple[float, ...]
     loss: tuple[float, ...]
-    stderr: tuple[float, ...]  # of the Monte Carlo estimate; 0 for an ARM
+    stderr: tuple[float, ...]  # of the Monte Carlo estimate; 0 where exact
 
     @property
     def best(self) -> tuple[float, float]:
@@ -33,7 +38,7 @@ class Curve(NamedTuple):
         return self.epochs[i], self.loss[i]
 
     def at(self, epochs: float) -> float:
-        """The loss there, between readings by interpolation in log epochs."""
+        """The loss at so many epochs, between readings by interpolation in log epochs."""
         return float(np.interp(math.log(epochs), np.log(self.epochs), self.loss))
 
     @property
@@ -43,27 +48,33 @@ class Curve(NamedTuple):
 
 
 class Crossover(NamedTuple):
-    """Where diffusion overtakes the ARM of its size on the same unique tokens, as epochs of the first such reading.
+    """Where `family` overtakes the reference of its size on the same unique tokens: epochs of the first such reading.
 
-    `same_epochs`: its bound is below the ARM's loss after equally many epochs. `below_best`: it is below the lowest
-    loss that the ARM reaches at all. None: not up to `until` epochs, where the shorter of the two
-    curves ends (`below_best` looks at all of LLaDA's readings).
+    `same_epochs`: its bound is below the reference's loss after equally many epochs. `below_best`: it is below the
+    lowest loss that the reference reaches at all. None: not up to `until` epochs, where the shorter of the two curves
+    ends (`below_best` looks at all of the family's readings). `best`, `reference_best`: epochs and loss.
     """
 
+    family: Family
+    reference: Family
     size: str
     parameters: int
     unique_tokens: int
     same_epochs: float | None
     below_best: float | None
     until: float
-    diffusion_best: tuple[float, float]  # epochs, loss
-    autoregressive_best: tuple[float, float]
-    diffusion_still_falling: bool
+    best: tuple[float, float]
+    reference_best: tuple[float, float]
+    still_falling: bool
 
-
-def is_data_limited(results: Iterable[Result]) -> bool:
-    """Whether the readings are those of the data-limited mode."""
-    return any(r.mode == "repeat" for r in results)
+    def to_json(self) -> dict[str, Any]:
+        """For fits.json."""
+        same = ("size", "parameters", "unique_tokens", "same_epochs", "below_best", "until")
+        return {key: getattr(self, key) for key in same} | {
+            f"{self.family.name}_best": self.best,
+            f"{self.reference.name}_best": self.reference_best,
+            f"{self.family.name}_still_falling": self.still_falling,
+        }
 
 
 def curves(results: Iterable[Result]) -> list[Curve]:
@@ -77,45 +88,204 @@ def curves(results: Iterable[Result]) -> list[Curve]:
     for (unique_tokens, parameters, objective, size), readings in sorted(groups.items()):
         epochs = tuple(sorted(readings))
         seeds = [readings[e] for e in epochs]
-        loss = tuple(sum(r.nats_per_token for r in rs) / len(rs) for rs in seeds)
+        loss = tuple(sum(r.loss for r in rs) / len(rs) for rs in seeds)
         stderr = tuple(math.hypot(*(r.monte_carlo_stderr or 0.0 for r in rs)) / len(rs) for rs in seeds)
         found.append(Curve(objective, size, parameters, unique_tokens, epochs, loss, stderr))
     return found
 
 
-def _pairs(results: Iterable[Result]) -> list[dict[str, Curve]]:
+def _twins(results: Iterable[Result]) -> list[dict[str, Curve]]:
+    """Curves of one size and number of unique tokens, by family."""
     by_key: dict[tuple, dict[str, Curve]] = {}
     for curve in curves(results):
         by_key.setdefault((curve.unique_tokens, curve.size), {})[curve.objective] = curve
     return list(by_key.values())
 
 
-def unpaired(results: Iterable[Result]) -> list[str]:
+def _unpaired(results: Iterable[Result]) -> list[str]:
     """A sentence for every size and number of unique tokens that one family alone was read at."""
-    alone = [curve for pair in _pairs(results) if len(pair) == 1 for curve in pair.values()]
+    alone = [curve for twins in _twins(results) if len(twins) == 1 for curve in twins.values()]
     return [f"Size {c.size} at {c.unique_tokens:,} unique tokens was read for {c.objective} alone." for c in alone]
 
 
-def crossovers(results: Iterable[Result]) -> list[Crossover]:
-    """One per size and number of unique tokens that both families were read at, in the order of `curves`."""
-    found = []
-    for pair in _pairs(results):
-        if {"diffusion", "autoregressive"} <= pair.keys():
-            diffusion, arm = pair["diffusion"], pair["autoregressive"]
-            until = min(diffusion.epochs[-1], arm.epochs[-1])
-            readings = list(zip(diffusion.epochs, diffusion.loss, strict=True))
-            both = [(e, loss) for e, loss in readings if arm.epochs[0] <= e <= until]
-            found.append(
-                Crossover(
-                    size=diffusion.size,
-                    parameters=diffusion.parameters,
-                    unique_tokens=diffusion.unique_tokens,
-                    same_epochs=next((e for e, loss in both if loss < arm.at(e)), None),
-                    below_best=next((e for e, loss in readings if loss < arm.best[1]), None),
-                    until=until,
-                    diffusion_best=diffusion.best,
-                    autoregressive_best=arm.best,
-                    diffusion_still_falling=diffusion.still_falling,
-                )
-            )
-    return found
+def crossovers(results: Sequence[Result]) -> list[Crossover]:
+    """One per pair, size and number of unique tokens that both families were read at, in the order of `curves`."""
+    return [
+        _crossover(family, reference, twins[family.name], twins[reference.name])
+        for family, reference in PAIRS
+        for twins in _twins(results)
+        if {family.name, reference.name} <= twins.keys()
+    ]
+
+
+def _crossover(family: Family, reference: Family, own: Curve, arm: Curve) -> Crossover:
+    until = min(own.epochs[-1], arm.epochs[-1])
+    readings = list(zip(own.epochs, own.loss, strict=True))
+    both = [(e, loss) for e, loss in readings if arm.epochs[0] <= e <= until]
+    return Crossover(
+        family=family,
+        reference=reference,
+        size=own.size,
+        parameters=own.parameters,
+        unique_tokens=own.unique_tokens,
+        same_epochs=next((e for e, loss in both if loss < arm.at(e)), None),
+        below_best=next((e for e, loss in readings if loss < arm.best[1]), None),
+        until=until,
+        best=own.best,
+        reference_best=arm.best,
+        still_falling=own.still_falling,
+    )
+
+
+# --- picture
+
+
+def picture(results: Sequence[Result]) -> bytes:
+    """Loss against epochs, a panel per number of unique tokens; best epochs starred, crossovers marked or denied."""
+    found, crossed = curves(results), crossovers(results)
+    corpora, sizes = sorted({c.unique_tokens for c in found}), sorted({c.parameters for c in found})
+    cut = _cut(found)
+    caption = (
+        f"Star: lowest loss. Square: first reading below the {REFERENCE.title} after equally many epochs. Ring: below "
+        f"the {REFERENCE.title}'s lowest loss. {figure.MEASURES}."
+        + (f" {REFERENCE.title} curves go on above the picture." if cut else "")
+    )
+    fig, axes = figure.panels(max(len(corpora), 1), _repeat_title(crossed), caption, sharex=True, sharey=True)
+    shades = {
+        (family, size): shade
+        for family, colour in figure.COLOURS.items()
+        for size, shade in zip(sizes, figure.shades(colour, len(sizes)), strict=True)
+    }
+    for ax, corpus in zip(axes, corpora, strict=False):
+        of_corpus = {(c.objective, c.size): c for c in found if c.unique_tokens == corpus}
+        overtakes = [x for x in crossed if x.unique_tokens == corpus]
+        ax.set(xscale="log", xlabel="epochs")
+        ax.set_title("\n".join([f"{short(corpus)} unique tokens", *map(_crossing_text, overtakes)]), fontsize=10)
+        for curve in of_corpus.values():
+            _draw(ax, curve, shades[curve.objective, curve.parameters])
+        ring = dict(markersize=13, markeredgecolor="black", markerfacecolor="none", markeredgewidth=1.2, zorder=5)
+        for x in overtakes:
+            for epochs, marker in ((x.same_epochs, "s"), (x.below_best, "o")):
+                if epochs is not None:
+                    ax.plot(epochs, of_corpus[x.family.name, x.size].at(epochs), marker, **ring)
+    axes[0].set_ylabel("held-out nats per token")
+    if cut:
+        axes[0].set_ylim(*cut)
+    for (name, size), shade in shades.items():
+        if any(c.objective == name for c in found):
+            label = f"{FAMILIES[name].title} {short(size)}"
+            axes[-1].plot([], [], color=shade, marker="o", markersize=4, label=label)
+    if found:
+        figure.log_ticks(axes[0].xaxis, short)
+        axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=9, title="parameters")
+    else:
+        figure.note(axes[0], "no readings against epochs")
+    return figure.png(fig)
+
+
+def _cut(found: Sequence[Curve]) -> tuple[float, float] | None:
+    """Ends of the loss axis where an ARM that learned its corpus by heart would press all else into a flat line."""
+    low = min((min(c.loss) for c in found), default=0.0)
+    seen = max((x for c in found for x in (c.loss[:1] if FAMILIES[c.objective].exact else c.loss)), default=0.0)
+    top = low + 1.5 * (seen - low)
+    return (low - 0.05 * (top - low), top) if low < seen and top < max(max(c.loss) for c in found) else None
+
+
+def _draw(ax, curve: Curve, shade: np.ndarray) -> None:
+    style = dict(color=shade, marker="o", markersize=4, capsize=2, linewidth=1.4, zorder=3)
+    ax.errorbar(curve.epochs, curve.loss, [2 * e for e in curve.stderr], **style)
+    ax.plot(*curve.best, "*", color=shade, markersize=14, markeredgecolor="white", zorder=4)
+
+
+def _crossing_text(x: Crossover) -> str:
+    size = f"{short(x.parameters)}: " if len(PAIRS) == 1 else f"{x.family.title} {short(x.parameters)}: "
+    if x.same_epochs is None and x.below_best is None:
+        return f"{size}no crossover up to {short(x.until)} epochs"
+    crossed = [f"crossover at {short(x.same_epochs)} epochs"] if x.same_epochs is not None else []
+    best = f"the {x.reference.title}'s best"
+    below = f"below {best} at {short(x.below_best)}" if x.below_best is not None else f"not below {best}"
+    return size + ", ".join([*crossed, below])
+
+
+def _repeat_title(crossed: Sequence[Crossover]) -> str:
+    """Of the first pair that was compared."""
+    if not crossed:
+        return "Loss against epochs over the same tokens"
+    family, reference = crossed[0].family.title, crossed[0].reference.title
+    crossed = [x for x in crossed if x.family is crossed[0].family]
+    won = [x.below_best for x in crossed if x.below_best is not None]
+    passed = [x.same_epochs for x in crossed if x.same_epochs is not None]
+    last = short(max(x.until for x in crossed))
+    if won:
+        share = "" if len(won) == len(crossed) else f" in {len(won)} of {len(crossed)} cases"
+        return f"Repeated data: {family} goes below the {reference}'s best after {_span(won)} epochs{share}"
+    if passed:
+        return (
+            f"Repeated data: {family} passes the {reference} after {_span(passed)} epochs, but not the {reference}'s "
+            f"best up to {last}"
+        )
+    return f"Repeated data: {family} does not pass the {reference} up to {last} epochs"
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = short(min(values)), short(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+# --- report
+
+
+def summary(results: Sequence[Result]) -> list[str]:
+    """Sentences for the head of the report."""
+    crossed = crossovers(results)
+    if not crossed:
+        return ["No size and corpus was read for both families, so there is no crossover to look for."]
+    texts = []
+    for family, reference in PAIRS:
+        pairs = [x for x in crossed if x.family is family]
+        if not pairs:
+            continue
+        won = [(x.below_best, x) for x in pairs if x.below_best is not None]
+        last = three(max(x.until for x in pairs))
+        text = (
+            f"{family.title} ends below the {reference.title}'s best loss in {len(won)} of {len(pairs)} pairs of equal "
+            "size and unique tokens"
+        )
+        if not won:
+            texts.append(f"{text}: no crossover up to {last} epochs.")
+            continue
+        epochs, first = min(won, key=lambda pair: pair[0])
+        texts += [
+            f"{text}, up to {last} epochs.",
+            f"The earliest crossover is at {three(epochs)} epochs ({count(first.parameters)} parameters, "
+            f"{count(first.unique_tokens)} unique tokens).",
+        ]
+    return texts
+
+
+def section(results: Sequence[Result]) -> str:
+    """A table of crossovers for each pair of families, in Markdown."""
+    crossed = crossovers(results)
+    tables = [
+        _table(family, reference, pairs)
+        for family, reference in PAIRS
+        if (pairs := [x for x in crossed if x.family is family])
+    ]
+    alone = "".join(f" {text}" for text in _unpaired(results))
+    if not tables:
+        return f"No size and corpus was read for both families.{alone}"
+    text = "Epochs are those of the first reading that is below; the crossing lies between it and the reading before. "
+    return "\n\n".join([*tables, f"{text}Losses are held-out nats per token, means over seeds.{alone}"])
+
+
+def _table(family: Family, reference: Family, crossed: Sequence[Crossover]) -> str:
+    arm = reference.title
+    head = ["unique tokens", "parameters", f"below the {arm} after equally many epochs", f"below the {arm}'s best"]
+    cells = [[*head, f"{family.title}'s best", f"{arm}'s best"]]
+    for x in crossed:
+        none = f"no crossover up to {three(x.until)} epochs"
+        at = [none if e is None else f"at {three(e)} epochs" for e in (x.same_epochs, x.below_best)]
+        bests = [f"{loss:.4f} at {three(e)} epochs" for e, loss in (x.best, x.reference_best)]
+        bests[0] += " (still falling)" if x.still_falling else ""
+        cells.append([count(x.unique_tokens), count(x.parameters), *at, *bests])
+    return markdown_table(cells)

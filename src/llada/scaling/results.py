@@ -90,6 +90,11 @@ class Result:
         return math.isfinite(self.loss)
 
     @property
+    def data_limited(self) -> bool:
+        """Whether it is of a run that reads few unique tokens again and again."""
+        return self.mode == "repeat"
+
+    @property
     def annealed(self) -> bool:
         """Whether the learning rate had come down at this reading."""
         return self.mode == "isoflop"
@@ -128,7 +133,7 @@ def check_comparable(results: Sequence[Result]) -> None:
     rows in the same order; and where data-limited readings stand beside others, which one report cannot hold.
     """
     require_same([(r.run, vars(r)) for r in results], SAME, "leave one of the two out")
-    repeated = {r.mode == "repeat": r.run for r in results}
+    repeated = {r.data_limited: r.run for r in results}
     if len(repeated) > 1:
         raise UserError(f"{repeated[True]} is of mode repeat and {repeated[False]} is not; make a report of each mode")
     sizes: dict[tuple, Result] = {}

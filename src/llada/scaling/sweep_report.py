@@ -1,25 +1,25 @@
-"""`report.md` of a sweep: what the runs say, with intervals, and what they do not say.
+"""What a sweep leaves behind: results.csv, fits.json, pictures and report.md.
 
-Text and tables only; the numbers are those of `study`, `findings` and `repetition`. Every caveat is there if and only
-if it applies. Nothing is left out in silence: what is missing is named.
+The report says what the runs show, with intervals, and what they do not show. Every caveat is there if and only if it
+applies; what is missing is named.
 Units: FLOPs, parameters without embeddings, tokens, nats per token.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from llada.scaling import findings
-from llada.scaling.caveats import caveats, lost_runs
-from llada.scaling.comparison import markdown_table
-from llada.scaling.findings import NAMES, count, flops, interval, three, times
-from llada.scaling.isoflop import Minimum
-from llada.scaling.published import PUBLISHED, SMDM_GAP
-from llada.scaling.repetition import crossovers, is_data_limited, unpaired
-from llada.scaling.results import FAILED, Result
-from llada.scaling.study import Study
+from llada import json_files
+from llada.files import lock, write_atomically
+from llada.objectives.families import FAMILIES, Family
+from llada.scaling import findings, pictures, repetition
+from llada.scaling.laws import PUBLISHED, SMDM_GAP, Minimum
+from llada.scaling.numbers import count, flops, interval, markdown_table, or_dash, three, times
+from llada.scaling.results import FAILED, FINISHED, PAIRS, Result, check_comparable, points, write_csv
+from llada.scaling.study import Study, fit
 
-_TOO_FAR = 1000  # times the largest budget: what a law says there is no finding
+_TOO_FAR = 1000  # times the largest budget: what a law says beyond that is no finding
 
 CAPTIONS = {
     "isoflop": "loss against size at each budget",
@@ -29,122 +29,162 @@ CAPTIONS = {
 }
 
 
+def write(
+    directory: Path,
+    results: Sequence[Result],
+    command: str,
+    predict: float | None = None,
+    annealing_gain: float = 0.0,
+    remarks: Sequence[str] = (),
+) -> list[Path]:
+    """Write everything that `results` allow into `directory`; returns the files. UserError where they do not compare.
+
+    command         how this was called, for the report
+    predict         a budget in FLOPs whose best models the report predicts
+    annealing_gain  share of the loss taken off readings without annealing before the fits
+    remarks         on what is not among the results
+    """
+    check_comparable(results)
+    with lock(directory / "outcome.lock", wait=True):  # jobs that end together take turns
+        write_csv(results, directory / "results.csv")
+        repeated = any(r.data_limited for r in results)
+        # Laws of the budget say nothing of data read again and again: those readings are no isoFLOP profile.
+        study = fit({} if repeated else points(results, annealing_gain))
+        fits = {"annealing_gain": annealing_gain, "matching": results[0].matching} | study.to_json()
+        if repeated:
+            fits["crossovers"] = [crossover.to_json() for crossover in repetition.crossovers(results)]
+        write_atomically(directory / "fits.json", (json_files.dumps(fits, indent=2) + "\n").encode())
+        images = draw(results, study, predict, annealing_gain)
+        for name, image in images.items():
+            write_atomically(directory / name, image)
+        text = report(results, study, command, tuple(images), predict, annealing_gain, remarks)
+        write_atomically(directory / "report.md", text.encode("utf-8", "backslashreplace"))
+    return [directory / name for name in ("results.csv", "fits.json", *images, "report.md")]
+
+
+def draw(results: Sequence[Result], study: Study, predict: float | None, annealing_gain: float) -> dict[str, bytes]:
+    """The pictures that suit the readings, by the names of their files; none before there is a figure."""
+    if not any(r.measured for r in results):
+        return {}
+    if any(r.data_limited for r in results):
+        return {"repeat.png": repetition.picture(results)}
+    return {
+        "isoflop.png": pictures.isoflop(results, study, annealing_gain=annealing_gain),
+        "frontier.png": pictures.frontier(results, study, predict, annealing_gain=annealing_gain),
+        "allocation.png": pictures.allocation(results, study),
+    }
+
+
 def report(
     results: Sequence[Result],
     study: Study,
-    *,
     command: str,
-    matching: str,
-    predict: float | None,
-    pictures: dict[str, str],
-    annealing_gain: float,
+    images: Sequence[str] = (),
+    predict: float | None = None,
+    annealing_gain: float = 0.0,
     remarks: Sequence[str] = (),
 ) -> str:
-    """The whole report in Markdown.
+    """The whole report in Markdown; `images` are the names of pictures beside it, the rest as in `write`."""
+    repeated = any(r.data_limited for r in results)
+    if repeated:
+        sections = {"Repeated data": repetition.section(results)}
+    else:
+        sections = {
+            "Best size of each budget": _minima(results, study),
+            "Exponents": _exponents(study),
+            "Compute gap": _gaps(study),
+            "L(N, D) through all runs": _parametric(study),
+        }
+    if predict:
+        sections[f"Prediction at {flops(predict)} FLOPs"] = _prediction(study, predict)
+    sections |= {
+        "Caveats": _list(findings.caveats(results, study, annealing_gain)),
+        "What the fits could not tell": "" if repeated else _reasons(study),
+        "Runs that have no figure": _lost(results),
+        "Runs at another learning rate": _named({r.run: r.retried for r in results if r.retried}),
+        "Left out": _list(text.removeprefix("left out: ") for text in remarks),
+        "All readings": _readings(results),
+        "Command": f"    {command}",
+    }
+    title = f"# Scaling of {_titles(FAMILIES.values())}{' on repeated data' if repeated else ''}"
+    drawn = [f"![{CAPTIONS[name.removesuffix('.png')]}]({name})" for name in images]
+    texts = [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
+    return "\n\n".join([title, _summary(results, study, repeated), *drawn, *texts]) + "\n"
 
-    command         the shell command that made or updates the sweep
-    matching        the FLOPs that budgets are in: 6nd | exact
-    predict         FLOPs of a budget to foretell, or None
-    pictures        drawn ones, {isoflop | frontier | allocation | repeat: path from the report}
-    annealing_gain  share of the loss already taken off readings before annealing, in `study`
-    remarks         on what is not among the readings
-    """
-    repeated = is_data_limited(results)
-    drawn = "\n\n".join(f"![{CAPTIONS.get(name, name)}]({path})" for name, path in pictures.items())
-    sections = [
-        ("", _summary(results, study, repeated)),
-        ("", drawn),
-        ("Repeated data", _repetition(results) if repeated else ""),
-        ("Best size of each budget", "" if repeated else _minima(results, study)),
-        ("Exponents", "" if repeated else _exponents(study)),
-        ("Compute gap", "" if repeated else _gaps(study)),
-        ("L(N, D) through all runs", "" if repeated else _parametric(study)),
-        (f"Prediction at {flops(predict)} FLOPs" if predict else "", _prediction(study, predict) if predict else ""),
-        ("Caveats", "\n".join(f"- {text}" for text in caveats(results, study, matching, annealing_gain, repeated))),
-        ("What the fits could not tell", "" if repeated else _reasons(study)),
-        ("Runs that have no figure", _lost(results)),
-        ("Runs at another learning rate", _retried(results)),
-        ("Left out", "\n".join(f"- {text.removeprefix('left out: ')}" for text in remarks)),
-        ("All readings", _runs(results)),
-        ("Command", f"    {command}"),
-    ]
-    texts = [f"## {title}\n\n{text}" if title else text for title, text in sections if text]
-    return "\n\n".join(["# Scaling of LLaDA and ARM" + (" on repeated data" if repeated else ""), *texts]) + "\n"
+
+def _titles(families: Iterable[Family], word: str = "and") -> str:
+    return f" {word} ".join(family.title for family in families)
+
+
+def _list(texts: Iterable[str]) -> str:
+    return "\n".join(f"- {text}" for text in texts)
+
+
+def _named(texts: dict[str, Any]) -> str:
+    return _list(f"{name}: {text}" for name, text in texts.items())
 
 
 def _summary(results: Sequence[Result], study: Study, repeated: bool) -> str:
     measured = sum(r.measured for r in results)
     if not measured:
         return f"No reading has a figure yet, of {len(results)} planned. There is nothing to fit."
-    said = _repeated_sentences(results) if repeated else _fitted_sentences(study)
+    texts = repetition.summary(results) if repeated else _fitted_sentences(study)
     if measured < len(results):
-        said.append(f"{measured} of {len(results)} readings have a figure.")
-    return " ".join(said)
-
-
-def _repeated_sentences(results: Sequence[Result]) -> list[str]:
-    crossed = crossovers(results)
-    if not crossed:
-        return ["No size and corpus was read for both families, so there is no crossover to look for."]
-    won = [x for x in crossed if x.below_best is not None]
-    last = three(max(x.until for x in crossed))
-    said = f"LLaDA ends below the ARM's best loss in {len(won)} of {len(crossed)} pairs of equal size and unique tokens"
-    if not won:
-        return [f"{said}: no crossover up to {last} epochs."]
-    first = min(won, key=lambda x: x.below_best)
-    return [
-        f"{said}, up to {last} epochs.",
-        f"The earliest crossover is at {three(first.below_best)} epochs ({count(first.parameters)} parameters, "
-        f"{count(first.unique_tokens)} unique tokens).",
-    ]
+        texts.append(f"{measured} of {len(results)} readings have a figure.")
+    return " ".join(texts)
 
 
 def _fitted_sentences(study: Study) -> list[str]:
-    said, level = [], f"{study.level:.0%}"
-    gap, ratio = findings.headline_gap(study), findings.size_ratio(study)
-    if gap is None:
-        said.append("There is no compute gap to give: it takes laws of the loss of both families.")
-    elif not math.isfinite(gap.value):
-        said.append(f"LLaDA's law does not come down to the ARM's loss at {flops(gap.budget)} FLOPs at any budget.")
-    elif gap.beyond > _TOO_FAR:
-        said.append(
-            f"LLaDA's law comes down to the ARM's loss at {flops(gap.budget)} FLOPs only beyond {_TOO_FAR:,} times its "
-            "largest budget, too far to tell a compute gap."
+    texts = [_gap_sentences(gap, f"{study.level:.0%}") for gap in findings.headline_gaps(study)]
+    if not texts:
+        texts.append("There is no compute gap to give: it takes laws of the loss of both families.")
+    texts += [
+        f"At the same FLOPs the best {ratio.family.title} has {times(ratio.value)} ({times(ratio.low)} to "
+        f"{times(ratio.high)}) the parameters of the best {ratio.reference.title}."
+        for ratio in findings.size_ratios(study)
+    ]
+    for family in FAMILIES.values():
+        laws = study.of(family.name).laws
+        if name := laws.of("parameters"):
+            exponent = study.constants(laws.known()[name])["exponent"]
+            texts.append(f"The best size of {family.title} grows as C^{interval(exponent)}.")
+    return texts
+
+
+def _gap_sentences(gap: findings.Gap, level: str) -> str:
+    family, arm = gap.family.title, gap.reference.title
+    down = f"{family}'s law {{}} to the {arm}'s loss at {flops(gap.budget)} FLOPs"
+    if not math.isfinite(gap.value):
+        return f"{down.format('does not come down')} at any budget."
+    if gap.beyond > _TOO_FAR:
+        return (
+            f"{down.format('comes down')} only beyond {_TOO_FAR:,} times its largest budget, too far to tell a compute "
+            "gap."
         )
-    else:
-        said.append(
-            f"At the same loss, LLaDA needs **{times(gap.value)}** ({level} interval {times(gap.low)} to "
-            f"{times(gap.high)}) the training FLOPs of an ARM, at the {gap.loss:.3f} nats per token of the best ARM of "
-            f"{flops(gap.budget)} FLOPs."
-        )
-        if gap.beyond > 1:
-            said.append(f"LLaDA's budget there is extrapolated, {times(gap.beyond)} its largest one.")
-    if ratio:
-        said.append(
-            f"At the same FLOPs the best LLaDA has {times(ratio.value)} ({times(ratio.low)} to {times(ratio.high)}) "
-            "the parameters of the best ARM."
-        )
-    for family, name in NAMES.items():
-        if law := findings.law_of(study, family, "parameters"):
-            exponent = study.constants(family, law)["exponent"]
-            said.append(f"The best size of {name} grows as C^{interval(exponent)}.")
-    return said
+    text = (
+        f"At the same loss, {family} needs **{times(gap.value)}** ({level} interval {times(gap.low)} to "
+        f"{times(gap.high)}) the training FLOPs of the {arm}, at the {gap.loss:.3f} nats per token of the best {arm} "
+        f"of {flops(gap.budget)} FLOPs."
+    )
+    if gap.beyond > 1:
+        text += f" {family}'s budget there is extrapolated, {times(gap.beyond)} its largest one."
+    return text
 
 
 def _minima(results: Sequence[Result], study: Study) -> str:
     measured = [r for r in results if r.measured]
     if not measured:
         return "There are none: no run has a figure yet."
-    per_nat = [r.bits_per_byte / r.nats_per_token for r in measured if r.bits_per_byte is not None]
-    bits = sum(per_nat) / len(per_nat) if per_nat and len(per_nat) == len(measured) else None
+    per_nat = [r.bits_per_byte / r.loss for r in measured if r.bits_per_byte is not None]
+    bits = sum(per_nat) / len(per_nat) if len(per_nat) == len(measured) else None
     cells = [["FLOPs", "family", "N*", "D*", "D*/N*", "L*, nats per token", *(["bits per byte"] if bits else []), ""]]
-    for family, name in NAMES.items():
-        minima = {m.budget: m for m in study.minima.get(family, [])}
-        for budget in sorted({*study.budgets.get(family, []), *(r.budget for r in results if r.objective == family)}):
-            if budget in minima:
-                cells.append([flops(budget), name, *_minimum(minima[budget], bits)])
-            else:
-                cells.append([flops(budget), name, *["-"] * (len(cells[0]) - 3), "no minimum"])
+    for family in FAMILIES.values():
+        fitted = study.of(family.name)
+        minima = {m.budget: m for m in fitted.minima}
+        for budget in sorted({*fitted.budgets, *(r.budget for r in results if r.family is family)}):
+            none = [*["-"] * (len(cells[0]) - 3), "no minimum"]
+            found = _minimum(minima[budget], bits) if budget in minima else none
+            cells.append([flops(budget), family.title, *found])
     text = "± are standard errors; those of N* and D* are of the same error, in opposite directions."
     if not bits:
         text += " Not all readings have bits per byte, so none are given."
@@ -161,29 +201,30 @@ def _minimum(m: Minimum, bits: float | None) -> list[str]:
     return [*cells, "" if m.inside else "outside the sizes tried"]
 
 
+# Laws whose exponents are shown: the label, and the field of `Published` beside it.
+_EXPONENTS = {
+    "parameters": ("N*", "parameters_exponent"),
+    "tokens": ("D*", "tokens_exponent"),
+    "loss_power": ("L*, no irreducible loss", "loss_exponent"),
+    "loss": ("L*, above the irreducible loss", None),
+    "parametric_parameters": ("N*, by L(N, D)", None),
+    "parametric_tokens": ("D*, by L(N, D)", None),
+    "parametric_loss": ("L*, by L(N, D)", None),
+}
+
+
 def _exponents(study: Study) -> str:
-    if not any(study.laws.values()):
+    known = [study.of(family).laws.known() for family in FAMILIES]
+    if not any(known):
         return "There are none: no family has a law yet."
-    quantities = {
-        "parameters": "N*",
-        "tokens": "D*",
-        "loss_power": "L*, no irreducible loss",
-        "loss": "L*, above the irreducible loss",
-        "parametric_parameters": "N*, by L(N, D)",
-        "parametric_tokens": "D*, by L(N, D)",
-        "parametric_loss": "L*, by L(N, D)",
-    }
-    published = {"parameters": "parameters_exponent", "tokens": "tokens_exponent", "loss_power": "loss_exponent"}
-    cells = [["exponent of C", *NAMES.values(), *(f"{paper.name} ({paper.arxiv})" for paper in PUBLISHED)]]
-    for law, label in quantities.items():
-        own = [
-            interval(study.constants(family, law)["exponent"]) if law in study.laws.get(family, {}) else "-"
-            for family in NAMES
-        ]
-        theirs = [getattr(paper, published[law]) if law in published else None for paper in PUBLISHED]
-        if law in published or set(own) != {"-"}:
-            cells.append([label, *own, *("-" if e is None else f"{e:.3g}" for e in theirs)])
-    ranges = [f"{p.name} {flops(p.low)} to {flops(p.high)}" for p in PUBLISHED if p.low is not None]
+    titles = (family.title for family in FAMILIES.values())
+    cells = [["exponent of C", *titles, *(f"{paper.name} ({paper.arxiv})" for paper in PUBLISHED)]]
+    for name, (label, published) in _EXPONENTS.items():
+        own = [interval(study.constants(laws[name])["exponent"]) if name in laws else "-" for laws in known]
+        theirs = [getattr(paper, published) if published else None for paper in PUBLISHED]
+        if published or set(own) != {"-"}:
+            cells.append([label, *own, *(or_dash(exponent, ".3g") for exponent in theirs)])
+    ranges = [f"{p.name} {flops(p.low)} to {flops(p.high)}" for p in PUBLISHED if p.low and p.high]
     text = f"In brackets: {study.level:.0%} intervals. Published laws were fitted at other FLOPs: {', '.join(ranges)}."
     return f"{markdown_table(cells)}\n\n{text} A published exponent need not hold at the budgets of this sweep."
 
@@ -196,27 +237,35 @@ GAP_LAWS = {
 
 
 def _gaps(study: Study) -> str:
-    if missing := [name for family, name in NAMES.items() if family not in study.laws]:
-        return f"There is none: no {' and no '.join(missing)} run has a figure."
-    found = {law: study.gap(*NAMES, law) for law in GAP_LAWS}
-    there = {law: gap for law, gap in found.items() if gap.get("ratios")}
-    if not there:
-        return f"There is none: {_lacking(study, 'loss').replace('such law', 'law of the loss')}."
-    cells = [["ARM's FLOPs", *(f"{label}: L*, LLaDA over ARM" for law, label in GAP_LAWS.items() if law in there)]]
-    for i, row in enumerate(next(iter(there.values()))["ratios"]):
-        cells.append([flops(row["budget"]), *(_gap(gap["ratios"][i]) for gap in there.values())])
-    closes = [_closing(GAP_LAWS[law], gap["closes"], study) for law, gap in there.items()]
-    missing = [f"No gap {label}: {_lacking(study, law)}." for law, label in GAP_LAWS.items() if law not in there]
-    text = "L* is the ARM's loss at its budget; the ratio is how many times the FLOPs LLaDA needs for it, with its "
-    text += (
-        f"{study.level:.0%} interval. `(!)`: at more FLOPs than LLaDA has runs at, so extrapolated. SMDM reads about "
+    pairs = [pair for pair in PAIRS if all(family.name in study.families for family in pair)]
+    if not pairs:
+        missing = [family for family in FAMILIES.values() if family.name not in study.families]
+        return f"There is none: no {_titles(missing, 'and no')} run has a figure."
+    return "\n\n".join(_gap_table(study, family, reference) for family, reference in pairs)
+
+
+def _gap_table(study: Study, family: Family, reference: Family) -> str:
+    gaps = {law: study.gap(family.name, reference.name, law) for law in GAP_LAWS}
+    known = {law: gap for law, gap in gaps.items() if gap.get("ratios")}
+    lacking = {
+        law: _titles(f for f in (family, reference) if law not in study.of(f.name).laws.known()) for law in GAP_LAWS
+    }
+    if not known:
+        return f"There is none: no law of the loss of {lacking['loss']}."
+    ratio = f"L*, {family.title} over {reference.title}"
+    cells = [[f"{reference.title}'s FLOPs", *(f"{GAP_LAWS[law]}: {ratio}" for law in known)]]
+    cells += [
+        [flops(rows[0]["budget"]), *map(_gap, rows)]
+        for rows in zip(*(gap["ratios"] for gap in known.values()), strict=True)
+    ]
+    text = (
+        f"L* is the {reference.title}'s loss at its budget; the ratio is how many times the FLOPs {family.title} needs "
+        f"for it, with its {study.level:.0%} interval. `(!)`: at more FLOPs than {family.title} has runs at, so "
+        f"extrapolated. SMDM reads about {SMDM_GAP:.0f}x off its two lines, from 6e18 to 1e20 FLOPs."
     )
-    text += f"{SMDM_GAP:.0f}x off its two lines, from 6e18 to 1e20 FLOPs."
+    closes = [_closing(GAP_LAWS[law], gap["closes"], study) for law, gap in known.items()]
+    missing = [f"No gap {label}: no such law of {lacking[law]}." for law, label in GAP_LAWS.items() if law not in known]
     return "\n\n".join([markdown_table(cells), text, " ".join([*closes, *missing])])
-
-
-def _lacking(study: Study, law: str) -> str:
-    return "no such law of " + " and ".join(name for family, name in NAMES.items() if law not in study.laws[family])
 
 
 def _gap(row: dict[str, Any]) -> str:
@@ -230,89 +279,86 @@ def _closing(label: str, closes: dict[str, Any], study: Study) -> str:
         low = f"; the {study.level:.0%} interval begins at {flops(closes['low'])} FLOPs" if closes["low"] else ""
         return f"{label}, the gap does not close at any budget looked at{low}."
     beyond = closes["beyond"]
-    told = f", {times(beyond)} the largest budget and so extrapolated" if beyond and beyond > 1 else ""
-    return f"{label}, the gap closes at {interval(closes, flops)} FLOPs{told}."
+    extrapolated = f", {times(beyond)} the largest budget and so extrapolated" if beyond > 1 else ""
+    return f"{label}, the gap closes at {interval(closes, flops)} FLOPs{extrapolated}."
 
 
 def _parametric(study: Study) -> str:
-    found = {f: study.constants(f, "parametric") for f in NAMES if "parametric" in study.laws.get(f, {})}
-    if not found:
-        return "There is none: see what the fits could not tell." if any(study.reasons.values()) else "There is none."
-    cells = [["", *(NAMES[f] for f in found)]]
-    for constant in next(iter(found.values())):
-        cells.append([constant, *(interval(constants[constant], three) for constants in found.values())])
+    laws = {family.title: study.of(name).laws.parametric for name, family in FAMILIES.items()}
+    constants = {title: study.constants(law) for title, law in laws.items() if law}
+    if not constants:
+        some = any(fitted.reasons for fitted in study.families.values())
+        return "There is none: see what the fits could not tell." if some else "There is none."
+    cells = [["", *constants]]
+    for constant in next(iter(constants.values())):
+        cells.append([constant, *(interval(of_family[constant], three) for of_family in constants.values())])
     return f"L = E + A/N^a + B/D^b, nats per token, with {study.level:.0%} intervals.\n\n{markdown_table(cells)}"
 
 
 def _prediction(study: Study, predict: float) -> str:
+    if study.largest_budget is None:
+        return "There are no laws to predict from."
     cells = [["family", "by", "N*", "D*", "L*, nats per token"]]
-    for family, name in NAMES.items():
-        found = findings.predictions(study, family, predict)
-        for approach, quantities in found.items():
-            shows = {"parameters": count, "tokens": count, "loss": "{:.3f}".format}
-            row = (interval(quantities[q], show) if q in quantities else "-" for q, show in shows.items())
-            cells.append([name, approach, *row])
-        if not found:
-            cells.append([name, "no law", "-", "-", "-"])
-    largest = findings.largest_budget(study)
-    if largest is None:
-        return "There are no laws to foretell from."
+    shows = {"parameters": count, "tokens": count, "loss": "{:.3f}".format}
+    for name, family in FAMILIES.items():
+        known, first = study.of(name).laws.known(), len(cells)
+        for prefix, approach in (("", "minima"), ("parametric_", "L(N, D)")):
+            laws = {quantity: known.get(prefix + quantity) for quantity in shows}
+            if any(laws.values()):
+                row = [
+                    interval(study.estimate(float(law.best(predict)), law.draws(predict)), shows[q]) if law else "-"
+                    for q, law in laws.items()
+                ]
+                cells.append([family.title, approach, *row])
+        if len(cells) == first:
+            cells.append([family.title, "no law", "-", "-", "-"])
+    largest = study.largest_budget
     place = "within the budgets that have runs" if predict <= largest else "an extrapolation"
-    text = f"{flops(predict)} FLOPs are {times(predict / largest)} the largest budget with runs, {flops(largest)}: "
-    text += f"{place}. {study.level:.0%} intervals tell the noise of the runs; that the laws hold so far is assumed."
+    text = (
+        f"{flops(predict)} FLOPs are {times(predict / largest)} the largest budget with runs, {flops(largest)}: "
+        f"{place}. {study.level:.0%} intervals are of the noise of the runs; that the laws hold so far is assumed."
+    )
     return f"{markdown_table(cells)}\n\n{text}"
 
 
 def _reasons(study: Study) -> str:
-    lines = [
-        f"- {NAMES.get(family, family)}, {what}: {reason}"
-        for family, reasons in study.reasons.items()
-        for what, reason in reasons.items()
-    ]
-    return "\n".join(lines)
-
-
-def _repetition(results: Sequence[Result]) -> str:
-    head = ["unique tokens", "parameters", "below the ARM after equally many epochs", "below the ARM's best"]
-    cells = [[*head, "LLaDA's best", "ARM's best"]]
-    for x in crossovers(results):
-        none = f"no crossover up to {three(x.until)} epochs"
-        at = [none if e is None else f"at {three(e)} epochs" for e in (x.same_epochs, x.below_best)]
-        bests = [f"{loss:.4f} at {three(e)} epochs" for e, loss in (x.diffusion_best, x.autoregressive_best)]
-        bests[0] += " (still falling)" if x.diffusion_still_falling else ""
-        cells.append([count(x.unique_tokens), count(x.parameters), *at, *bests])
-    alone = "".join(f" {text}" for text in unpaired(results))
-    if len(cells) == 1:
-        return f"No size and corpus was read for both families.{alone}"
-    text = "Epochs are those of the first reading that is below; the crossing lies between it and the reading before. "
-    return f"{markdown_table(cells)}\n\n{text}Losses are held-out nats per token, means over seeds.{alone}"
+    return _list(
+        f"{FAMILIES[name].title}, {what}: {reason}"
+        for name, fitted in study.families.items()
+        for what, reason in fitted.reasons.items()
+    )
 
 
 def _lost(results: Sequence[Result]) -> str:
-    lines = [f"- {run}: {why}" for run, why in lost_runs(results).items()]
-    return "\n".join(lines)
+    """Why runs have no figure, once a run: failed, diverged, running or waiting."""
+    lost: dict[str, str] = {}
+    for r in results:
+        if r.measured:
+            continue
+        if r.nats_per_token is not None:
+            why = f"diverged: its loss is {r.nats_per_token}"
+        elif r.status == FINISHED:
+            why = "not read at this step: it was finished before the grid asked for it"
+        else:
+            why = r.status
+        lost.setdefault(r.run, why + (f" ({r.reason})" if r.reason else ""))
+    return _named(lost)
 
 
-def _retried(results: Sequence[Result]) -> str:
-    return "\n".join(f"- {run}: {why}" for run, why in {r.run: r.retried for r in results if r.retried}.items())
-
-
-def _runs(results: Sequence[Result]) -> str:
+def _readings(results: Sequence[Result]) -> str:
     if not results:
         return "None."
     head = "run,FLOPs asked for,N,all parameters,tokens,tokens per N,epochs,peak rate,FLOPs 6ND,FLOPs exact,"
     cells = [(head + "nats per token,± draws,± rows,annealed,seconds").split(",")]
-    for r in sorted(results, key=lambda r: (r.objective != "diffusion", r.budget, r.non_embedding_parameters, r.seed)):
-        loss = f"{r.nats_per_token:.4f}" if r.measured else "diverged" if r.nats_per_token is not None else r.status
-        numbers = [r.monte_carlo_stderr, r.stderr]
-        epochs = "-" if r.epochs is None else three(r.epochs)
-        cells.append(
-            [
-                r.run, flops(r.budget), count(r.non_embedding_parameters), count(r.parameters), count(r.tokens),
-                three(r.tokens / r.non_embedding_parameters), epochs, f"{r.peak_learning_rate:.2e}",
-                flops(r.flops_6nd), flops(r.flops_exact), "failed" if r.status == FAILED and not r.measured else loss,
-                *("-" if x is None else f"{x:.4f}" for x in numbers), "yes" if r.annealed else "no",
-                "-" if r.seconds is None else f"{r.seconds:,.0f}",
-            ]
-        )  # fmt: skip
+    order = list(FAMILIES)
+    for r in sorted(results, key=lambda r: (order.index(r.objective), r.budget, r.non_embedding_parameters, r.seed)):
+        numbers = [flops(r.budget), count(r.non_embedding_parameters), count(r.parameters), count(r.tokens)]
+        numbers += [three(r.tokens / r.non_embedding_parameters), "-" if r.epochs is None else three(r.epochs)]
+        numbers += [f"{r.peak_learning_rate:.2e}", flops(r.flops_6nd), flops(r.flops_exact)]
+        if r.measured:
+            numbers.append(f"{r.loss:.4f}")
+        else:
+            numbers.append("diverged" if r.nats_per_token is not None and r.status != FAILED else r.status)
+        numbers += [or_dash(r.monte_carlo_stderr, ".4f"), or_dash(r.stderr, ".4f"), "yes" if r.annealed else "no"]
+        cells.append([r.run, *numbers, or_dash(r.seconds, ",.0f")])
     return markdown_table(cells)
