@@ -16,7 +16,7 @@ from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.errors import UserError
 from llada.evaluation import validation
-from llada.inference import ancestral, choice, likelihood, sampler
+from llada.inference import ancestral, likelihood, sampler
 from llada.inference import settings as settings_lib
 from llada.model import transformer
 from llada.objectives import vocabulary_head
@@ -134,8 +134,8 @@ def _train(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Progr
     mesh_lib.check(config, mesh)
     B, L = config.train.batch_size, config.data.sequence_length
     abstract = jax.eval_shape(functools.partial(step_lib.init_state, config))
-    state = _placed(abstract, step_lib.state_shardings(config, mesh))
-    batch_BL = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=mesh_lib.sharding(mesh, "BL"))
+    state = jax.tree.map(lambda x, s: x.update(sharding=s), abstract, step_lib.state_shardings(config, mesh))
+    batch_BL = _array(mesh, "BL", (B, L), jnp.int32)
     rows = B // config.train.microbatches * L // mesh.devices.size
     tokens = config.tokens_per_step
     return Program(
@@ -154,14 +154,14 @@ def _evaluate(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Pr
     mesh_lib.check_parameters(config, mesh)
     estimator, L = validation.estimator_for(config), config.data.sequence_length
     B = validation.rows_at_once(config, mesh, config.evaluate.batches * config.train.batch_size)
-    rows = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=mesh_lib.sharding(mesh, "BL"))
-    indices = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=mesh_lib.sharding(mesh, "replicated"))
+    rows_BL = _array(mesh, "BL", (B, L), jnp.int32)
+    index_B = _array(mesh, "replicated", (B,), jnp.int32)
     passes = B * L * (1 if estimator == "exact" else config.evaluate.draws)
     per_device = B * L // mesh.devices.size
     return Program(
         "evaluate",
         validation.jitted(config, _special_tokens(config), mesh, estimator),
-        (_inference_parameters(config, mesh, workload), rows, indices),
+        (_inference_parameters(config, mesh, workload), rows_BL, index_B),
         _training_head_trips(config, per_device),
         passes * accounting.flops_exact_per_token(config) / 3,
         passes * accounting.flops_exact_per_token(config, dense_head=True) / 3,
@@ -204,18 +204,15 @@ def _likelihood(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> 
     L = config.model.max_length
     B = mesh_lib.local_batch(workload.batch or 1, mesh)
     params = _inference_parameters(config, mesh, workload)
-    rows = [
-        jax.ShapeDtypeStruct((B, L), dtype, sharding=mesh_lib.sharding(mesh, "BL"))
-        for dtype in (jnp.int32, bool, bool, bool)
-    ]
+    tokens_BL, flags_BL = (_array(mesh, "BL", (B, L), dtype) for dtype in (jnp.int32, bool))
     special = _special_tokens(config)
     fraction = accounting.head_fraction(config)
     per_device = B * L // mesh.devices.size
     return Program(
         "likelihood",
         jax.jit(functools.partial(likelihood.row_nats, config.model, special, 0.0)),
-        (params, *rows, None),
-        _head_trips(per_device, likelihood.head_rows("tpu"), fraction),
+        (params, tokens_BL, likelihood.Rows(flags_BL, flags_BL, flags_BL, lengths_B=None)),
+        _head_trips(per_device, vocabulary_head.scoring_rows("tpu"), fraction),
         B * L * accounting.flops_exact_per_token(config) / 3,
         B * L * accounting.flops_exact_per_token(config, dense_head=True) / 3,
         B * L,
@@ -223,40 +220,50 @@ def _likelihood(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> 
 
 
 def _sample(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Program:
-    m, special = config.model, _special_tokens(config)
     B = mesh_lib.local_batch(workload.batch or 1, mesh)
     prompt = workload.prompt_length or 0
-    written = workload.gen_length or min(64, m.max_length - prompt)
+    written = workload.gen_length or min(64, config.model.max_length - prompt)
     L = prompt + written
-    if written < 1 or m.max_length < L:
+    if written < 1 or config.model.max_length < L:
         raise UserError(
-            f"--prompt_length={prompt} and --gen_length={written} are {L} tokens; the context is {m.max_length}"
+            f"--prompt_length={prompt} and --gen_length={written} are {L} tokens; the context is "
+            f"{config.model.max_length}"
         )
-    params = _inference_parameters(config, mesh, workload)
-    rows, each = mesh_lib.sharding(mesh, "BL"), mesh_lib.sharding(mesh, "B")
-    tokens_BL = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=rows)
-    forbidden_F = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=mesh_lib.sharding(mesh, "replicated"))
-    seed_B = jax.ShapeDtypeStruct((B,), jnp.uint32, sharding=each)
-    if m.causal:
-        prompt_B = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=each)
-        setup = ancestral.Setup(config.model, special, temperature=0.0, longest_prompt=prompt)
-        jitted = functools.partial(ancestral.left_to_right, setup)
-        arguments = (params, tokens_BL, ancestral.Rows(prompt_B, seed_B, forbidden_F))
-        passes = float(written - 1), "a token a pass, to the end of the canvas"
-        return Program("sample", jax.jit(jitted), arguments, lambda path: passes, None, None, B * written)
+    params, tokens_BL = _inference_parameters(config, mesh, workload), _array(mesh, "BL", (B, L), jnp.int32)
+    if config.model.causal:
+        function, rows, trips = _left_to_right(config, mesh, B, prompt, written)
+    else:
+        function, rows, trips = _denoising(config, mesh, B, L, written, workload)
+    return Program("sample", jax.jit(function), (params, tokens_BL, rows), trips, None, None, B * written)
+
+
+def _left_to_right(config: Config, mesh: jax.sharding.Mesh, B: int, prompt: int, written: int):
+    """(function, its rows, trips) of an ARM's sampler."""
+    setup = ancestral.Setup(config.model, _special_tokens(config), temperature=0.0, longest_prompt=prompt)
+    rows = ancestral.Rows(
+        _array(mesh, "B", (B,), jnp.int32),
+        _array(mesh, "B", (B,), jnp.uint32),
+        _array(mesh, "replicated", (1,), jnp.int32),
+    )
+    passes = float(written - 1), "a token a pass, to the end of the canvas"
+    return functools.partial(ancestral.left_to_right, setup), rows, lambda path: passes
+
+
+def _denoising(config: Config, mesh: jax.sharding.Mesh, B: int, L: int, written: int, workload: Workload):
+    """(function, its rows, trips) of the reverse process."""
     settings = settings_lib.SamplerConfig(
         steps=workload.steps or written, block_length=workload.block_length or written, cache=workload.cache or "none"
     )
     settings_lib.check(settings, written)
     blocks = -(-written // settings.block_length)
-    open_BL = jax.ShapeDtypeStruct((B, L), bool, sharding=rows)
-    jitted = functools.partial(
-        sampler.fill_blocks, sampler.Setup(config.model, settings, special, blocks, suffix=written)
+    setup = sampler.Setup(config.model, settings, _special_tokens(config), blocks, suffix=written)
+    rows = sampler.Rows(
+        _array(mesh, "BL", (B, L), bool),
+        _array(mesh, "B", (B,), jnp.uint32),
+        _array(mesh, "replicated", (1,), jnp.int32),
+        lengths_B=None,
     )
-    arguments = (params, tokens_BL, sampler.Rows(open_BL, seed_B, forbidden_F, lengths_B=None))
-    return Program(
-        "sample", jax.jit(jitted), arguments, _sampler_trips(settings, blocks, B, mesh), None, None, B * written
-    )
+    return functools.partial(sampler.fill_blocks, setup), rows, _sampler_trips(settings, blocks, B, mesh)
 
 
 def _sampler_trips(settings: settings_lib.SamplerConfig, blocks: int, B: int, mesh: jax.sharding.Mesh) -> Trips:
@@ -266,19 +273,19 @@ def _sampler_trips(settings: settings_lib.SamplerConfig, blocks: int, B: int, me
 
     def trips(path: str) -> tuple[float, str]:
         if "shard_map" in path:
-            head_blocks = rows / 2 / choice.block_rows("tpu")[0] + 0.5
+            head_blocks = rows / 2 / vocabulary_head.choosing_rows("tpu")[0] + 0.5
             return max(1.0, head_blocks), "vocabulary head: half of a block's positions, on average"
         return float(steps), "steps of a block"
 
     return trips
 
 
-def _inference_parameters(config: Config, mesh: jax.sharding.Mesh, workload: Workload):
-    dtype = jnp.dtype(workload.dtype or "float32")
-    abstract = transformer.abstract_parameters(config.model)
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
-    return _placed(abstract, mesh_lib.parameter_shardings(mesh, abstract))
+def _inference_parameters(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> transformer.Parameters:
+    abstract, dtype = transformer.abstract_parameters(config.model), jnp.dtype(workload.dtype or "float32")
+    shardings = mesh_lib.parameter_shardings(mesh, abstract)
+    return jax.tree.map(lambda x, s: x.update(dtype=dtype, sharding=s), abstract, shardings)
 
 
-def _placed(abstract, placements):
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, placements)
+def _array(mesh: jax.sharding.Mesh, name: str, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An abstract array with the sharding called `name`."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_lib.sharding(mesh, name))
