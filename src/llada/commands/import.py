@@ -10,29 +10,26 @@ import sys
 
 from llada import json_files
 from llada.commands import experiment, progress
-from llada.commands.command_flags import CommandFlags
+from llada.commands.command_flags import CommandFlags, required
+from llada.config import CAUSAL
 from llada.errors import UserError
 from llada.paths import user_path
 
 FLAGS = CommandFlags()
 SOURCE = FLAGS.define_string("source", None, "Hugging Face directory (or workdir) to read")
-WORKDIR = FLAGS.define_string("workdir", None, "workdir to make")
-OBJECTIVE = FLAGS.define_enum(
-    "objective", None, ["diffusion", "autoregressive"], "family to make of it; default its own"
-)
+WORKDIR = FLAGS.define_string("workdir", None, "workdir to create")
+OBJECTIVE = FLAGS.define_enum("objective", None, list(CAUSAL), "family that the model becomes; default its own")
 MASK_TOKEN = FLAGS.define_string("mask_token", None, "token that is to mask, where the source names none")
-
 ALLOW_NONFINITE = FLAGS.define_bool(
     "allow_nonfinite", False, "import weights that hold NaN, infinity or values beyond 1e18"
 )
 
 
 def run(overrides: dict[str, str]) -> int:
-    """Import and say what came."""
-    for flag in (SOURCE, WORKDIR):
-        if not flag.value:
-            raise UserError(f"--{flag.name} is missing; see llada import --help")
-    path, workdir = user_path(SOURCE.value, "--source"), user_path(WORKDIR.value, "--workdir")
+    """Import and print what was imported."""
+    path, workdir = (
+        user_path(required(flag, "see llada import --help"), f"--{flag.name}") for flag in (SOURCE, WORKDIR)
+    )
     if workdir.resolve().is_relative_to(path.resolve()):
         raise UserError(f"--workdir={workdir} is --source={path} or in it; choose a directory elsewhere")
     from llada import accounting

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llada import files, json_files, paths
 from llada.commands import experiment
-from llada.commands.command_flags import CommandFlags
+from llada.commands.command_flags import CommandFlags, required
 from llada.errors import UserError
 
 FLAGS = CommandFlags(experiment.FLAGS)
@@ -36,8 +36,7 @@ DTYPE = FLAGS.define_enum(
 
 def run(overrides: dict[str, str]) -> int:
     """Compile, analyse, report."""
-    if not TOPOLOGY.value:
-        raise UserError("--topology is missing; for example --topology=v5p:4x4x8")
+    topology_name = required(TOPOLOGY, "for example --topology=v5p:4x4x8")
     if SEARCH.value and PROGRAM.value != "train":
         raise UserError(f"--search is for --program=train, not {PROGRAM.value}")
     target = None if JSON.value is None else paths.writable_target(JSON.value, "--json")
@@ -47,10 +46,10 @@ def run(overrides: dict[str, str]) -> int:
     from llada.commands import progress
     from llada.planning import fitting, programs, report, search, topology
 
-    place = topology.describe(TOPOLOGY.value, SLICES.value)
+    hardware = topology.describe(topology_name, SLICES.value)
     if SEARCH.value:
         with progress.line() as line:
-            result = search.search(config, place, line.now, line.done)
+            result = search.search(config, hardware, line.now, line.done)
         _write(search.text(result), result.figures, target)
         return 0
     workload = programs.Workload(
@@ -62,14 +61,14 @@ def run(overrides: dict[str, str]) -> int:
         cache=CACHE.value,
         dtype=DTYPE.value,
     )
-    mesh = mesh_lib.make(config.mesh, place.devices)
+    mesh = mesh_lib.make(config.mesh, hardware.devices)
     program = programs.make(config, mesh, PROGRAM.value, workload)
     with progress.line() as line:
-        line.now(f"compiling {PROGRAM.value} for {place.chips} chips of {place.name}")
+        line.now(f"compiling {PROGRAM.value} for {hardware.chips} chips of {hardware.name}")
         compiled = programs.lower_and_compile(program, mesh)
     if compiled.refusal:
-        raise UserError(fitting.refusal(config, place, mesh.shape, program, compiled.refusal))
-    figures = report.figures(config, place, mesh, program, compiled)
+        raise UserError(fitting.refusal(config, hardware, mesh.shape, program, compiled.refusal))
+    figures = report.figures(config, hardware, mesh, program, compiled)
     _write(report.text(figures), figures, target)
     return 0
 

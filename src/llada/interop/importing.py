@@ -28,7 +28,7 @@ from llada.training.leaves import create, open_parameters
 from llada.training.run import read_config
 
 _STEPS = 1_000
-_WRITES = 4  # pieces on their way to the disk
+_WRITES = 4  # pieces being written at once
 
 Report = Callable[[int, int], None]  # of parameters written, and of how many
 

@@ -16,7 +16,7 @@ from llada.objectives.contract import SpecialTokens
 # The format of the files written here: what transformers of this version would write, and later ones read.
 TRANSFORMERS_VERSION = "4.57.6"
 
-# In the workdir of an import: the source's own config.json, which an export hands on where it still holds.
+# In the workdir of an import: the source's own config.json, which an export reuses where it still describes the model.
 SOURCE_CONFIG = "source_config.json"
 
 Json = dict[str, Any]

@@ -17,7 +17,7 @@ Pieces = Iterator[tuple[str, tuple[int | slice, ...], np.ndarray]]
 
 
 def check_sizes(weights: Weights, fields: dict[str, int], names: dict[str, str]) -> None:
-    """UserError unless config.json has the sizes of the files: before anything is as large as it says."""
+    """UserError unless config.json has the sizes of the files: before anything of those sizes is built."""
     if fields["layers"] > len(weights.names):
         raise UserError(f"config.json asks for {fields['layers']} layers, the files hold {len(weights.names)} tensors")
     V, D, F = (fields[name] for name in ("vocab_size", "width", "ffn"))

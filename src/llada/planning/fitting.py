@@ -18,19 +18,19 @@ _ROOM = 0.95  # of a device's memory: what advice may fill by arithmetic, which 
 _NO_SIMPLE_CHANGE = "--search looks for a mesh, remat and batch that fit; else take a larger slice"
 
 
-def refusal(config: Config, place: Slice, axes: Mapping[str, int], program: Program, message: str) -> str:
+def refusal(config: Config, hardware: Slice, axes: Mapping[str, int], program: Program, message: str) -> str:
     """One line for a program that the compiler refused with `message`: its need, what is largest, what to change."""
     on_chip = re.search(r"memory space vmem. (Used [\d.]+\w of [\d.]+\w)", message)
     if on_chip:
         return (
-            f"a kernel does not fit the on-chip memory of {place.name} ({on_chip[1]}): its tiles are too large there; "
-            "try other --config.train.microbatches, or smaller tiles in model/attention.py"
+            f"a kernel does not fit the on-chip memory of {hardware.name} ({on_chip[1]}): its tiles are too large; "
+            "try other --config.train.microbatches, or smaller tiles in model/attention_kernels.py"
         )
     needs = re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", message)
     reason = f"needs {needs[1]} and has {needs[2]} a device" if needs else message.splitlines()[0]
     largest = ", ".join(f"{name} {gibibytes(size)}" for name, size in largest_buffers(config, axes, program)[:3])
-    change = advice(config, axes, program, place.chip, wanted_bytes(message))
-    return f"does not fit {place.name}: {reason}; largest: {largest}; {change}"
+    change = advice(config, axes, program, hardware.chip, wanted_bytes(message))
+    return f"does not fit {hardware.name}: {reason}; largest: {largest}; {change}"
 
 
 def wanted_bytes(message: str) -> float:

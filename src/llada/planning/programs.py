@@ -50,7 +50,7 @@ class Program(NamedTuple):
 
     arguments     abstract; the first are the parameters, or a state that begins with them, the second a batch
     trips         estimates the trip count of a loop that depends on data
-    useful        matrix FLOPs of one run on all chips without recomputation; None where the term means nothing
+    useful        matrix FLOPs of one run on all chips without recomputation; None where that is not defined
     dense         the same with the vocabulary head credited on every position
     tokens        tokens that one run trains on, scores or writes
     """
@@ -126,7 +126,7 @@ def lower_and_compile(program: Program, mesh: jax.sharding.Mesh, options: dict |
 
 
 def _special_tokens(config: Config) -> SpecialTokens:
-    """Ids in place of a tokenizer's: which they are changes no shape."""
+    """Any ids will do: they change no shape."""
     return SpecialTokens(mask=config.model.vocab_size - 1, eos=0)
 
 
@@ -150,7 +150,7 @@ def _train(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Progr
 
 
 def _evaluate(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Program:
-    """One batch of held-out rows, all of its draws: what the validation figure is made of."""
+    """One batch of held-out rows with all of its draws."""
     mesh_lib.check_parameters(config, mesh)
     estimator, L = validation.estimator_for(config), config.data.sequence_length
     B = validation.rows_at_once(config, mesh, config.evaluate.batches * config.train.batch_size)

@@ -46,9 +46,9 @@ class Projection(NamedTuple):
         return max(self.roofline_seconds, self.compiler_seconds)
 
 
-def project(module: Module, traffic: Traffic, place: Slice) -> Projection:
+def project(module: Module, traffic: Traffic, hardware: Slice) -> Projection:
     """Project one run."""
-    chip, per_chip = place.chip, place.chip.devices
+    chip, per_chip = hardware.chip, hardware.chip.devices
     flops = per_chip * matrix_flops(module)
     hbm = per_chip * hbm_bytes(module)
     bounds = {

@@ -26,19 +26,19 @@ METHOD = (
 
 
 def figures(
-    config: Config, place: Slice, mesh: jax.sharding.Mesh, program: Program, compiled: Compiled
+    config: Config, hardware: Slice, mesh: jax.sharding.Mesh, program: Program, compiled: Compiled
 ) -> dict[str, Any]:
     """All figures of a program that was compiled for the slices."""
-    chip = place.chip
+    chip = hardware.chip
     per_cycle = chip.peak_flops / chip.devices / chip.clock
     module = Module(compiled.text, program.trips, config.model.causal, per_cycle)
-    moved = traffic.Traffic(module, traffic.Links(mesh, place))
-    projected = projection.project(module, moved, place)
-    hbm = _memory(place, compiled)
-    useful = None if program.useful is None else program.useful / place.chips
+    moved = traffic.Traffic(module, traffic.Links(mesh, hardware))
+    projected = projection.project(module, moved, hardware)
+    hbm = _memory(hardware, compiled)
+    useful = None if program.useful is None else program.useful / hardware.chips
     fits = hbm["peak_share"] <= 1
     return {
-        **_heading(config, place, mesh, program),
+        **_heading(config, hardware, mesh, program),
         **_assumed(module, moved),
         "compile_seconds": compiled.seconds,
         "hbm_bytes": hbm,
@@ -46,24 +46,24 @@ def figures(
         "matrix_flops": {
             "executed": projected.matrix_flops,
             "useful": useful,
-            "dense_credit": None if program.dense is None else program.dense / place.chips,
+            "dense_credit": None if program.dense is None else program.dense / hardware.chips,
             "executed_over_useful": None if useful is None else projected.matrix_flops / useful,
         },
         "loops": _loops(module),
         "collectives": _collectives(moved, chip.devices),
-        "traffic": _traffic(config, program, mesh, moved, place),
-        "projection": _projection(config, place, program, projected),
+        "traffic": _traffic(config, program, mesh, moved, hardware),
+        "projection": _projection(config, hardware, program, projected),
     }
 
 
-def _heading(config: Config, place: Slice, mesh: jax.sharding.Mesh, program: Program) -> dict[str, Any]:
+def _heading(config: Config, hardware: Slice, mesh: jax.sharding.Mesh, program: Program) -> dict[str, Any]:
     """What was compiled for what."""
     return {
         "program": program.name,
-        "topology": place.name,
-        "slices": place.slices,
-        "chips": place.chips,
-        "devices": len(place.devices),
+        "topology": hardware.name,
+        "slices": hardware.slices,
+        "chips": hardware.chips,
+        "devices": len(hardware.devices),
         "mesh": dict(mesh.shape),
         "parameters": accounting.parameters(config.model).total,
         "remat": config.model.remat,
@@ -73,17 +73,17 @@ def _heading(config: Config, place: Slice, mesh: jax.sharding.Mesh, program: Pro
     }
 
 
-def _memory(place: Slice, compiled: Compiled) -> dict[str, float]:
-    """HBM bytes per chip by kind, beside what there is."""
-    per_chip = {kind: value * place.chip.devices for kind, value in compiled.memory.items()}
-    # What the compiler allots, outputs that take over arguments counted once; its own peak may leave out gaps.
-    allotted = sum(per_chip[kind] for kind in ("arguments", "outputs", "temporaries", "program")) - per_chip["aliased"]
-    per_chip["peak"] = max(per_chip["peak"], allotted)
-    return per_chip | {"capacity": place.chip.capacity, "peak_share": per_chip["peak"] / place.chip.capacity}
+def _memory(hardware: Slice, compiled: Compiled) -> dict[str, float]:
+    """HBM bytes per chip by kind, and the capacity."""
+    per_chip = {kind: value * hardware.chip.devices for kind, value in compiled.memory.items()}
+    # What the compiler allocates; outputs in the memory of arguments count once. Its own peak may leave out gaps.
+    allocated = sum(per_chip[kind] for kind in ("arguments", "outputs", "temporaries", "program")) - per_chip["aliased"]
+    per_chip["peak"] = max(per_chip["peak"], allocated)
+    return per_chip | {"capacity": hardware.chip.capacity, "peak_share": per_chip["peak"] / hardware.chip.capacity}
 
 
 def _assumed(module: Module, moved: traffic.Traffic) -> dict[str, Any]:
-    """`assumed`, where something could not be read from the program: what instead, how often, and of which, say."""
+    """`assumed`, only where something could not be read from the program: each assumption, how often, one example."""
     unknown = [*module.unknown.items(), *moved.unknown.items()]
     entries = [{"assumption": what, "count": len(names), "such_as": min(names)} for what, names in unknown]
     return {"assumed": entries} if entries else {}
@@ -126,10 +126,10 @@ def _collectives(moved: traffic.Traffic, devices: int) -> list[dict[str, Any]]:
 
 
 def _traffic(
-    config: Config, program: Program, mesh: jax.sharding.Mesh, moved: traffic.Traffic, place: Slice
+    config: Config, program: Program, mesh: jax.sharding.Mesh, moved: traffic.Traffic, hardware: Slice
 ) -> dict[str, Any]:
     """Bytes per axis and kind, the least that FSDP can do with, and how much is hidden."""
-    devices = place.chip.devices
+    devices = hardware.chip.devices
     per_axis: dict[str, float] = defaultdict(float)
     for c in moved.collectives:
         per_axis["+".join(c.axes) or "none"] += devices * c.times * c.bytes
@@ -156,17 +156,17 @@ def _traffic(
     }
 
 
-def _projection(config: Config, place: Slice, program: Program, projected: projection.Projection) -> dict[str, Any]:
+def _projection(config: Config, hardware: Slice, program: Program, projected: projection.Projection) -> dict[str, Any]:
     """Seconds and what follows from them: speed, MFU, and the time that the tokens of a training run take."""
 
     def mfu(flops: float | None, seconds: float) -> float | None:
-        return None if flops is None else flops / place.chips / seconds / place.chip.peak_flops
+        return None if flops is None else flops / hardware.chips / seconds / hardware.chip.peak_flops
 
     seconds, days = projected.seconds, config.steps * projected.seconds / 86_400
     budget = {
         "budget_tokens": float(config.steps * config.tokens_per_step),
         "budget_days": days,
-        "budget_chip_hours": days * 24 * place.chips,
+        "budget_chip_hours": days * 24 * hardware.chips,
     }
     return {
         "method": METHOD,
@@ -181,7 +181,7 @@ def _projection(config: Config, place: Slice, program: Program, projected: proje
         "dcn_seconds": projected.dcn_seconds,
         "exposed_link_seconds": projected.exposed_seconds,
         "tokens_per_second": program.tokens / seconds,
-        "tokens_per_second_per_chip": program.tokens / seconds / place.chips,
+        "tokens_per_second_per_chip": program.tokens / seconds / hardware.chips,
         "useful_mfu": mfu(program.useful, seconds),
         "dense_credit_mfu": mfu(program.dense, seconds),
         "roofline_useful_mfu": mfu(program.useful, projected.roofline_seconds),

@@ -79,7 +79,7 @@ class Result(NamedTuple):
 Attempt = Callable[[MeshConfig, str, int], Candidate]  # mesh, remat, sequences at once on a device
 
 
-def search(config: Config, place: Slice, now: Callable[[str], None], done: Callable[[str], None]) -> Result:
+def search(config: Config, hardware: Slice, now: Callable[[str], None], done: Callable[[str], None]) -> Result:
     """Compile candidates, about ten. UserError where none fits, in one line.
 
     `now` is called with what is being compiled, `done` with the header and the row of each candidate.
@@ -92,84 +92,86 @@ def search(config: Config, place: Slice, now: Callable[[str], None], done: Calla
         now(f"{len(candidates) + 1}: {axes}, {sequences} sequences per device")
         if not candidates:
             done(HEADER)  # not before it is clear that there is something to try: a mistake gets one line
-        candidates.append(_compile(config, place, mesh, remat, sequences))
+        candidates.append(_compile(config, hardware, mesh, remat, sequences))
         done(row(candidates[-1]))
         return candidates[-1]
 
-    for mesh in candidate_meshes(config, place):
+    for mesh in candidate_meshes(config, hardware):
         if best is None:
-            _on_mesh(config, place, mesh, attempt)
-            best = _best(candidates, place)
+            _on_mesh(config, hardware, mesh, attempt)
+            best = _best(candidates, hardware)
         elif _per_device(config, mesh) % best.sequences == 0:
             attempt(mesh, best.config.model.remat, best.sequences)
-    best = _best(candidates, place)
+    best = _best(candidates, hardware)
     if best is None:
         least = min(candidates, key=lambda c: c.peak)
         raise UserError(
-            f"does not fit {place.chips} chips of {place.name} at any remat: the least is {least.peak / GIB:.1f} GiB "
-            f"of {place.chip.capacity / GIB:.1f} a chip with {least.flags}; use a larger slice, or a smaller model"
+            f"does not fit {hardware.chips} chips of {hardware.name} at any remat: the least is {least.peak / GIB:.1f} "
+            f"GiB of {hardware.chip.capacity / GIB:.1f} a chip with {least.flags}; use a larger slice, or a smaller "
+            "model"
         )
     fitting = [c for c in candidates if c.fits]
     return Result(candidates, best, [c for c in fitting if not any(_beats(other, c) for other in fitting)])
 
 
-def _best(candidates: list[Candidate], place: Slice) -> Candidate | None:
+def _best(candidates: list[Candidate], hardware: Slice) -> Candidate | None:
     """The fastest that leaves some memory free, or of those that fit at all; None where none does."""
     fitting = [c for c in candidates if c.fits]
-    within = [c for c in fitting if _leaves_room(c, place)]
+    within = [c for c in fitting if _leaves_room(c, hardware)]
     return max(within or fitting, key=lambda c: c.rate, default=None)
 
 
-def _leaves_room(candidate: Candidate, place: Slice) -> bool:
-    return candidate.fits and candidate.peak <= FULL * place.chip.capacity
+def _leaves_room(candidate: Candidate, hardware: Slice) -> bool:
+    return candidate.fits and candidate.peak <= FULL * hardware.chip.capacity
 
 
-def _on_mesh(config: Config, place: Slice, mesh: MeshConfig, attempt: Attempt) -> None:
+def _on_mesh(config: Config, hardware: Slice, mesh: MeshConfig, attempt: Attempt) -> None:
     """Every remat on a mesh, each with the largest batches that fit."""
     limit = _per_device(config, mesh)
     for remat in REMAT:
-        limit = _largest_batch(config, place, mesh, remat, limit, attempt)
+        limit = _largest_batch(config, hardware, mesh, remat, limit, attempt)
         if not limit:
             break  # less recomputation needs more memory still
 
 
-def candidate_meshes(config: Config, place: Slice) -> list[MeshConfig]:
+def candidate_meshes(config: Config, hardware: Slice) -> list[MeshConfig]:
     """A few meshes that arithmetic allows, the most promising first.
 
     FSDP over half a slice comes first: memory, links and bytes are best where parameters are split furthest, but over
     all of a large slice the compiler moves more bytes than it has to. Then the middle, the smallest, and all of it.
     Tensor parallelism is left at the config's: at these sizes it never pays on a torus that FSDP can fill.
     """
-    devices, tensor = len(place.devices), config.mesh.tensor
-    if devices // place.slices % tensor:
+    devices, tensor = len(hardware.devices), config.mesh.tensor
+    if devices // hardware.slices % tensor:
         raise UserError(
-            f"--config.mesh.tensor={tensor} does not divide the {devices // place.slices} devices of a slice"
+            f"--config.mesh.tensor={tensor} does not divide the {devices // hardware.slices} devices of a slice"
         )
-    widest = devices // place.slices // tensor
+    widest = devices // hardware.slices // tensor
     meshes = []
     for fsdp in (n for n in range(widest, 0, -1) if widest % n == 0):
         mesh = MeshConfig(data=devices // fsdp // tensor, fsdp=fsdp, tensor=tensor)
         divides = config.model.width % fsdp == 0 and config.train.batch_size % (devices // tensor) == 0
-        if divides and _floor(config, mesh, 1) * place.chip.devices <= place.chip.capacity:
+        if divides and _floor(config, mesh, 1) * hardware.chip.devices <= hardware.chip.capacity:
             meshes.append(mesh)
     if not meshes:
-        _refuse(config, place, devices // tensor, tensor)
+        _refuse(config, hardware, devices // tensor, tensor)
     narrower = [mesh for mesh in meshes if mesh.fsdp < widest]
     chosen = dict.fromkeys([*narrower[:1], *narrower[len(narrower) // 2 :][:1], *narrower[-1:], *meshes[:1]])
     return list(chosen) if widest >= LARGE else [*meshes[:1], *(mesh for mesh in chosen if mesh != meshes[0])]
 
 
-def _refuse(config: Config, place: Slice, ways: int, tensor: int) -> NoReturn:
-    widest = MeshConfig(data=1, fsdp=len(place.devices) // place.slices // tensor, tensor=tensor)
-    needs = _floor(config, widest, 1) * place.chip.devices
-    if needs > place.chip.capacity:
+def _refuse(config: Config, hardware: Slice, ways: int, tensor: int) -> NoReturn:
+    widest = MeshConfig(data=1, fsdp=len(hardware.devices) // hardware.slices // tensor, tensor=tensor)
+    needs = _floor(config, widest, 1) * hardware.chip.devices
+    if needs > hardware.chip.capacity:
         raise UserError(
-            f"does not fit {place.chips} chips of {place.name} at any remat: parameters, moments and one sequence a "
-            f"device are {needs / GIB:.1f} GiB of {place.chip.capacity / GIB:.1f} a chip; use a larger slice"
+            f"does not fit {hardware.chips} chips of {hardware.name} at any remat: parameters, moments and one "
+            f"sequence a device are {needs / GIB:.1f} GiB of {hardware.chip.capacity / GIB:.1f} a chip; use a larger "
+            "slice"
         )
     raise UserError(
         f"--config.train.batch_size={config.train.batch_size} and --config.model.width={config.model.width} divide "
-        f"over no mesh of {len(place.devices)} devices; use a multiple of {ways} for the batch, or a smaller slice"
+        f"over no mesh of {len(hardware.devices)} devices; use a multiple of {ways} for the batch, or a smaller slice"
     )
 
 
@@ -185,27 +187,27 @@ def _per_device(config: Config, mesh: MeshConfig) -> int:
     return config.train.batch_size // ((mesh.data or 1) * mesh.fsdp)
 
 
-def _largest_batch(config: Config, place: Slice, mesh: MeshConfig, remat: str, limit: int, attempt: Attempt) -> int:
+def _largest_batch(config: Config, hardware: Slice, mesh: MeshConfig, remat: str, limit: int, attempt: Attempt) -> int:
     """The largest batch per device up to `limit` that leaves some memory free, from a good guess; 0 where none does."""
     per_device = _per_device(config, mesh)
     sizes = [n for n in range(1, min(per_device, limit) + 1) if per_device % n == 0]
-    while sizes and _floor(config, mesh, sizes[-1]) * place.chip.devices > place.chip.capacity:
+    while sizes and _floor(config, mesh, sizes[-1]) * hardware.chip.devices > hardware.chip.capacity:
         sizes.pop()
     low, high = 0, len(sizes) - 1  # the indices left to try
     index = high
     while low <= high:
         candidate = attempt(mesh, remat, sizes[index])
-        if _leaves_room(candidate, place):
+        if _leaves_room(candidate, hardware):
             low = index + 1
             index = high
         else:
             high = index - 1
-            room = FULL * place.chip.capacity / candidate.peak
+            room = FULL * hardware.chip.capacity / candidate.peak
             index = max([i for i in range(low, high + 1) if sizes[i] <= sizes[index] * room], default=low)
     return sizes[high] if high >= 0 else 0
 
 
-def _compile(config: Config, place: Slice, mesh_config: MeshConfig, remat: str, sequences: int) -> Candidate:
+def _compile(config: Config, hardware: Slice, mesh_config: MeshConfig, remat: str, sequences: int) -> Candidate:
     microbatches = _per_device(config, mesh_config) // sequences
     changed = dataclasses.replace(
         config,
@@ -213,15 +215,15 @@ def _compile(config: Config, place: Slice, mesh_config: MeshConfig, remat: str, 
         model=dataclasses.replace(config.model, remat=remat),
         train=dataclasses.replace(config.train, microbatches=microbatches),
     )
-    mesh = mesh_lib.make(mesh_config, place.devices)
+    mesh = mesh_lib.make(mesh_config, hardware.devices)
     program = programs.make(changed, mesh, "train", programs.Workload())
     compiled = programs.lower_and_compile(program, mesh)
     if compiled.refusal:
-        return Candidate(changed, sequences, wanted_bytes(compiled.refusal) * place.chip.devices, None)
-    figures = report.figures(changed, place, mesh, program, compiled)
+        return Candidate(changed, sequences, wanted_bytes(compiled.refusal) * hardware.chip.devices, None)
+    figures = report.figures(changed, hardware, mesh, program, compiled)
     peak = figures["hbm_bytes"]["peak"]
-    # A program that compiles may still not fit: the compiler may allot more than there is.
-    return Candidate(changed, sequences, peak, figures if peak <= place.chip.capacity else None)
+    # A program that compiles may still not fit: the compiler may allocate more than the capacity.
+    return Candidate(changed, sequences, peak, figures if peak <= hardware.chip.capacity else None)
 
 
 def _beats(other: Candidate, candidate: Candidate) -> bool:

@@ -1,4 +1,4 @@
-"""TPU slices by name: which there are, the devices that stand for them, and what their chips can do.
+"""TPU slices by name: those that exist, JAX devices to compile for, and what their chips can do.
 
 Nothing here needs a TPU: libtpu describes the devices of any slice and compiles for them.
 """
@@ -21,7 +21,7 @@ GIB = 2**30
 class Chip(NamedTuple):
     """One generation. Rates are per chip and second; peak FLOP/s are in `accounting.PEAK_FLOPS`.
 
-    capacity    bytes of HBM per chip that the compiler lets a program have, as it says when one does not fit
+    capacity    bytes of HBM per chip that a program may use, as the compiler's errors report
     hbm         bytes/s
     ici         bytes/s into a chip along one closed axis of the torus (both neighbours at once); half where it is open
     clock       Hz of the matrix units: peak FLOP/s over their FLOPs per cycle
