@@ -71,6 +71,11 @@ class LossTerms(NamedTuple):
     head_nats: jax.Array
     head_count: jax.Array
 
+    @classmethod
+    def zero(cls) -> "LossTerms":
+        """Where a sum over microbatches starts."""
+        return cls(*(jnp.float32(0) for _ in cls._fields))
+
 
 def is_valid(x0_BL: jax.Array, lengths_B: jax.Array | None) -> jax.Array:
     """Boolean (B, L): positions before a sequence's length; all of them where nothing was cut."""

@@ -49,14 +49,16 @@ def train_step(state: TrainState, batch_BL: jax.Array, config: Config, special: 
     same gradient; noise belongs to sequences, not to microbatches, so they see the same draws too.
     metrics: float32 scalars, names and units as in `training/metrics.py`.
     """
-    B = len(batch_BL)
-    sums = fsdp.batch_sums(functools.partial(_gradient_sums, config, special, B))
-    gradients, terms = sums(state.params, (batch_BL, jnp.arange(B)), state.step)
-    grad_norm = optax.tree.norm(gradients) / terms.token_count
-    updates, optimizer_state = optimizer.make(config).update(
-        gradients, state.optimizer_state, state.params, token_count=terms.token_count, norm=grad_norm
-    )
-    params = optax.apply_updates(state.params, updates)
+    # `batch_sums` is a shard_map over the mesh axes `data` and `fsdp`: within `gradients_of_batch` the batch is the
+    # sequences of one device, the parameters are its shards, and both results come back added up over devices.
+    of_batch = fsdp.batch_sums(functools.partial(gradients_of_batch, config, special, len(batch_BL)))
+    gradients, terms = of_batch(state.params, (batch_BL, jnp.arange(len(batch_BL))), state.step)
+    with jax.named_scope("optimizer"):
+        grad_norm = optax.tree.norm(gradients) / terms.token_count
+        updates, optimizer_state = optimizer.make(config).update(
+            gradients, state.optimizer_state, state.params, token_count=terms.token_count, norm=grad_norm
+        )
+        params = optax.apply_updates(state.params, updates)
     metrics = {
         "loss_nats_per_token": terms.nats / terms.token_count,
         "head_nats_per_row": terms.head_nats / jnp.maximum(terms.head_count, 1),
@@ -69,52 +71,55 @@ def train_step(state: TrainState, batch_BL: jax.Array, config: Config, special: 
     return TrainState(state.step + 1, params, optimizer_state), metrics
 
 
-def _gradient_sums(config: Config, special: SpecialTokens, batch_size: int, params, batch, step):
-    """Gradients and LossTerms, as sums over the sequences of `batch`: (tokens_BL, which of the step's they are)."""
+def gradients_of_batch(config: Config, special: SpecialTokens, batch_size: int, params, batch, step):
+    """Gradients and LossTerms, as sums over the sequences of `batch`: (tokens_BL, their numbers in the step's batch).
+
+    `batch_size` is that of the whole step.
+    """
     tokens_BL, sequence_B = batch
     B, L = tokens_BL.shape
     G = config.train.microbatches
-    loss = families.of(config).loss
-    # Once for all microbatches: a forward pass begins with it, and has nothing to do while it is gathered.
+    # Gathered once for all microbatches: a forward pass begins with it, and has nothing to do while it waits.
     embedding_VD = transformer.table(config.model, params)
 
-    def microbatch_loss(params, tokens_BL, sequence_B):
-        segments_BL = segments(tokens_BL, special, config.objective)
-
-        def predict(inputs_BL, lengths_B):
-            return Unfinished(
-                *transformer.up_to_last_attention(config.model, params, inputs_BL, lengths_B, segments_BL, embedding_VD)
-            )
-
+    def gradient(tokens_BL, sequence_B):
         noise = Noise(config.seed, step, sequence_B, batch_size)
-        terms = loss(predict, transformer.head(config.model, params), tokens_BL, noise, special, config.objective)
-        return terms.nats, terms
+        return jax.grad(loss, has_aux=True)(params, tokens_BL, noise, embedding_VD, config, special)
 
-    gradient = jax.grad(microbatch_loss, has_aux=True)
     if G == 1:
-        return gradient(params, tokens_BL, sequence_B)
-    # Neighbours stay together, as their times are dealt so that every such part has as many rows to do.
+        return gradient(tokens_BL, sequence_B)
+    # Neighbours stay together: their times are dealt so that each such microbatch has as many masked rows.
     split_GBL, split_GB = tokens_BL.reshape(G, B // G, L), sequence_B.reshape(G, B // G)
 
-    def accumulate(carry, microbatch):
-        own = gradient(params, *microbatch)
-        if mesh_lib.platform() == "tpu":
-            # Hides reduce-scatters from XLA's while-loop-all-reduce-code-motion, which fails on them.
-            own = jax.lax.optimization_barrier(own)
-        return jax.tree.map(jnp.add, carry, own), None
+    def accumulate(sums, microbatch):
+        return jax.tree.map(jnp.add, sums, fsdp.reduce_in_loop(gradient(*microbatch))), None
 
-    zeros = (jax.tree.map(jnp.zeros_like, params), LossTerms(*(jnp.float32(0),) * len(LossTerms._fields)))
+    zeros = (jax.tree.map(jnp.zeros_like, params), LossTerms.zero())
     return jax.lax.scan(accumulate, zeros, (split_GBL, split_GB))[0]
+
+
+def loss(params, tokens_BL: jax.Array, noise: Noise, embedding_VD: jax.Array, config: Config, special: SpecialTokens):
+    """The objective summed over the tokens of a microbatch, to be differentiated, and all of its LossTerms."""
+    segments_BL = segments(tokens_BL, special, config.objective)
+
+    def predict(inputs_BL, lengths_B):
+        return Unfinished(
+            *transformer.up_to_last_attention(config.model, params, inputs_BL, lengths_B, segments_BL, embedding_VD)
+        )
+
+    head_VD = transformer.head(config.model, params)
+    terms = families.of(config).loss(predict, head_VD, tokens_BL, noise, special, config.objective)
+    return terms.nats, terms
 
 
 def compile_step(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh):
     """The jitted step: state donated, every input and output placed by the table in `mesh.py`."""
-    places = state_shardings(config, mesh)
+    shardings = state_shardings(config, mesh)
     replicated = mesh_lib.sharding(mesh, "replicated")
     return jax.jit(
         functools.partial(train_step, config=config, special=special),
-        in_shardings=(places, mesh_lib.sharding(mesh, "BL")),
-        out_shardings=(places, replicated),
+        in_shardings=(shardings, mesh_lib.sharding(mesh, "BL")),
+        out_shardings=(shardings, replicated),
         donate_argnums=0,
         compiler_options=fsdp.compiler_options(mesh, config.mesh.tpu_options),
     )
