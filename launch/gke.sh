@@ -8,8 +8,8 @@
 # would end the same way (2 a mistake, 3 diverged, 4 its data) it does not.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/say.sh
-give_help "$@"
+source launch/common.sh
+print_help "$@"
 jobset="" spot="" slices=1 restarts=100 project="" storage=""
 take_options "dry_run jobset spot" "slices restarts project storage" "$@"
 set -- ${words[@]+"${words[@]}"}
@@ -42,7 +42,7 @@ done
 [ -z "$storage" ] || [[ "$storage" =~ ^[-a-z0-9.]+:/.+ ]] || refuse "--storage=$storage must be NAME:/DIR"
 read_training "$@"
 check_experiment
-ask_llada "$@"
+check_flags "$@"
 
 # Slices of several hosts have four chips on each.
 hosts=$(((chips + 3) / 4))
@@ -53,8 +53,8 @@ run_xpk() {
   local prefix="$generation"
   [ "$generation" != v5e ] || prefix=v5litepod
   # exec: signals reach llada, which saves. 1 is the status of those whose peers have died, 5 that of a full disk.
-  say xpk workload create --workload="$name" --cluster="$cluster" --zone="$zone" --tpu-type="$prefix-$topology" \
-    --num-slices="$slices" --docker-image="$image" --command="exec llada train $(typed "$@")" \
+  run xpk workload create --workload="$name" --cluster="$cluster" --zone="$zone" --tpu-type="$prefix-$topology" \
+    --num-slices="$slices" --docker-image="$image" --command="exec llada train $(shell_quoted "$@")" \
     --max-restarts="$restarts" --restart-on-exit-codes=1,"$disk" --termination-grace-period-seconds=120 \
     ${spot:+--spot} ${project:+--project="$project"} ${storage:+--storage="${storage%%:*}"}
 }
@@ -104,7 +104,7 @@ spec:
           podFailurePolicy:
             rules:
               - action: FailJob
-                onExitCodes: {containerName: llada, operator: In, values: [$(printf '%s, ' "${no_use[@]}" | sed 's/, $//')]}
+                onExitCodes: {containerName: llada, operator: In, values: [$(printf '%s, ' "${final_statuses[@]}" | sed 's/, $//')]}
           template:
             spec:
               restartPolicy: Never
@@ -144,8 +144,8 @@ file=$(mktemp -t jobset.XXXXXX.yaml)
 trap 'rm -f "$file"' EXIT
 render_jobset "$@" | tee "$file"
 echo "---"
-say gcloud container clusters get-credentials "$cluster" --location="$zone" ${project:+--project="$project"}
-say kubectl apply --filename="$file"
+run gcloud container clusters get-credentials "$cluster" --location="$zone" ${project:+--project="$project"}
+run kubectl apply --filename="$file"
 echo "# its log, and its end (Ctrl-C leaves it running):"
 show kubectl logs --follow --selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
 show kubectl delete jobset "$name"

@@ -5,9 +5,9 @@
 # once this script has had a SIGTERM itself. A full disk (5) gets longer pauses. After five deaths in a row without a new
 # checkpoint (six of the disk) it gives up, with the last status.
 set -uo pipefail
-# shellcheck source=launch/say.sh
-source "$(dirname "$0")/say.sh"
-give_help "$@"
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
+print_help "$@"
 patience=5
 pause="${PAUSE_SECONDS:-10}"
 for word in "$@"; do
@@ -18,13 +18,13 @@ command -v -- "$1" > /dev/null || refuse "$1 is no command; usage: bash launch/k
 
 # The signal is not passed on: whoever stops a machine or a group tells the command too, and a second one would kill it unsaved.
 stop=""
-trap 'stop=yes heard=yes' TERM
+trap 'stop=yes signalled=yes' TERM
 deaths=0
 before=$(newest_checkpoint "$workdir")
 while :; do
   "$@" &
   wait_for $!
-  if has_ended "$status"; then exit "$status"; fi
+  if is_final "$status"; then exit "$status"; fi
   [ -z "$stop" ] || exit "$status"
   now=$(newest_checkpoint "$workdir")
   [ "$now" = "$before" ] || deaths=0
@@ -33,10 +33,10 @@ while :; do
   wait_seconds="$pause" most="$patience"
   if [ "$status" -eq "$disk" ]; then wait_seconds="$disk_pause" most="$disk_patience"; fi
   if [ "$deaths" -ge "$most" ]; then
-    echo "status $status, $deaths times without a new checkpoint: giving up ($(meaning "$status"))" >&2
+    echo "status $status, $deaths times without a new checkpoint: giving up ($(describe "$status"))" >&2
     exit "$status"
   fi
-  echo "status $status; again in $wait_seconds seconds, from step ${now:-0} ($(meaning "$status"))" >&2
+  echo "status $status; again in $wait_seconds seconds, from step ${now:-0} ($(describe "$status"))" >&2
   sleep "$wait_seconds" &
   wait $!
   [ -z "$stop" ] || exit "$status"

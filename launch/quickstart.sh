@@ -3,8 +3,8 @@
 # exports the LLaDA for PyTorch.
 # Usage: bash launch/quickstart.sh [RUN_DIR]      Ctrl-C and a second call continue where it stopped.
 set -euo pipefail
-source "$(dirname "$0")/say.sh"
-give_help "$@"
+source "$(dirname "$0")/common.sh"
+print_help "$@"
 one_directory "$@"
 run_dir="${1:-runs/quickstart}"
 run_dir="${run_dir/#\~\//$HOME/}"
@@ -14,13 +14,13 @@ source launch/setup.sh
 make_environment requirements.txt requirements-plots.txt requirements-hf.txt
 use_large_pages
 
-say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
+run() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 
-say llada train --config=experiments/quickstart.py:llada --workdir="$run_dir/llada"
+run llada train --config=experiments/quickstart.py:llada --workdir="$run_dir/llada"
 # The ARM gets LLaDA's tokenizer: nats per token compare only over the same tokens.
-say llada train --config=experiments/quickstart.py:arm --workdir="$run_dir/arm" \
+run llada train --config=experiments/quickstart.py:arm --workdir="$run_dir/arm" \
   --config.data.tokenizer="$run_dir/llada/tokenizer.model"
-say llada evaluate --workdir="$run_dir/llada" --draws=8 --batches=64
-say llada evaluate --workdir="$run_dir/arm" --batches=64
-say llada compare --llada="$run_dir/llada" --arm="$run_dir/arm" --out="$run_dir"
-say llada export --workdir="$run_dir/llada" --out="$run_dir/export" --overwrite
+run llada evaluate --workdir="$run_dir/llada" --draws=8 --batches=64
+run llada evaluate --workdir="$run_dir/arm" --batches=64
+run llada compare --llada="$run_dir/llada" --arm="$run_dir/arm" --out="$run_dir"
+run llada export --workdir="$run_dir/llada" --out="$run_dir/export" --overwrite

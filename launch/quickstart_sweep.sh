@@ -2,8 +2,8 @@
 # Scaling laws of LLaDA beside ARM on two CPU cores: trains the grid of experiments/isoflop.py:quick, fits, draws, reports.
 # Usage: bash launch/quickstart_sweep.sh [SWEEP_DIR]      Ctrl-C and a second call continue where it stopped.
 set -euo pipefail
-source "$(dirname "$0")/say.sh"
-give_help "$@"
+source "$(dirname "$0")/common.sh"
+print_help "$@"
 one_directory "$@"
 sweep_dir="${1:-runs/isoflop}"
 sweep_dir="${sweep_dir/#\~\//$HOME/}"
@@ -15,6 +15,6 @@ source launch/setup.sh
 make_environment requirements.txt requirements-plots.txt
 use_large_pages
 
-say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
+run() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 
-say llada sweep --config=experiments/isoflop.py:quick --workdir="$sweep_dir" --predict=1e13
+run llada sweep --config=experiments/isoflop.py:quick --workdir="$sweep_dir" --predict=1e13

@@ -14,8 +14,8 @@ set -euo pipefail
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
   cd "$(dirname "$0")/.."
-  source launch/say.sh
-  give_help "$@"
+  source launch/common.sh
+  print_help "$@"
   sbatch=""
   take_options "dry_run" "sbatch" "$@"
   set -- ${words[@]+"${words[@]}"}
@@ -27,15 +27,15 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   shift 2
   read_training "$@"
   check_experiment
-  ask_llada "$@"
+  check_flags "$@"
   read -r -a more <<< "$sbatch"
-  say sbatch "${resources[@]}" ${more[@]+"${more[@]}"} launch/slurm.sh "$@"
+  run sbatch "${resources[@]}" ${more[@]+"${more[@]}"} launch/slurm.sh "$@"
   exit
 fi
 
 # Slurm runs a copy of this file from its spool directory; the checkout is where sbatch was called.
 cd "$SLURM_SUBMIT_DIR"
-source launch/say.sh
+source launch/common.sh
 read_training "$@"
 source launch/setup.sh
 make_environment requirements.txt
@@ -45,21 +45,21 @@ use_large_pages
 before=$(newest_checkpoint "$workdir")
 again=""
 # Slurm tells the tasks of a preempted or cancelled job itself: nothing is to be passed on.
-trap 'heard=yes' TERM
-trap 'heard=yes again=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap 'signalled=yes' TERM
+trap 'signalled=yes again=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 show srun --kill-on-bad-exit=1 llada train "$@"
 srun --kill-on-bad-exit=1 llada train "$@" &
 wait_for $!
 saved=""
 if [ "$(newest_checkpoint "$workdir")" != "$before" ]; then saved=yes; fi
-if has_ended "$status"; then
+if is_final "$status"; then
   again=""
 elif [ "$status" -eq "$disk" ] && { [ -n "$saved" ] || [ "${SLURM_RESTART_COUNT:-0}" -lt "$disk_patience" ]; }; then
-  echo "$(meaning "$status"): back to the queue in $disk_pause seconds"
+  echo "$(describe "$status"): back to the queue in $disk_pause seconds"
   sleep "$disk_pause"
   again=yes
 elif [ "$status" -ne 143 ] && [ -n "$saved" ]; then
   again=yes
 fi
-if [ -n "$again" ]; then say scontrol requeue "$SLURM_JOB_ID"; fi
+if [ -n "$again" ]; then run scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"

@@ -2,8 +2,8 @@
 # Job I of N of a sweep on this machine, in the environment it makes; on a TPU host with JAX's TPU support.
 # Usage: bash launch/sweep_job.sh I N --config=... --workdir=DIR_THAT_ALL_JOBS_SEE [flags of llada sweep]
 set -euo pipefail
-source "$(dirname "$0")/say.sh"
-give_help "$@"
+source "$(dirname "$0")/common.sh"
+print_help "$@"
 if [ $# -lt 3 ] || ! [[ "$1" =~ ^[1-9][0-9]*$ && "$2" =~ ^[1-9][0-9]*$ ]] || [ "$1" -gt "$2" ]; then
   refuse "usage: bash launch/sweep_job.sh I N --config=... --workdir=... (I and N numbers, I up to N)"
 fi

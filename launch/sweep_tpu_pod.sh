@@ -5,8 +5,8 @@
 # what it runs. After a preemption call it again with the new VM: finished runs stay, begun ones go on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/say.sh
-give_help "$@"
+source launch/common.sh
+print_help "$@"
 take_options "dry_run" "" "$@"
 set -- ${words[@]+"${words[@]}"}
 if [ $# -lt 5 ] || ! [[ "$3" =~ ^[1-9][0-9]*$ ]]; then
@@ -19,11 +19,11 @@ check_experiment shipped
 
 archive=$(mktemp -t llada.XXXXXX.tar.gz)
 trap 'rm -f "$archive"' EXIT
-say git archive --format=tar.gz --output="$archive" HEAD
-say gcloud compute tpus tpu-vm scp "$archive" "$name:llada.tar.gz" --zone="$zone" --worker=all
+run git archive --format=tar.gz --output="$archive" HEAD
+run gcloud compute tpus tpu-vm scp "$archive" "$name:llada.tar.gz" --zone="$zone" --worker=all
 for ((i = 1; i <= hosts; i++)); do
-  job=$(typed bash launch/sweep_job.sh "$i" "$hosts" "$@")
-  say gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$((i - 1))" --command \
+  job=$(shell_quoted bash launch/sweep_job.sh "$i" "$hosts" "$@")
+  run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$((i - 1))" --command \
     "mkdir -p llada && tar -xzf llada.tar.gz -C llada && cd llada && (nohup $job > ../sweep.log 2>&1 < /dev/null &)"
 done
-say gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 --command "tail -n 20 sweep.log"
+run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 --command "tail -n 20 sweep.log"

@@ -4,8 +4,8 @@
 # mypy runs beside the tests where they are all of them, or -m fast. PYTHON=python3.13 makes .venv, where there is none,
 # with that Python and the newest packages that setup.cfg admits.
 set -euo pipefail
-source "$(dirname "$0")/say.sh"
-give_help "$@"
+source "$(dirname "$0")/common.sh"
+print_help "$@"
 cd "$(dirname "$0")/.."
 source launch/setup.sh
 make_environment requirements.txt requirements-plots.txt requirements-hf.txt requirements-test.txt

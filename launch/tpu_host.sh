@@ -3,9 +3,9 @@
 # Usage: bash llada/launch/tpu_host.sh start SETUP --config=... --workdir=... | follow | status | stop
 # In the home directory: llada/ (the checkout), training.log, training.lock (held while training), training.status.
 set -uo pipefail
-# shellcheck source=launch/say.sh
-source "$(dirname "$0")/say.sh"
-give_help "$@"
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
+print_help "$@"
 cd || exit 1
 
 # Asking takes a shared lock for a moment: nobody who asks disturbs another, and who trains waits for that moment.

@@ -8,7 +8,7 @@ ended="" state=""
 # kind is gcloud's word, field where its state stands; all and first name workers, delete are flags.
 : "${kind:?}" "${name:?}" "${zone:?}" "${field:?}" "${all[0]:?}" "${first[0]:?}" "${delete[0]:?}" "${type:?}" "${setup?}"
 
-gcloud_tpus() { say gcloud compute tpus "$kind" "$@" --zone="$zone"; }
+gcloud_tpus() { run gcloud compute tpus "$kind" "$@" --zone="$zone"; }
 show_tpus() { show gcloud compute tpus "$kind" "$@" --zone="$zone"; }
 
 # Checks $type and finds the software that its VMs start with, unless $runtime names it.
@@ -48,9 +48,9 @@ train_on_hosts() {
   local archive host="bash llada/launch/tpu_host.sh" workers=() status
   local unpack="if flock --shared --nonblock training.lock true; then mkdir -p llada && tar -xzf llada.tar.gz -C llada; fi"
   archive=$(mktemp -t llada.XXXXXX.tar.gz)
-  say git archive --format=tar.gz --output="$archive" HEAD &&
+  run git archive --format=tar.gz --output="$archive" HEAD &&
     gcloud_tpus scp "$archive" "$name:llada.tar.gz" "${all[@]}" &&
-    gcloud_tpus ssh "$name" "${all[@]}" --command="$unpack && $host start $(typed "$setup" "$@")"
+    gcloud_tpus ssh "$name" "${all[@]}" --command="$unpack && $host start $(shell_quoted "$setup" "$@")"
   status=$?
   rm -f "$archive"
   [ "$status" -eq 0 ] || return 1
@@ -93,7 +93,7 @@ keep_on_hosts() {
         had=yes failed=0 began="$SECONDS"
         train_on_hosts "$@" || true
         if [ -n "$ended" ]; then
-          echo "# training ended with status $ended ($(meaning "$ended")); $name is still there, and is deleted with:"
+          echo "# training ended with status $ended ($(describe "$ended")); $name is still there, and is deleted with:"
           show_tpus delete "$name" "${delete[@]}"
           exit "$ended"
         fi

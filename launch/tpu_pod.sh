@@ -7,8 +7,8 @@
 # system that all hosts mount (Filestore, NFS, gcsfuse). Prints what it runs. Called again, it takes up what is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/say.sh
-give_help "$@"
+source launch/common.sh
+print_help "$@"
 spot="" reserved="" slices=1 runtime="" setup=""
 take_options "dry_run spot reserved" "slices runtime setup" "$@"
 set -- ${words[@]+"${words[@]}"}
@@ -22,7 +22,7 @@ read_tpu_type
 [ -z "$spot" ] || [ -z "$reserved" ] || refuse "--spot and --reserved exclude each other"
 read_training "$@"
 check_experiment shipped
-ask_llada "$@"
+check_flags "$@"
 nodes=(--node-id="$name")
 if [ "$slices" -gt 1 ]; then nodes=(--node-count="$slices" --node-prefix="$name"); fi
 

@@ -6,8 +6,8 @@
 # this script called again: training goes on. A preempted VM is deleted and made anew, so --spot wants a workdir elsewhere.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/say.sh
-give_help "$@"
+source launch/common.sh
+print_help "$@"
 spot="" runtime="" setup=""
 take_options "dry_run spot" "runtime setup" "$@"
 set -- ${words[@]+"${words[@]}"}
@@ -19,7 +19,7 @@ source launch/tpu_hosts.sh
 read_tpu_type
 read_training "$@"
 check_experiment shipped
-ask_llada "$@"
+check_flags "$@"
 
 request() {
   gcloud_tpus create "$name" --accelerator-type="$type" --version="$runtime" ${spot:+--spot}

@@ -2,8 +2,8 @@
 # llada train on this machine, in the environment it makes.
 # Usage: bash launch/train_job.sh --config=... --workdir=... [flags of llada train]
 set -euo pipefail
-source "$(dirname "$0")/say.sh"
-give_help "$@"
+source "$(dirname "$0")/common.sh"
+print_help "$@"
 [[ "${1:-}" == --* ]] || refuse "usage: bash launch/train_job.sh --config=... --workdir=..."
 cd "$(dirname "$0")/.."
 source launch/setup.sh

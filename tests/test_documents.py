@@ -116,7 +116,7 @@ def options_of(script: Path) -> set[str]:
     """Options of argparse in a script and in the modules beside it that it imports; words of a shell script."""
     text = script.read_text()
     if script.suffix == ".sh":
-        # Names in quotes are what take_options of launch/say.sh reads.
+        # Names in quotes are what take_options of launch/common.sh reads.
         names = " ".join(re.findall(r'"([\w ]+)"', text)).split()
         return {*re.findall(r"--(\w+)", text), *names}
     options = set()

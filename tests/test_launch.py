@@ -19,7 +19,7 @@ from llada.planning import topology
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 NO_USE = sorted({UserError.status, Diverged.status, DataError.status})  # the same command would end the same way
-SOURCED = {"say.sh", "setup.sh", "tpu_hosts.sh"}  # have no arguments of their own
+SOURCED = {"common.sh", "setup.sh", "tpu_hosts.sh"}  # have no arguments of their own
 SWEEP = ["--config=experiments/isoflop.py:smdm", "--workdir=/shared/a b"]
 TRAIN = ["--config=experiments/llada_8b.py", "--workdir=/shared/a 'b'"]
 POD = ["pod", "us-east5-a", "v5p-256"]
@@ -65,8 +65,8 @@ def test_help_is_its_head(script):
 
 
 def test_launchers_know_the_statuses_of_the_program():
-    script = 'source launch/say.sh; echo "${no_use[@]} $disk"; '
-    script += "for s in 0 1 2 3 4 5 13 130 143; do has_ended $s && echo $s; done"
+    script = 'source launch/common.sh; echo "${final_statuses[@]} $disk"; '
+    script += "for s in 0 1 2 3 4 5 13 130 143; do is_final $s && echo $s; done"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == [*map(str, NO_USE), str(DiskError.status), "0", *map(str, NO_USE), "130"]
 

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # Sourced by the launchers: printing what is run, options, what llada has to be told, and what its exit status means.
-# Usage: source launch/say.sh; give_help "$@"
+# Usage: source launch/common.sh; print_help "$@"
 
 dry_run=""   # with any value: say prints and calls nothing
 workdir=""   # set by read_training
 config=""    # likewise
 words=()     # set by take_options
 status=0     # set by wait_for
-heard=""     # set by a trap during wait_for
+signalled=""     # set by a trap during wait_for
 
 # Exit statuses of llada (src/llada/errors.py). After these the same command would end the same way: it is not run again.
-no_use=(2 3 4)
+final_statuses=(2 3 4)
 disk=5                                     # worth another try, once there may be room
 disk_pause="${DISK_PAUSE_SECONDS:-600}"
 disk_patience=6                            # tries in a row without a new checkpoint
 
 # A status in words.
-meaning() {
+describe() {
   case "$1" in
     0) echo "done" ;;
     2) echo "a mistake in what it was told" ;;
@@ -29,10 +29,10 @@ meaning() {
 }
 
 # Whether that was its end: done, no use, or Ctrl-C.
-has_ended() { [[ " 0 ${no_use[*]} 130 " == *" $1 "* ]]; }
+is_final() { [[ " 0 ${final_statuses[*]} 130 " == *" $1 "* ]]; }
 
 # Words as one would type them: 'in quotes' where a shell would split or expand them.
-typed() {
+shell_quoted() {
   local word line="" quote="'\\''"
   for word in "$@"; do
     if ! [[ "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then word="'${word//\'/$quote}'"; fi
@@ -42,10 +42,10 @@ typed() {
 }
 
 # The command, as one would type it.
-show() { printf '$ %s\n' "$(typed "$@")"; }
+show() { printf '$ %s\n' "$(shell_quoted "$@")"; }
 
 # The same, and then the command itself.
-say() {
+run() {
   show "$@"
   if [ -z "$dry_run" ]; then "$@"; fi
 }
@@ -57,7 +57,7 @@ refuse() {
 }
 
 # Prints the head of the launcher where it is asked for help.
-give_help() {
+print_help() {
   case "${1:-}" in
     --help | -h)
       sed -n -e 2,20p "$0" | sed -n -e '/^#/!q' -e '/^#SBATCH/d' -e 's/^# \{0,1\}//p'
@@ -142,7 +142,7 @@ check_experiment() {
 }
 
 # Asks llada train itself what is wrong with its flags, where it is installed here and more than printing is meant.
-ask_llada() {
+check_flags() {
   if [ -z "$dry_run" ] && [ -x .venv/bin/llada ]; then .venv/bin/llada train "$@" --print_config > /dev/null || exit 2; fi
 }
 
@@ -156,13 +156,13 @@ newest_checkpoint() {
   echo "$newest"
 }
 
-# Sets $status to that of a process of ours, however many trapped signals come in between; their traps set $heard.
+# Sets $status to that of a process of ours, however many trapped signals come in between; their traps set $signalled.
 wait_for() {
   local code
   status=0
   wait "$1" || status=$?
-  while [ -n "$heard" ] || kill -0 "$1" 2> /dev/null; do
-    heard="" code=0
+  while [ -n "$signalled" ] || kill -0 "$1" 2> /dev/null; do
+    signalled="" code=0
     wait "$1" || code=$?
     # Bash may have lost sight of it during the signal (127, or -1): then the signal's status stands.
     case "$code" in
