@@ -21,7 +21,7 @@ import torch
 import torch_reference
 
 from llada.config import ModelConfig
-from llada.inference import likelihood, sampler
+from llada.inference import likelihood, mask_plans, sampler
 from llada.inference.settings import SamplerConfig
 from llada.model import transformer
 from llada.objectives.contract import SpecialTokens
@@ -86,7 +86,7 @@ def scoring(shape: str):
     ids = np.random.default_rng(1).integers(0, special.mask, 128)
     pair = likelihood.Pair(ids[:112].tolist(), ids[112:].tolist())
     settings = likelihood.LikelihoodConfig(draws=128)
-    masks_MA = likelihood.draw_masks(pair, special, settings)[0].copy()
+    masks_MA = mask_plans.draw_masks(pair, settings.estimator, settings.draws, special.mask_id)[0].copy()
 
     def ours():
         return likelihood.log_likelihoods(config, params, [pair], special, settings)[0].log_likelihood

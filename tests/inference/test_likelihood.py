@@ -16,12 +16,13 @@ import pytest
 from llada import mesh as mesh_lib
 from llada.config import MeshConfig, ModelConfig
 from llada.errors import UserError
-from llada.inference import likelihood
+from llada.inference import likelihood, mask_plans
 from llada.inference.likelihood import LikelihoodConfig, Pair
 from llada.model import transformer
 from llada.objectives import diffusion
 from llada.objectives.autoregressive import shift_right
 from llada.objectives.contract import SpecialTokens
+from llada.objectives.estimates import stratified_variance
 
 V, MASK, EOS, BOS = 5, 3, 2, 0
 ORDINARY = (0, 1, 2, 4)
@@ -150,9 +151,9 @@ def test_masks_that_come_up_twice_are_computed_once_and_count_twice(params, esti
     prompt, answers, M, A = (4, 1, 0), [(0, 2, 1, 4, 4), (1, 1, 2, 0, 4)], 30, 5
     settings = LikelihoodConfig(estimator=estimator, draws=M)
     found = likelihood.log_likelihoods(MODEL, params, [Pair(prompt, a) for a in answers], SPECIAL, settings)
-    digest, length = likelihood._mask_key(Pair(prompt, answers[0]))
+    digest, length = mask_plans._mask_key(Pair(prompt, answers[0]))
     assert length == A
-    masked_MA, weight_M = likelihood._masks_of(M, 8, estimator, MASK, digest, A)
+    masked_MA, weight_M = mask_plans._masks_of(M, 8, estimator, MASK, digest, A)
     masked_M = [tuple(np.flatnonzero(masked_A)) for masked_A in np.asarray(masked_MA)]
     assert len(set(masked_M)) < M
     for answer, result in zip(answers, found, strict=True):
@@ -178,7 +179,7 @@ def drawn() -> dict[str, Drawn]:
     digests = np.random.default_rng(0).integers(0, 2**31, N).astype(np.int32)
     found = {}
     for estimator in diffusion.ESTIMATORS:
-        masks_of = jax.vmap(lambda digest, how=estimator: likelihood._masks_of(M, 8, how, MASK, digest, A))
+        masks_of = jax.vmap(lambda digest, how=estimator: mask_plans._masks_of(M, 8, how, MASK, digest, A))
         masked_NMA, weight_NM = (np.asarray(x) for x in jax.jit(masks_of)(digests))
         assert not masked_NMA[..., A:].any()
         found[estimator] = Drawn(masked_NMA[..., :A] @ (1 << np.arange(A)), weight_NM.astype(np.float64))
@@ -272,11 +273,11 @@ def test_the_standard_error_is_that_of_the_estimate(drawn, table):
     mask_NM, weight_NM = (x[:1000] for x in drawn["l_of_L"])
     draws_NM = weight_NM * nats_S[mask_NM]
     true = draws_NM.mean(axis=1).std(ddof=1)
-    reported = math.sqrt(np.mean([likelihood._stderr(draws_M) ** 2 for draws_M in draws_NM]))
+    reported = math.sqrt(np.mean([stratified_variance(draws_M, circular=False) for draws_M in draws_NM]))
     naive = math.sqrt(np.mean(draws_NM.var(axis=1, ddof=1) / M))
     print(f"standard deviation of the estimate {true}, reported {reported}, from the spread of all draws {naive}")
     assert 0.8 * true < reported < 1.2 * true < naive
-    assert math.isnan(likelihood._stderr(draws_NM[0, :1]))
+    assert math.isnan(stratified_variance(draws_NM[0, :1], circular=False))
 
 
 def random_ids(rng, count) -> list[int]:
@@ -336,10 +337,10 @@ def test_where_all_positions_are_equally_confident_the_order_starts_at_the_left(
 
 
 def test_masks_depend_on_the_prompt_and_the_length_of_the_answer_only():
-    key = likelihood._mask_key(Pair([1, 4], [0, 0, 1]))
-    assert key == likelihood._mask_key(Pair(np.array([1, 4], np.int32), (4, 2, 2)))
+    key = mask_plans._mask_key(Pair([1, 4], [0, 0, 1]))
+    assert key == mask_plans._mask_key(Pair(np.array([1, 4], np.int32), (4, 2, 2)))
     others = [Pair([4, 1], [0, 0, 1]), Pair([], [0, 0, 1]), Pair([1], [4, 0, 0]), Pair([1, 4], [0, 0])]
-    assert len({key, *map(likelihood._mask_key, others)}) == 5
+    assert len({key, *map(mask_plans._mask_key, others)}) == 5
 
 
 def read_causally(params, pair, start=EOS) -> float:

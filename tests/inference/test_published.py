@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llada.config import ModelConfig
-from llada.inference import likelihood, sampler
+from llada.inference import likelihood, mask_plans, sampler
 from llada.inference.settings import SamplerConfig
 from llada.model import transformer
 from llada.objectives.contract import SpecialTokens
@@ -106,7 +106,7 @@ def test_likelihood_is_the_published_one_on_the_same_masks(models, prompt_BL, cf
     pair = likelihood.Pair(prompt_BL[0].tolist(), prompt_BL[1].tolist())
     settings = likelihood.LikelihoodConfig(draws=32, cfg_scale=cfg_scale)
     got = likelihood.log_likelihoods(config, params, [pair], SPECIAL, settings)[0]
-    masks_MA, _ = likelihood.draw_masks(pair, SPECIAL, settings)
+    masks_MA, _ = mask_plans.draw_masks(pair, settings.estimator, settings.draws, MASK)
     theirs = published.log_likelihood(
         model,
         torch.tensor(pair.prompt),

@@ -18,6 +18,7 @@ from llada.errors import DataError, UserError
 from llada.model import transformer
 from llada.objectives import families
 from llada.objectives.contract import SpecialTokens, segments
+from llada.objectives.estimates import stratified_variance
 
 
 class Validation(NamedTuple):
@@ -138,17 +139,5 @@ def _row_nats(config, special, draws, estimator, params, x0_BL, row_B):
     head_VD = transformer.head(config.model, params)
     family, head_rows = families.of(config), config.objective.head_rows
     nats_MB = family.held_out_nats(predict, head_VD, x0_BL, row_B, special, draws, estimator, head_rows)
-    variance_B = jnp.zeros(len(x0_BL)) if family.exact else stratified_variance(nats_MB)
+    variance_B = jnp.zeros(len(x0_BL)) if family.exact else stratified_variance(nats_MB, circular=True)
     return jnp.mean(nats_MB, axis=0), variance_B
-
-
-def stratified_variance(values_MB: jax.Array) -> jax.Array:
-    """(B,) Variance of the mean of M values, one from each of M strata in a circle; nan for a single one.
-
-    A stratum's one value tells no variance, so neighbours stand in for two draws of one stratum ("collapsed strata",
-    Cochran, Sampling Techniques, 5A.12). What their means differ by is counted too: the estimate errs upwards.
-    """
-    M = len(values_MB)
-    if M < 2:
-        return jnp.full(values_MB.shape[1:], jnp.nan)
-    return jnp.sum((values_MB - jnp.roll(values_MB, 1, axis=0)) ** 2, axis=0) / (2 * M * M)

@@ -43,7 +43,7 @@ def _renew(task: Task, tokens_BL: jax.Array, at_BK: jax.Array):
         hidden_BKD, cache = cached.prefill(
             task.setup.config,
             task.params,
-            guidance.add_unconditional(tokens_BL, task.rows.open_BL, task.setup.mask_id, scale),
+            guidance.add_unconditional(tokens_BL, task.rows.open_BL, task.setup.special.mask_id, scale),
             guidance.duplicate(task.rows.lengths_B, scale),
             at_BR=guidance.duplicate(at_BK, scale),
         )
@@ -68,7 +68,7 @@ def _fill(task: Task, block: Block, cache, position_BQ, at_BK, canvas: Canvas, p
     position_BQ, at_BK, lengths_B = (guidance.duplicate(x, scale) for x in (position_BQ, at_BK, task.rows.lengths_B))
 
     def step(canvas: Canvas) -> Canvas:
-        rows_BL = guidance.add_unconditional(canvas.tokens_BL, task.rows.open_BL, task.setup.mask_id, scale)
+        rows_BL = guidance.add_unconditional(canvas.tokens_BL, task.rows.open_BL, task.setup.special.mask_id, scale)
         with jax.named_scope("cached_pass"):
             hidden_BKD, _ = cached.extend(
                 task.setup.config,

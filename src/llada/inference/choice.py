@@ -12,13 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llada.mesh import ACTIVATIONS, on_each_device, platform
+from llada.mesh import ACTIVATIONS, on_each_device
 from llada.objectives import noise as noise_lib
-
-
-def block_rows(platform: str) -> tuple[int, ...]:
-    """Rows per block, and what the last block may have instead: on CPU the time grows with the rows."""
-    return (32, 24, 16, 8) if platform == "cpu" else (256,)
+from llada.objectives.vocabulary_head import choosing_rows
 
 
 class Choice(NamedTuple):
@@ -83,7 +79,7 @@ def position_keys(seed_B: jax.Array, step_B: jax.Array, position_BK: jax.Array) 
 def _choose_needed(hidden_ND, head_VD, needed_N, forbidden_F, temperature, data_N2):
     """(token_N, confidence_N): needed rows are moved to the front, then as many blocks are done as they fill."""
     N = len(needed_N)
-    sizes = sorted({min(N, size) for size in block_rows(platform())}, reverse=True)
+    sizes = sorted({min(N, size) for size in choosing_rows()}, reverse=True)
     if sizes == [N]:
         return _choose_rows(hidden_ND, head_VD, forbidden_F, temperature, data_N2)
     order_N = jnp.argsort(~needed_N, stable=True)

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from llada.config import ModelConfig
-from llada.errors import UserError
 from llada.inference import guidance
 from llada.inference.choice import Choice, choose, equalize_if_blank, position_keys
 from llada.inference.compiled_loop import Array, Observer, report
@@ -51,13 +50,6 @@ class Setup(NamedTuple):
     def steps_per_block(self) -> int:
         """Steps that fill one block."""
         return self.settings.steps // self.blocks
-
-    @property
-    def mask_id(self) -> int:
-        """The mask token. UserError for a model without one."""
-        if self.special.mask is None:
-            raise UserError("the reverse process needs a mask token, and this model's tokenizer has none")
-        return self.special.mask
 
 
 class Rows(NamedTuple):
@@ -129,7 +121,7 @@ def hidden_states(task: Task, tokens_BL: jax.Array, at_BK: jax.Array) -> jax.Arr
         hidden_BKD = cached.hidden(
             task.setup.config,
             task.params,
-            guidance.add_unconditional(tokens_BL, task.rows.open_BL, task.setup.mask_id, scale),
+            guidance.add_unconditional(tokens_BL, task.rows.open_BL, task.setup.special.mask_id, scale),
             guidance.duplicate(task.rows.lengths_B, scale),
             at_BR=guidance.duplicate(at_BK, scale),
         )
@@ -144,7 +136,7 @@ def choose_tokens(task: Task, block: Block, canvas: Canvas, hidden_BKD: jax.Arra
         choice = choose(hidden_BKD, task.head_VD, masked_BK, rows.forbidden_F, temperature, keys_BK)
         if temperature > 0:
             return choice
-        visible_BL = (canvas.tokens_BL != task.setup.mask_id) & is_valid(canvas.tokens_BL, rows.lengths_B)
+        visible_BL = (canvas.tokens_BL != task.setup.special.mask_id) & is_valid(canvas.tokens_BL, rows.lengths_B)
         return choice._replace(confidence_BK=equalize_if_blank(choice.confidence_BK, visible_BL))
 
 
@@ -204,7 +196,7 @@ def repeat_until_full(
 def masked(task: Task, block: Block, canvas: Canvas) -> jax.Array:
     """Bool (B, K): which positions of the block are still to be filled."""
     tokens_BK, L = take(canvas.tokens_BL, block.position_BK), canvas.tokens_BL.shape[1]
-    return (tokens_BK == task.setup.mask_id) & (block.position_BK < L)
+    return (tokens_BK == task.setup.special.mask_id) & (block.position_BK < L)
 
 
 def _keys(task: Task, block: Block, canvas: Canvas, purpose: int) -> jax.Array:

@@ -48,7 +48,7 @@ def fill_block(task: Task, block: Block, canvas: Canvas, passes: jax.Array) -> t
 
     # The first drafts write masks, so they change nothing and are never confirmed.
     shape_BK = block.position_BK.shape
-    no_choice = Choice(jnp.full(shape_BK, task.setup.mask_id), jnp.zeros(shape_BK))
+    no_choice = Choice(jnp.full(shape_BK, task.setup.special.mask_id), jnp.zeros(shape_BK))
     canvas, passes, _ = jax.lax.while_loop(unfinished, body, (canvas, passes, no_choice))
     return canvas, passes
 

@@ -1,0 +1,124 @@
+"""Which masks of an answer an estimator of log p(answer | prompt) scores, and what it makes of their nats.
+
+A plan lists R *rows*, the answer with some of its tokens masked, and says how the nats of the scored ones combine:
+
+    exact        1 row, nothing masked, all tokens scored: the ARM's log-likelihood
+    chain_rule   A rows; row i masks tokens i.. and scores token i: sum_i log p(a_i | prompt, a_<i)
+    l_of_L       rows with l ~ U{1..A} masked tokens, weight A/l: the bound of LLaDA Eq. (6), by draws, or exactly where
+                 an answer has no more masks than draws
+    bernoulli    rows whose tokens are masked with probability t ~ U[0, 1), weight 1/t: the bound of Eq. (4), by draws
+
+Masks are made on the host, from keys that depend on the prompt and the answer's length only: two checkpoints, or two
+answers of one length to the same question, are compared on the same masks, whatever batch they are in.
+Shapes: M draws, A answer tokens, R distinct masks of one request.
+"""
+
+import functools
+import hashlib
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llada.objectives import diffusion
+from llada.objectives import noise as noise_lib
+from llada.objectives.estimates import stratified_variance
+
+_SEED = 0  # not the user's: which masks are used is part of what a likelihood means
+
+
+class Pair(NamedTuple):
+    """A prompt (may be empty) and the answer whose likelihood is wanted. Another `salt` means other masks."""
+
+    prompt: Sequence[int]
+    answer: Sequence[int]
+    salt: int = 0
+
+
+class Plan(NamedTuple):
+    """The rows of one answer, and how their nats combine.
+
+    masked_RA  which answer tokens are masked in each row
+    scored_RA  which tokens' nats are summed in each row
+    row_M      the row that each draw is: equal masks are computed once
+    weight_M   draw m is worth weight x nats of its row
+    sampled    whether draws are averaged, with a standard error, or summed
+    """
+
+    masked_RA: np.ndarray
+    scored_RA: np.ndarray
+    row_M: np.ndarray
+    weight_M: np.ndarray
+    sampled: bool
+
+    def estimate(self, nats_R: np.ndarray) -> tuple[float, float]:
+        """The answer's nats and their standard error, 0 where nothing was drawn."""
+        draws_M = self.weight_M * nats_R[self.row_M]
+        if not self.sampled:
+            return draws_M.sum(), 0.0
+        # Draws are in the order of l (or t), so the last and the first are no neighbours.
+        return draws_M.mean(), float(math.sqrt(stratified_variance(draws_M, circular=False)))
+
+
+def make_plan(pair: Pair, estimator: str, draws: int, mask_id: int) -> Plan:
+    """What `estimator`, one of a diffusion model's, computes for a pair."""
+    A = len(pair.answer)
+    if estimator == "chain_rule":
+        return Plan(np.triu(np.ones((A, A), bool)), np.eye(A, dtype=bool), np.arange(A), np.ones(A), sampled=False)
+    if A == 1 or (estimator == "l_of_L" and draws >= 2**A - 1):
+        return _all_masks(A)
+    masked_MA, weight_M = draw_masks(pair, estimator, draws, mask_id)
+    masked_RA, row_M = np.unique(masked_MA, axis=0, return_inverse=True)
+    return Plan(masked_RA, masked_RA, row_M.reshape(-1), weight_M, sampled=True)
+
+
+def single_row(A: int, masked: bool) -> Plan:
+    """All tokens scored in one row, where all or none of them are masked."""
+    return Plan(np.full((1, A), masked), np.ones((1, A), bool), np.zeros(1, int), np.ones(1), sampled=False)
+
+
+def _all_masks(A: int) -> Plan:
+    """The bound of Eq. (6) itself: each of the C(A, l) masks of l tokens has probability 1/A C(A, l), weight A/l."""
+    masked_RA = np.array(list(itertools.product((False, True), repeat=A)))[1:]
+    count_R = masked_RA.sum(axis=1)
+    weight_R = np.array([1 / (count * math.comb(A, count)) for count in count_R])
+    return Plan(masked_RA, masked_RA, np.arange(len(masked_RA)), weight_R, sampled=False)
+
+
+def draw_masks(pair: Pair, estimator: str, draws: int, mask_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """The masks of a pair's answer, `(masked_MA, weight_M)`, draws in the order of l (or t)."""
+    digest, A = _mask_key(pair)
+    masked_MA, weight_M = _masks_of(draws, padded_length(A), estimator, mask_id, digest, A)
+    return np.asarray(masked_MA)[:, :A], np.asarray(weight_M, np.float64)
+
+
+def _mask_key(pair: Pair) -> tuple[int, int]:
+    """What the masks of a pair depend on: a 31-bit digest of the prompt and salt, and the answer's length."""
+    digest = hashlib.sha256(np.asarray([pair.salt, *pair.prompt], np.int64).tobytes()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1, len(pair.answer)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _masks_of(M, A, estimator, mask_id, digest, length):
+    """M masks of the first `length` of A positions; u is stratified by one shift and sorted over the draws."""
+    digest_1 = jnp.asarray(digest, jnp.int32)[None]
+    noise = functools.partial(noise_lib.Noise, _SEED, sequence_B=digest_1, batch_size=1)
+    shift = noise_lib.uniform(noise(step=0), noise_lib.LIKELIHOOD_TIME)
+    u_M = (jnp.arange(M) + shift) / M
+
+    def draw(m):
+        return noise_lib.uniform(noise(step=m), noise_lib.LIKELIHOOD_MASK, (A,))[0]
+
+    x0_MA, maskable_MA = jnp.zeros((M, A), jnp.int32), jnp.broadcast_to(jnp.arange(A) < length, (M, A))
+    corruption = diffusion.corrupt(x0_MA, u_M, jax.vmap(draw)(jnp.arange(M)), maskable_MA, mask_id, estimator)
+    return corruption.masked_BL, corruption.weight_B
+
+
+def padded_length(length: int) -> int:
+    """The length rounded up to one of eight per octave: few shapes, and at most an eighth of a row is padding."""
+    step = max(8, 1 << max(0, int(length).bit_length() - 4))
+    return -(-int(length) // step) * step
