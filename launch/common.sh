@@ -1,37 +1,37 @@
 #!/usr/bin/env bash
-# Sourced by the launchers: printing what is run, options, what llada has to be told, and what its exit status means.
+# Sourced by the launchers: options, checks of llada's flags, printed commands, exit statuses.
 # Usage: source launch/common.sh; print_help "$@"
 
-dry_run=""   # with any value: say prints and calls nothing
+dry_run=""   # if set, run prints and calls nothing
 workdir=""   # set by read_training
-config=""    # likewise
+config=""    # set by read_training
 words=()     # set by take_options
 status=0     # set by wait_for
-signalled=""     # set by a trap during wait_for
+signalled="" # set by a trap during wait_for
 
-# Exit statuses of llada (src/llada/errors.py). After these the same command would end the same way: it is not run again.
+# Exit statuses of llada (src/llada/errors.py) after which the same command would fail again: it is not repeated.
 final_statuses=(2 3 4)
-disk=5                                     # worth another try, once there may be room
+disk=5                                     # worth another try later, when there may be room
 disk_pause="${DISK_PAUSE_SECONDS:-600}"
-disk_patience=6                            # tries in a row without a new checkpoint
+disk_patience=6                            # attempts without a new checkpoint before giving up
 
-# A status in words.
+# Describes a status.
 describe() {
   case "$1" in
     0) echo "done" ;;
-    2) echo "a mistake in what it was told" ;;
+    2) echo "a mistake in flags, config or files" ;;
     3) echo "training diverged" ;;
     4) echo "data damaged, or not those that the run was trained on" ;;
-    5) echo "the disk is full or fails" ;;
+    5) echo "the disk is full or failing" ;;
     129 | 130 | 143) echo "stopped by a signal" ;;
-    *) echo "it died" ;;
+    *) echo "it crashed" ;;
   esac
 }
 
-# Whether that was its end: done, no use, or Ctrl-C.
+# Whether the run has ended for good: done, would fail again, or Ctrl-C.
 is_final() { [[ " 0 ${final_statuses[*]} 130 " == *" $1 "* ]]; }
 
-# Words as one would type them: 'in quotes' where a shell would split or expand them.
+# The arguments as one would type them, quoted where the shell would split or expand them.
 shell_quoted() {
   local word line="" quote="'\\''"
   for word in "$@"; do
@@ -41,22 +41,22 @@ shell_quoted() {
   printf '%s' "$line"
 }
 
-# The command, as one would type it.
+# Prints a command as one would type it.
 show() { printf '$ %s\n' "$(shell_quoted "$@")"; }
 
-# The same, and then the command itself.
+# Prints a command and runs it.
 run() {
   show "$@"
   if [ -z "$dry_run" ]; then "$@"; fi
 }
 
-# A mistake in the arguments: one line, status 2.
+# Ends with status 2 and one line about a mistake in the arguments.
 refuse() {
   echo "$(basename "$0"): $*" >&2
   exit 2
 }
 
-# Prints the head of the launcher where it is asked for help.
+# For --help, prints the comment at the top of the launcher.
 print_help() {
   case "${1:-}" in
     --help | -h)
@@ -66,7 +66,7 @@ print_help() {
   esac
 }
 
-# Refuses arguments of a script that takes one directory at most.
+# Checks the arguments of a script that takes at most one directory.
 one_directory() {
   [ $# -le 1 ] || refuse "one directory at most, not $*"
   case "${1:-}" in
@@ -75,7 +75,7 @@ one_directory() {
   esac
 }
 
-# take_options "dry_run spot" "slices" "$@": --dry_run sets $dry_run, --slices=2 sets $slices; what follows goes to $words.
+# take_options "dry_run spot" "slices" "$@": --dry_run sets $dry_run, --slices=2 sets $slices; the rest is left in $words.
 take_options() {
   local flags=" $1 " values=" $2 " name allowed=()
   for name in $1; do allowed+=("--$name"); done
@@ -97,7 +97,7 @@ take_options() {
   words=("$@")
 }
 
-# Flags of llada train or sweep, of which a launcher needs the workdir and the experiment.
+# Sets $workdir and $config from flags of llada train or sweep.
 read_training() {
   local word
   for word in "$@"; do
@@ -112,16 +112,16 @@ read_training() {
     "") refuse "--workdir=DIR is missing: a directory on a file system that all hosts have mounted" ;;
     *://*) refuse "--workdir=$workdir is no directory; mount the bucket (gcsfuse), or Filestore, and give the path" ;;
     /*) ;;
-    *) refuse "--workdir=$workdir must begin with /: hosts have working directories of their own" ;;
+    *) refuse "--workdir=$workdir must begin with /: each host has its own working directory" ;;
   esac
 }
 
-# Refuses, before a machine is made, an experiment file that is not there; with "shipped" also one that is not committed as
-# it is, for hosts get the committed checkout.
+# Checks, before a machine is created, that the experiment file exists; with "shipped" also that it is committed, since
+# hosts get the committed checkout.
 check_experiment() {
   local file="$config" changed
   if [ -z "$config" ]; then
-    # A workdir that holds a run, or an imported model, needs none; seen from here only where it is mounted.
+    # A workdir that holds a run or an imported model needs none; here it is visible only if it is mounted.
     if [ -e "$workdir/config.json" ] || [ -e "$workdir/sweep.json" ]; then return; fi
     refuse "--config=FILE is missing: an experiment file of the checkout, such as experiments/llada_1b.py"
   fi
@@ -129,24 +129,24 @@ check_experiment() {
   case "$config" in *://*) refuse "--config=$config is no file of the checkout" ;; esac
   case "$file" in
     /*)
-      if [ -n "${1:-}" ]; then echo "# $file must be there on every host"; fi
+      if [ -n "${1:-}" ]; then echo "# $file must exist on every host"; fi
       return
       ;;
   esac
   [ -f "$file" ] || refuse "--config=$config: there is no file $file in $PWD"
   if [ -z "${1:-}" ] || ! git rev-parse --is-inside-work-tree > /dev/null 2>&1; then return; fi
   changed=$(git status --porcelain --ignored -- "$file")
-  [ -z "$changed" ] || refuse "--config=$config: $file is not committed as it is, and hosts get what is: git add, git commit"
+  [ -z "$changed" ] || refuse "--config=$config: $file has changes that are not committed, and hosts get what is: git add, git commit"
   changed=$(git status --porcelain | grep -c '' || true)
-  if [ "$changed" -gt 0 ]; then echo "# what is not committed stays here: $changed files (git status)"; fi
+  if [ "$changed" -gt 0 ]; then echo "# $changed changed files are not committed and stay here (git status)"; fi
 }
 
-# Asks llada train itself what is wrong with its flags, where it is installed here and more than printing is meant.
+# Has llada train check its flags, if it is installed here and this is no dry run.
 check_flags() {
   if [ -z "$dry_run" ] && [ -x .venv/bin/llada ]; then .venv/bin/llada train "$@" --print_config > /dev/null || exit 2; fi
 }
 
-# The step of the newest checkpoint of a workdir, or nothing.
+# Prints the step of the newest checkpoint of a workdir, if any.
 newest_checkpoint() {
   local path newest=""
   for path in "$1"/checkpoints/*; do
@@ -156,7 +156,7 @@ newest_checkpoint() {
   echo "$newest"
 }
 
-# Sets $status to that of a process of ours, however many trapped signals come in between; their traps set $signalled.
+# Waits for a child and sets $status, however many trapped signals interrupt `wait`; their traps set $signalled.
 wait_for() {
   local code
   status=0
@@ -164,7 +164,7 @@ wait_for() {
   while [ -n "$signalled" ] || kill -0 "$1" 2> /dev/null; do
     signalled="" code=0
     wait "$1" || code=$?
-    # Bash may have lost sight of it during the signal (127, or -1): then the signal's status stands.
+    # Bash may have forgotten the child during the signal (127 or -1): then the signal's status stands.
     case "$code" in
       127 | -1) sleep 0.1 ;;
       *) status="$code" ;;

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster: as an xpk workload, or with --jobset as a JobSet of our own through kubectl.
+# Trains on TPU slices of a GKE cluster: as an xpk workload, or with --jobset as a JobSet through kubectl.
 # Usage: bash launch/gke.sh [OPTIONS] NAME CLUSTER ZONE TYPE IMAGE --config=experiments/llada_8b.py --workdir=/shared/run [flags ...]
 # TYPE is generation:topology as in llada plan (v5p:4x4x8, v6e:16x16), IMAGE a container with llada and jax[tpu]
 # (launch/Dockerfile). OPTIONS: --dry_run prints and calls nothing; --slices=N; --spot; --restarts=N; --project=P;
-# --storage=NAME:DIR is where the workdir lies: a storage that xpk has attached at DIR, or the volume claim to mount there.
-# A preempted or crashed run starts again on all hosts and goes on from its checkpoint, up to --restarts times; where it
-# would end the same way (2 a mistake, 3 diverged, 4 its data) it does not.
+# --storage=NAME:DIR holds the workdir: a storage that xpk has attached at DIR, or a volume claim to mount there.
+# A preempted or crashed run is restarted on all hosts from its checkpoint, up to --restarts times, except where it would
+# fail again (status 2 a mistake, 3 diverged, 4 its data).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
@@ -23,18 +23,18 @@ size="([1-9][0-9]{0,4})"
 generation="${type%%:*}" topology="${type#*:}"
 a="${BASH_REMATCH[2]}" b="${BASH_REMATCH[3]}" c="${BASH_REMATCH[5]:-1}"
 chips=$((a * b * c))
-# The slices that there are, as in src/llada/planning/topology.py.
+# The slice shapes that exist, as in src/llada/planning/topology.py.
 case "$generation" in
-  v5e | v6e) slices_there="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16" largest=0 ;;
-  v4) slices_there="2x2x1 2x2x2 2x2x4 2x4x4" largest=4096 ;;
-  v5p) slices_there="2x2x1 2x2x2 2x2x4 2x4x4" largest=8960 ;;
-  tpu7x) slices_there="2x2x1 2x2x2 2x2x4 2x4x4" largest=9216 ;;
+  v5e | v6e) slice_shapes="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16" largest=0 ;;
+  v4) slice_shapes="2x2x1 2x2x2 2x2x4 2x4x4" largest=4096 ;;
+  v5p) slice_shapes="2x2x1 2x2x2 2x2x4 2x4x4" largest=8960 ;;
+  tpu7x) slice_shapes="2x2x1 2x2x2 2x2x4 2x4x4" largest=9216 ;;
 esac
-if [[ " $slices_there " != *" $topology "* ]] && {
+if [[ " $slice_shapes " != *" $topology "* ]] && {
   [ "$chips" -gt "$largest" ] || [ "$a" -gt "$b" ] || [ "$b" -gt "$c" ] || [ $((a % 4 + b % 4 + c % 4)) -ne 0 ]
 }; then
-  [ "$largest" -eq 0 ] || slices_there+=", or AxBxC with A <= B <= C, all multiples of 4, up to $largest chips"
-  refuse "TYPE $type: $generation slices are $slices_there"
+  [ "$largest" -eq 0 ] || slice_shapes+=", or AxBxC with A <= B <= C, all multiples of 4, up to $largest chips"
+  refuse "TYPE $type: $generation slices are $slice_shapes"
 fi
 for number in "slices=$slices" "restarts=$restarts"; do
   [[ "$number" =~ =[1-9][0-9]*$ ]] || refuse "--$number must be a number from 1 on"
@@ -52,14 +52,14 @@ chips_a_host=$((chips < 4 ? chips : 4))
 run_xpk() {
   local prefix="$generation"
   [ "$generation" != v5e ] || prefix=v5litepod
-  # exec: signals reach llada, which saves. 1 is the status of those whose peers have died, 5 that of a full disk.
+  # exec: signals reach llada, which then saves. Restarted after 1 (a crash, or a dead peer) and 5 (a full disk).
   run xpk workload create --workload="$name" --cluster="$cluster" --zone="$zone" --tpu-type="$prefix-$topology" \
     --num-slices="$slices" --docker-image="$image" --command="exec llada train $(shell_quoted "$@")" \
     --max-restarts="$restarts" --restart-on-exit-codes=1,"$disk" --termination-grace-period-seconds=120 \
     ${spot:+--spot} ${project:+--project="$project"} ${storage:+--storage="${storage%%:*}"}
 }
 
-# A YAML string in double quotes, as JSON writes it.
+# A YAML string in double quotes, escaped as in JSON.
 quoted() {
   local text="${1//\\/\\\\}"
   text="${text//\"/\\\"}"
@@ -78,7 +78,7 @@ render_jobset() {
   esac
   for word in llada train "$@"; do arguments+="${arguments:+, }$(quoted "$word")"; done
   cat << YAML
-# One Job a slice, one Pod a host. Any Pod's end restarts all of them, up to maxRestarts; what would end the same way ends them.
+# One Job per slice, one Pod per host. A failed Pod restarts all, up to maxRestarts, unless it would fail again.
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
@@ -146,6 +146,6 @@ render_jobset "$@" | tee "$file"
 echo "---"
 run gcloud container clusters get-credentials "$cluster" --location="$zone" ${project:+--project="$project"}
 run kubectl apply --filename="$file"
-echo "# its log, and its end (Ctrl-C leaves it running):"
+echo "# to follow its log (Ctrl-C leaves it running), and to delete it:"
 show kubectl logs --follow --selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
 show kubectl delete jobset "$name"

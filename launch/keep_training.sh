@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs a training command, and again whenever it dies: it goes on from its newest checkpoint.
+# Runs a training command and restarts it whenever it crashes; it continues from its newest checkpoint.
 # Usage: bash launch/keep_training.sh COMMAND ... --workdir=DIR ...
-# Not again after its end (0), where it would end the same way (2 a mistake, 3 diverged, 4 its data), after Ctrl-C (130), or
-# once this script has had a SIGTERM itself. A full disk (5) gets longer pauses. After five deaths in a row without a new
-# checkpoint (six of the disk) it gives up, with the last status.
+# It is not restarted when it is done (0), where it would fail again (2 a mistake, 3 diverged, 4 its data), after Ctrl-C
+# (130), or after this script has received SIGTERM. After a full disk (5) the pause is longer. After five crashes in a row
+# without a new checkpoint (six for the disk) the script gives up, with the last status.
 set -uo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
@@ -16,10 +16,11 @@ done
 [ -n "$workdir" ] || refuse "usage: bash launch/keep_training.sh COMMAND ... --workdir=DIR ..."
 command -v -- "$1" > /dev/null || refuse "$1 is no command; usage: bash launch/keep_training.sh COMMAND ... --workdir=DIR ..."
 
-# The signal is not passed on: whoever stops a machine or a group tells the command too, and a second one would kill it unsaved.
+# SIGTERM is not forwarded: a machine that shuts down signals the whole group, and a second signal would end the command
+# before it has saved.
 stop=""
 trap 'stop=yes signalled=yes' TERM
-deaths=0
+crashes=0
 before=$(newest_checkpoint "$workdir")
 while :; do
   "$@" &
@@ -27,13 +28,13 @@ while :; do
   if is_final "$status"; then exit "$status"; fi
   [ -z "$stop" ] || exit "$status"
   now=$(newest_checkpoint "$workdir")
-  [ "$now" = "$before" ] || deaths=0
+  [ "$now" = "$before" ] || crashes=0
   before="$now"
-  deaths=$((deaths + 1))
+  crashes=$((crashes + 1))
   wait_seconds="$pause" most="$patience"
   if [ "$status" -eq "$disk" ]; then wait_seconds="$disk_pause" most="$disk_patience"; fi
-  if [ "$deaths" -ge "$most" ]; then
-    echo "status $status, $deaths times without a new checkpoint: giving up ($(describe "$status"))" >&2
+  if [ "$crashes" -ge "$most" ]; then
+    echo "status $status, $crashes times without a new checkpoint: giving up ($(describe "$status"))" >&2
     exit "$status"
   fi
   echo "status $status; again in $wait_seconds seconds, from step ${now:-0} ($(describe "$status"))" >&2

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains a small LLaDA and an ARM of the same size on the same tokens, evaluates both, writes samples, curves, report, and
-# exports the LLaDA for PyTorch.
-# Usage: bash launch/quickstart.sh [RUN_DIR]      Ctrl-C and a second call continue where it stopped.
+# Trains a small LLaDA and an ARM of the same size on the same tokens, evaluates both, writes samples, curves and a report,
+# and exports the LLaDA for PyTorch.
+# Usage: bash launch/quickstart.sh [RUN_DIR]      After Ctrl-C, run it again to continue.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 print_help "$@"

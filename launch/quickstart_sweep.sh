@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Scaling laws of LLaDA beside ARM on two CPU cores: trains the grid of experiments/isoflop.py:quick, fits, draws, reports.
-# Usage: bash launch/quickstart_sweep.sh [SWEEP_DIR]      Ctrl-C and a second call continue where it stopped.
+# Scaling laws of LLaDA and ARM on two CPU cores: trains the grid of experiments/isoflop.py:quick, fits, plots, reports.
+# Usage: bash launch/quickstart_sweep.sh [SWEEP_DIR]      After Ctrl-C, run it again to continue.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 print_help "$@"
@@ -8,7 +8,7 @@ one_directory "$@"
 sweep_dir="${1:-runs/isoflop}"
 sweep_dir="${sweep_dir/#\~\//$HOME/}"
 checkout="$(cd "$(dirname "$0")/.." && pwd)"
-# Relative to where it was called; in the checkout as it was typed, for the report quotes it.
+# Relative to the caller's directory; inside the checkout as typed, since the report quotes it.
 case "$sweep_dir" in /*) ;; *) [ "$PWD" = "$checkout" ] || sweep_dir="$PWD/$sweep_dir" ;; esac
 cd "$checkout"
 source launch/setup.sh

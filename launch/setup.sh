@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sourced by the other scripts: makes or reuses .venv in the checkout from requirements.txt and activates it. A newer Python
+# Sourced by the other scripts: creates or reuses .venv in the checkout and activates it. A newer Python
 # than 3.11 that PYTHON names gets the newest versions within the ranges of setup.cfg instead.
-# Usage: source launch/setup.sh; make_environment FILE.txt ...; add_accelerator; use_large_pages; install_beside NAME FILE.txt
+# Usage: source launch/setup.sh; make_environment FILE.txt ...; add_accelerator; use_large_pages; install_beside NAME FILE
 
 make_environment() {
   local python="" candidate wanted stamp file extras=""
@@ -13,7 +13,7 @@ make_environment() {
       fi
     done
     if [ -z "$python" ] && has_tpu; then
-      # Images of TPU VMs bring Python 3.10.
+      # Images of TPU VMs have Python 3.10.
       python3 -m pip install --quiet --user uv && python3 -m uv python install --quiet 3.11 || return 1
       python=$(python3 -m uv python find 3.11)
     fi
@@ -21,10 +21,10 @@ make_environment() {
       echo "llada needs Python 3.11 or newer; none found. Name one: PYTHON=/path/to/python3.11 bash $0" >&2
       return 2
     fi
-    echo "making .venv with $("$python" --version)"
+    echo "creating .venv with $("$python" --version)"
     "$python" -m venv .venv || return 1
   fi
-  # Installing is skipped where the same requirements were installed before.
+  # Skipped if the same requirements were installed before.
   wanted=$(cat "$@" setup.cfg pyproject.toml | cksum)
   stamp=.venv/installed.cksum
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
@@ -51,12 +51,12 @@ make_environment() {
 # Whether .venv has the JAX that requirements.txt pins.
 pinned() { grep -qx "jax==$(.venv/bin/python -c 'from importlib.metadata import version; print(version("jax"))')" requirements.txt; }
 
-# Memory in pages of 2 MB, which a training step on CPU touches faster. glibc reads the variable when a process starts.
+# Memory in pages of 2 MB, where glibc has them: cheaper to allocate. glibc reads the variable when a process starts.
 use_large_pages() { export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}"; }
 
 has_tpu() { compgen -G '/dev/accel*' > /dev/null || compgen -G '/dev/vfio/[0-9]*' > /dev/null; }
 
-# JAX's support for the TPU or the NVIDIA GPU of this machine, beside the JAX that make_environment installed.
+# Adds JAX's support for this machine's TPU or NVIDIA GPU to the JAX that make_environment installed.
 add_accelerator() {
   local extra="" plugin="" version
   if has_tpu; then
@@ -71,7 +71,7 @@ add_accelerator() {
   fi
 }
 
-# Packages that exclude some of .venv's, for a process of their own: PYTHONPATH=.venv/NAME. Exact pins, no dependencies.
+# Installs packages that conflict with .venv's, for processes with PYTHONPATH=.venv/NAME. Exact pins, no dependencies.
 install_beside() {
   local target=".venv/$1" wanted
   wanted=$(cksum < "$2")

@@ -4,12 +4,12 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@180
-# Trains on several nodes under Slurm, one task a GPU; submits itself, and is queued again until training has ended.
+# Trains on several nodes under Slurm, one task per GPU; submits itself, and requeues itself until training has ended.
 # Usage: bash launch/slurm.sh [--dry_run] [--sbatch='--partition=P --time=24:00:00'] NODES GPUS_A_NODE --config=... --workdir=/shared/run
-# GPUS_A_NODE 0: one task a node, on its CPU. Checkout and workdir lie on a file system that all nodes share. Prints what it
-# runs. Three minutes before the time limit the run saves and goes back to the queue, as it does when preempted; after a
-# crash it goes back only if it has saved since it began, after a full disk (5) also some minutes later; where it would end
-# the same way (2 a mistake, 3 diverged, 4 its data), or after scancel, not.
+# GPUS_A_NODE 0: one task per node, on its CPU. Checkout and workdir must be on a file system that all nodes share. Prints
+# what it runs. Three minutes before the time limit the run saves and is requeued, as when it is preempted. After a crash it
+# is requeued only if it has saved since it started; after a full disk (5) also without, some minutes later; not where it
+# would fail again (2 a mistake, 3 diverged, 4 its data), nor after scancel.
 set -euo pipefail
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
@@ -33,7 +33,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   exit
 fi
 
-# Slurm runs a copy of this file from its spool directory; the checkout is where sbatch was called.
+# Slurm runs a copy of this file from its spool directory; the checkout is the directory where sbatch was called.
 cd "$SLURM_SUBMIT_DIR"
 source launch/common.sh
 read_training "$@"
@@ -44,7 +44,7 @@ use_large_pages
 
 before=$(newest_checkpoint "$workdir")
 again=""
-# Slurm tells the tasks of a preempted or cancelled job itself: nothing is to be passed on.
+# Slurm itself signals the tasks of a preempted or cancelled job: nothing to forward.
 trap 'signalled=yes' TERM
 trap 'signalled=yes again=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 show srun --kill-on-bad-exit=1 llada train "$@"
@@ -55,7 +55,7 @@ if [ "$(newest_checkpoint "$workdir")" != "$before" ]; then saved=yes; fi
 if is_final "$status"; then
   again=""
 elif [ "$status" -eq "$disk" ] && { [ -n "$saved" ] || [ "${SLURM_RESTART_COUNT:-0}" -lt "$disk_patience" ]; }; then
-  echo "$(describe "$status"): back to the queue in $disk_pause seconds"
+  echo "$(describe "$status"): requeued in $disk_pause seconds"
   sleep "$disk_pause"
   again=yes
 elif [ "$status" -ne 143 ] && [ -n "$saved" ]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Job I of N of a sweep on this machine, in the environment it makes; on a TPU host with JAX's TPU support.
-# Usage: bash launch/sweep_job.sh I N --config=... --workdir=DIR_THAT_ALL_JOBS_SEE [flags of llada sweep]
+# Runs job I of N of a sweep on this machine, in an environment that it creates, with JAX's TPU or GPU support.
+# Usage: bash launch/sweep_job.sh I N --config=... --workdir=SHARED_DIR [flags of llada sweep]
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 print_help "$@"
@@ -14,7 +14,7 @@ source launch/setup.sh
 make_environment requirements.txt requirements-plots.txt
 add_accelerator
 use_large_pages
-# Each host of a pod is a machine of its own here: its chips, and no others. Hosts of pods have four.
+# Each host of a pod works alone here, on its own chips only: four on hosts of pods.
 if has_tpu; then
   export TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS="${TPU_CHIPS_PER_PROCESS_BOUNDS:-2,2,1}"
 fi

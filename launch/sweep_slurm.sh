@@ -4,9 +4,9 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
-# A sweep as a Slurm array: every task trains its share of the runs, in one directory on a file system they all see.
+# A sweep as a Slurm array: every task trains its share of the runs, in one directory on a shared file system.
 # Usage: sbatch --array=1-8 --gres=gpu:1 launch/sweep_slurm.sh --config=experiments/isoflop.py:smdm --workdir=/shared/smdm
-# A preempted task is queued again and goes on from its checkpoints. Run it from the checkout.
+# A preempted task is requeued and continues from its checkpoints. Run it from the checkout.
 set -euo pipefail
 case "${1:-}" in --help | -h) sed -n '2,12s/^# //p' "$0" && exit 0 ;; esac
 if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A sweep on the hosts of a TPU pod slice, each host training its share of the runs on its own chips.
+# A sweep on the hosts of a TPU pod slice: each host trains its share of the runs on its own chips.
 # Usage: bash launch/sweep_tpu_pod.sh [--dry_run] NAME ZONE HOSTS --config=experiments/isoflop.py:smdm --workdir=/shared/smdm
-# NAME is a TPU VM that exists; /shared is a file system that its hosts have mounted (Filestore or another NFS). Prints
-# what it runs. After a preemption call it again with the new VM: finished runs stay, begun ones go on.
+# NAME is an existing TPU VM; /shared is a file system that its hosts have mounted (Filestore or another NFS). Prints what
+# it runs. After a preemption run it again with the new VM: finished runs are kept, others continue.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh

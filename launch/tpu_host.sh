@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# On a TPU host, over ssh: starts training and leaves it running, shows its log, stops it, says how it ended.
+# On a TPU host, over ssh: starts training in the background, follows its log, stops it, reports its exit status.
 # Usage: bash llada/launch/tpu_host.sh start SETUP --config=... --workdir=... | follow | status | stop
-# In the home directory: llada/ (the checkout), training.log, training.lock (held while training), training.status.
+# Files in the home directory: llada/ (the checkout), training.log, training.lock (held while training), training.status.
 set -uo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 print_help "$@"
 cd || exit 1
 
-# Asking takes a shared lock for a moment: nobody who asks disturbs another, and who trains waits for that moment.
+# Whether training holds the lock. A shared lock for an instant: queries do not block each other, and a start waits.
 training() { ! flock --shared --nonblock training.lock true; }
 
 case "${1:-}" in
@@ -22,7 +22,7 @@ case "${1:-}" in
     fi
     rm -f training.status
     if [ -n "$setup" ]; then bash -c "$setup" || exit 1; fi
-    # A session of its own: it outlives ssh, and can be signalled as a whole.
+    # In its own session: it survives the end of ssh, and can be signalled as one group.
     nohup setsid flock --wait 60 training.lock bash llada/launch/tpu_host.sh train "$@" >> training.log 2>&1 < /dev/null &
     echo "$!" > training.pid
     for _ in $(seq 50); do
@@ -35,7 +35,7 @@ case "${1:-}" in
     trap : TERM
     bash llada/launch/keep_training.sh bash llada/launch/train_job.sh "$@"
     status=$?
-    # 143: the machine goes down, and another will go on; or `stop` says so itself.
+    # 143: the machine is shutting down and training continues on another; or `stop` writes the status itself.
     [ "$status" -eq 143 ] || echo "$status" > training.status
     ;;
   follow)

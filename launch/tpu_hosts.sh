@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Sourced by tpu_vm.sh and tpu_pod.sh: from a resource that may come and go to a training run that ends.
-# Usage: set what is checked below, define request, source launch/tpu_hosts.sh; keep_on_hosts FLAGS_OF_LLADA_TRAIN
+# Sourced by tpu_vm.sh and tpu_pod.sh: keeps training on a TPU resource that may be preempted, until training ends.
+# Usage: set the variables checked below, define `request`, source launch/tpu_hosts.sh; keep_on_hosts FLAGS_OF_LLADA_TRAIN
 
 poll="${POLL_SECONDS:-30}"
-patience=20   # looks at a resource that is up and does not train
+patience=20   # polls of a resource that is up and does not train, before giving up
 ended="" state=""
-# kind is gcloud's word, field where its state stands; all and first name workers, delete are flags.
+# kind: gcloud's resource type; field: of its state; all, first: flags that name workers; delete: flags of delete.
 : "${kind:?}" "${name:?}" "${zone:?}" "${field:?}" "${all[0]:?}" "${first[0]:?}" "${delete[0]:?}" "${type:?}" "${setup?}"
 
 gcloud_tpus() { run gcloud compute tpus "$kind" "$@" --zone="$zone"; }
 show_tpus() { show gcloud compute tpus "$kind" "$@" --zone="$zone"; }
 
-# Checks $type and finds the software that its VMs start with, unless $runtime names it.
+# Checks $type and sets $runtime, the software version of its VMs, unless it is given.
 read_tpu_type() {
   [[ "$type" =~ ^[a-z0-9]+-[0-9]+$ ]] || refuse "TYPE $type must be one of gcloud's accelerator types, like v5p-256"
   [ -z "$runtime" ] || return 0
@@ -20,11 +20,11 @@ read_tpu_type() {
     v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
     v5p-*) runtime=v2-alpha-tpuv5 ;;
     v6e-*) runtime=v2-alpha-tpuv6e ;;
-    *) refuse "TYPE $type: which software do its VMs start with? give --runtime=VERSION" ;;
+    *) refuse "TYPE $type: the software version of its VMs is not known; give --runtime=VERSION" ;;
   esac
 }
 
-# Sets state: the resource's, NONE where there is none, UNKNOWN where it could not be asked. Said once, then its changes.
+# Sets $state: gcloud's, NONE if there is no such resource, UNKNOWN if gcloud failed. Prints the command once, then changes.
 look() {
   local answer before="$state" errors
   local ask=(gcloud compute tpus "$kind" describe "$name" --zone="$zone" --format="value($field)")
@@ -43,7 +43,7 @@ look() {
   [ "$state" = "$before" ] || echo "$name is $state"
 }
 
-# Takes the committed checkout to all hosts, starts what does not run, follows it. Sets ended, where training has.
+# Copies the committed checkout to all hosts, starts training where it is not running, follows the log. Sets $ended.
 train_on_hosts() {
   local archive host="bash llada/launch/tpu_host.sh" workers=() status
   local unpack="if flock --shared --nonblock training.lock true; then mkdir -p llada && tar -xzf llada.tar.gz -C llada; fi"
@@ -54,7 +54,7 @@ train_on_hosts() {
   status=$?
   rm -f "$archive"
   [ "$status" -eq 0 ] || return 1
-  echo "# Ctrl-C leaves it running. It saves and ends with:"
+  echo "# Ctrl-C leaves it running; to save and stop:"
   show_tpus ssh "$name" "${all[@]}" --command="$host stop"
   gcloud_tpus ssh "$name" "${first[@]}" --command="$host follow" || true
   workers=("${first[@]}" --command="$host status")
@@ -69,14 +69,14 @@ train_on_hosts() {
 
 remove() { gcloud_tpus delete "$name" "${delete[@]}"; }
 
-# Until training has ended: asks for the resource, trains there, and once it is lost (preempted) asks again.
+# Requests the resource, trains there, and requests it again after a preemption, until training has ended.
 keep_on_hosts() {
   local idle=0 failed=0 had="" began
   if [ -n "$dry_run" ]; then
     look
     request
     train_on_hosts "$@"
-    echo "# whenever it is preempted (PREEMPTED, TERMINATED, SUSPENDED, FAILED), and then all of it again:"
+    echo "# when it is preempted (PREEMPTED, TERMINATED, SUSPENDED, FAILED), followed by all of the above again:"
     remove
     exit 0
   fi
@@ -93,7 +93,7 @@ keep_on_hosts() {
         had=yes failed=0 began="$SECONDS"
         train_on_hosts "$@" || true
         if [ -n "$ended" ]; then
-          echo "# training ended with status $ended ($(describe "$ended")); $name is still there, and is deleted with:"
+          echo "# training ended with status $ended ($(describe "$ended")); $name still exists, to delete it:"
           show_tpus delete "$name" "${delete[@]}"
           exit "$ended"
         fi

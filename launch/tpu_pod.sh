@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on a TPU pod slice, or on several joined ones, through queued resources: asks, waits until ACTIVE, ships the
-# committed checkout to all hosts, starts training on all of them, follows the first one's log; preempted, asks again.
+# Trains on one or several joined TPU pod slices through queued resources: requests them, waits until ACTIVE, copies the
+# committed checkout to all hosts, starts training on all, follows the first host's log; after a preemption, again.
 # Usage: bash launch/tpu_pod.sh [OPTIONS] NAME ZONE TYPE --config=experiments/llada_8b.py --workdir=/shared/run [flags of llada train]
 # TYPE is gcloud's: v5p-256, v6e-256 ... OPTIONS: --dry_run prints and calls nothing; --slices=N; --spot or --reserved;
 # --runtime=VERSION; --setup=COMMAND runs on every host first ('sudo mount 10.0.0.2:/share /shared'). /shared is a file
-# system that all hosts mount (Filestore, NFS, gcsfuse). Prints what it runs. Called again, it takes up what is there.
+# system that all hosts mount (Filestore, NFS, gcsfuse). Prints what it runs. Run again, it continues with the existing resource.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh

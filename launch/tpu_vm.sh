@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Trains on one TPU VM: makes it or uses the one there is, ships the committed checkout, starts training, follows its log.
+# Trains on one TPU VM: creates it or uses the existing one, copies the committed checkout, starts training, follows its log.
 # Usage: bash launch/tpu_vm.sh [OPTIONS] NAME ZONE TYPE --config=experiments/llada_1b.py --workdir=/shared/run [flags of llada train]
 # TYPE is gcloud's: v6e-8, v5litepod-8, v5p-8 ... OPTIONS: --dry_run prints and calls nothing; --spot; --runtime=VERSION;
-# --setup=COMMAND runs on every host first ('sudo mount 10.0.0.2:/share /shared'). Prints what it runs. Ssh may be lost and
-# this script called again: training goes on. A preempted VM is deleted and made anew, so --spot wants a workdir elsewhere.
+# --setup=COMMAND runs on every host first ('sudo mount 10.0.0.2:/share /shared'). Prints what it runs. Training
+# survives the loss of ssh; run this again to follow it. A preempted VM is deleted and created again: with --spot keep the
+# workdir elsewhere.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh

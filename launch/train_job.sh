@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# llada train on this machine, in the environment it makes.
+# Runs llada train on this machine, in an environment that it creates.
 # Usage: bash launch/train_job.sh --config=... --workdir=... [flags of llada train]
 set -euo pipefail
 source "$(dirname "$0")/common.sh"

@@ -72,19 +72,25 @@ def test_what_another_process_is_writing_stays(tmp_path):
 
 
 def test_a_directory_that_appears_meanwhile_stays(tmp_path):
-    with pytest.raises(UserError, match="exists already"), files.new_directory(tmp_path / "out", "--out") as directory:
-        (directory / "a").write_text("ours")
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out/theirs").write_text("x")
+    def make() -> None:
+        with files.new_directory(tmp_path / "out", "--out") as directory:
+            (directory / "a").write_text("ours")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out/theirs").write_text("x")
+
+    with pytest.raises(UserError, match="exists already"):
+        make()
     assert os.listdir(tmp_path / "out") == ["theirs"]
 
 
 def test_a_second_maker_of_a_directory_is_told_who_the_first_is(tmp_path):
     with files.new_directory(tmp_path / "out", "--out") as directory:
         (directory / "a").write_text("first")
-        with pytest.raises(files.Locked, match=rf"--out=.* is in use by process {os.getpid()} on "):  # noqa: SIM117
-            with files.new_directory(tmp_path / "out", "--out"):
-                raise AssertionError
+        with (
+            pytest.raises(files.Locked, match=rf"--out=.* is in use by process {os.getpid()} on "),
+            files.new_directory(tmp_path / "out", "--out"),
+        ):
+            raise AssertionError
     assert (tmp_path / "out/a").read_text() == "first"
     assert os.listdir(tmp_path) == ["out"]
     with pytest.raises(UserError, match="exists already"), files.new_directory(tmp_path / "out", "--out"):

@@ -367,7 +367,7 @@ def test_shellcheck_finds_nothing():
     ],
 )
 def test_missing_arguments_get_one_line_and_status_2(programs, script, arguments):
-    environment = {key: "" for key in ("SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID")}
+    environment = {"SLURM_ARRAY_TASK_ID": "", "SLURM_JOB_ID": ""}
     done = run(script, *arguments, path=programs, **environment)
     assert not (programs / "calls").exists()
     assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -164,7 +164,7 @@ def test_a_notebook_whose_jax_computes_otherwise_is_told(monkeypatch):
     before = jax.config.jax_random_seed_offset
     try:
         jax.config.update("jax_random_seed_offset", 3)
-        with pytest.raises(UserError, match="jax_random_seed_offset=3.*jax.config.update"):
+        with pytest.raises(UserError, match=r"jax_random_seed_offset=3.*jax\.config\.update"):
             llada.load("nowhere")
     finally:
         jax.config.update("jax_random_seed_offset", before)
