@@ -8,6 +8,7 @@ import in_process
 import pytest
 
 from llada.errors import UserError
+from llada.objectives.families import FAMILIES
 from llada.scaling import comparison
 
 EVALUATION = {"kind": "bound", "nats_per_token": 1.5, "stderr": 0.25, "bits_per_byte": 0.75, "rows": 7, "draws": 3,
@@ -38,9 +39,8 @@ def copies(trained, tmp_path):
 
 
 def read(places):
-    pairs = (("LLaDA", "llada", "diffusion"), ("ARM", "arm", "autoregressive"))
-    runs = [comparison.read_run(name, places[key], family, f"--{key}") for name, key, family in pairs]
-    runs, remarks = comparison.settle(runs)
+    runs = [comparison.read_run(family, places[family.prefix]) for family in FAMILIES.values()]
+    runs, remarks = comparison.choose_figures(runs)
     comparison.check_twins(runs)
     return runs, remarks
 
@@ -106,7 +106,7 @@ def test_swapped_families_and_unfit_places_are_refused_before_any_work(trained, 
     (tmp_path / "taken" / "report.md").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     cases = [
-        ((*swapped, "--out=o"), "--llada is for a LLaDA and --arm for an ARM"),
+        ((*swapped, "--out=o"), "--llada is for LLaDA, --arm is for ARM"),
         ((*runs.values(), "--out=file"), "--out=file is no directory"),
         ((*runs.values(), "--out=taken"), "--out=taken/report.md is a directory"),
         ((*runs.values(), "--out=file/o"), "is no directory"),

@@ -7,11 +7,16 @@ figures of other held-out rows. Where both runs have an evaluation of the same r
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llada import paths
 from llada.commands import opening
-from llada.commands.command_flags import CommandFlags
-from llada.errors import UserError
+from llada.commands.command_flags import CommandFlags, required
+from llada.config import MeshConfig
+
+if TYPE_CHECKING:  # at run time these would import JAX, before the flags are parsed
+    from llada.inference.generation import Request
+    from llada.scaling.comparison import RunRecord, Sampled
 
 FLAGS = CommandFlags(opening.FLAGS)
 LLADA = FLAGS.define_string("llada", None, "workdir of the finished LLaDA run")
@@ -30,32 +35,74 @@ TEMPERATURE = FLAGS.define_float("temperature", 0.7, "of the samples; 0 is greed
 def run(overrides: dict[str, str]) -> int:
     """Write the report and print its table."""
     mesh = opening.mesh(overrides)
-    out, places = _paths()
-    from rich.console import Console
-    from rich.table import Table
-
+    llada_dir, arm_dir, out = _paths()
     from llada.files import write_atomically
     from llada.inference import generation
-    from llada.inference.generation import Request
+    from llada.objectives.families import AUTOREGRESSIVE, DIFFUSION
     from llada.scaling import comparison, figure
 
     figure.require_matplotlib()
-    runs = [
-        comparison.read_run("LLaDA", places[0], "diffusion", "--llada"),
-        comparison.read_run("ARM", places[1], "autoregressive", "--arm"),
-    ]
-    runs, remarks = comparison.settle(runs)
+    runs = [comparison.read_run(DIFFUSION, llada_dir), comparison.read_run(AUTOREGRESSIVE, arm_dir)]
+    runs, remarks = comparison.choose_figures(runs)
     comparison.check_twins(runs)
-    requests = _requests(Request)
-    for name, _, request in requests:
-        generation.check(next(run.config for run in runs if run.name == name), request)
+    requests = _requests(*runs)
+    for run, _, request in requests:
+        generation.check(run.config, request)
 
-    samples = _samples(runs, requests, mesh)
+    samples = _samples(requests, mesh)
     write_atomically(out / "curves.png", comparison.draw_curves(runs))
     text = comparison.report(runs, samples, out, remarks)
     write_atomically(out / "report.md", text.encode("utf-8", "backslashreplace"))
+    _print(comparison.table(runs), remarks, samples, out)
+    return 0
 
-    header, *rows = comparison.table(runs)
+
+def _paths() -> tuple[Path, Path, Path]:
+    """The two runs, and where the report goes. UserError for what the command line and the disk show to be wrong."""
+    advice = "see llada compare --help"
+    llada_dir, arm_dir = (paths.user_path(required(flag, advice), f"--{flag.name}") for flag in (LLADA, ARM))
+    out = paths.writable_directory(required(OUT, advice), "--out")
+    for name in ("curves.png", "report.md"):
+        paths.writable_target(out / name, "--out")
+    return llada_dir, arm_dir, out
+
+
+def _requests(llada: "RunRecord", arm: "RunRecord") -> list[tuple["RunRecord", str, "Request"]]:
+    """Which run writes what: the run, a title and the request."""
+    from llada.inference.generation import Request
+
+    continued = Request(prompt=PROMPT.value, gen_length=GEN_LENGTH.value, temperature=TEMPERATURE.value)
+    return [
+        (llada, f"{llada.name}, low-confidence remasking", continued._replace(remasking="low_confidence")),
+        (llada, f"{llada.name}, random remasking", continued._replace(remasking="random")),
+        (arm, arm.name, continued),
+        (llada, f"{llada.name}, infilling", Request(infill=INFILL.value, temperature=0.0)),
+    ]
+
+
+def _samples(requests: list[tuple["RunRecord", str, "Request"]], mesh: MeshConfig) -> list["Sampled"]:
+    """What the models write, of the steps that their figures are of."""
+    import jax
+
+    from llada.inference.generation import generate
+    from llada.scaling.comparison import Sampled
+
+    opened = {run.name: opening.open_run(run.workdir, run.summary["step"], mesh) for run, *_ in requests}
+    samples = []
+    for run, title, request in requests:
+        model = opened[run.name]
+        with jax.set_mesh(model.mesh):
+            text = generate(model.config, model.params, model.tokenizer, [request])[0].text
+        prompt = request.prompt if request.infill is None else request.infill
+        samples.append(Sampled(f"{title}, temperature {request.temperature:g}", (prompt or "").rstrip("\n"), text))
+    return samples
+
+
+def _print(table: list[list[str]], remarks: list[str], samples: list["Sampled"], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    header, *rows = table
     printed = Table(*header)
     for row in rows:
         printed.add_row(*row)
@@ -67,45 +114,3 @@ def run(overrides: dict[str, str]) -> int:
         console.print(sample.title, style="bold")
         console.print(sample.text)
     console.print(f"report: {out / 'report.md'}   curves: {out / 'curves.png'}", soft_wrap=True)
-    return 0
-
-
-def _paths() -> tuple[Path, list[Path]]:
-    """Where the report goes, and the two runs. UserError for what can be told from the command line and the disk."""
-    for name in ("llada", "arm", "out"):
-        if FLAGS[name].value is None:
-            raise UserError(f"--{name} is missing; see llada compare --help")
-    places = [paths.user_path(FLAGS[name].value, f"--{name}") for name in ("llada", "arm")]
-    out = paths.writable_directory(OUT.value, "--out")
-    for name in ("curves.png", "report.md"):
-        paths.writable_target(out / name, "--out")
-    return out, places
-
-
-def _requests(request) -> list[tuple]:
-    """Which run writes what: its name, a title and the request."""
-    going_on = request(prompt=PROMPT.value, gen_length=GEN_LENGTH.value, temperature=TEMPERATURE.value)
-    return [
-        ("LLaDA", "LLaDA, low-confidence remasking", going_on._replace(remasking="low_confidence")),
-        ("LLaDA", "LLaDA, random remasking", going_on._replace(remasking="random")),
-        ("ARM", "ARM", going_on),
-        ("LLaDA", "LLaDA, infilling", request(infill=INFILL.value, temperature=0.0)),
-    ]
-
-
-def _samples(runs, requests, mesh) -> list:
-    """What the two models write, of the steps that their figures are of."""
-    import jax
-
-    from llada.inference.generation import generate
-    from llada.scaling.comparison import Sampled
-
-    opened = {run.name: opening.open_run(run.workdir, run.summary["step"], mesh) for run in runs}
-    samples = []
-    for name, title, request in requests:
-        model = opened[name]
-        with jax.set_mesh(model.mesh):
-            text = generate(model.config, model.params, model.tokenizer, [request])[0].text
-        given = (request.prompt if request.infill is None else request.infill).rstrip("\n")
-        samples.append(Sampled(f"{title}, temperature {request.temperature:g}", given, text))
-    return samples

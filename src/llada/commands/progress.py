@@ -1,4 +1,4 @@
-"""How far something long is, on standard error: drawn where someone is looking, else a plain line now and then."""
+"""How far something long is, on standard error: drawn on a terminal, else a plain line now and then."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ def _is_drawn() -> bool:
 
 @contextlib.contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a function of (done, total) that shows how far it is; None on all processes but the first."""
+    """Yield a function of (done, total) that shows how far it is; of several processes, all but the first get None."""
     if not processes.is_first():
         yield None
         return
@@ -34,19 +34,19 @@ def bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 def _lines(title: str) -> Callable[[int, int], None]:
-    told = time.monotonic()
+    last = time.monotonic()
 
-    def say(done: int, total: int) -> None:
-        nonlocal told
-        if (now := time.monotonic()) - told >= _QUIET_SECONDS:
-            told = now
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= _QUIET_SECONDS:
+            last = now
             print(f"{title}: {done / max(total, 1):.0%}", file=sys.stderr, flush=True)
 
-    return say
+    return show
 
 
 class Line(NamedTuple):
-    """`now` shows what is going on, where someone is looking; `done` writes a line that stays, also into a log."""
+    """`now` shows what is going on, on a terminal only; `done` writes a line that stays, also into a log."""
 
     now: Callable[[str], None]
     done: Callable[[str], None]

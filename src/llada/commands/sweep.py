@@ -11,11 +11,16 @@ failed ones with --retry_failed, or at a lower learning rate with --retry_rate=0
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llada import paths
 from llada.commands import experiment
-from llada.commands.command_flags import CommandFlags
-from llada.errors import Diverged, UserError
+from llada.commands.command_flags import CommandFlags, required
+from llada.errors import Diverged, Interrupted, UserError
+
+if TYPE_CHECKING:  # at run time these would import JAX, before the flags are parsed
+    from llada.scaling.grid import PlannedRun
+    from llada.scaling.results import Result
 
 FLAGS = CommandFlags(experiment.FLAGS)
 WORKDIR = FLAGS.define_string("workdir", None, "directory of the sweep; made if missing, continued if it holds one")
@@ -23,7 +28,7 @@ ONLY = FLAGS.define_string("only", None, "I/N: train only the I-th of N shares o
 DRY_RUN = FLAGS.define_bool("dry_run", False, "print the planning table and stop; nothing is written")
 RETRY_FAILED = FLAGS.define_bool("retry_failed", False, "train failed runs again, from their last good checkpoint")
 RETRY_RATE = FLAGS.define_float(
-    "retry_rate", None, "train failed runs anew, with their peak learning rate times this, such as 0.5"
+    "retry_rate", None, "train failed runs from the start, with their peak learning rate times this, such as 0.5"
 )
 RESULTS = FLAGS.define_multi_string("results", [], "results.csv of another sweep, to fit together with this one's")
 PREDICT = FLAGS.define_float(
@@ -42,60 +47,74 @@ def run(overrides: dict[str, str]) -> int:
     if not (experiment.CONFIG.value or (directory / "sweep.json").exists()) and others:
         return _fit_only(directory, others, overrides)
 
-    from rich.console import Console
-
-    from llada.scaling import grid, rates, status
+    from llada.scaling import grid, status
     from llada.scaling import sweep as sweep_lib
-    from llada.training import loop
 
-    sweep = sweep_lib.make(directory, *_read(directory, overrides), overrides, bool(experiment.CONFIG.value))
+    base, group = _read(directory, overrides)
+    sweep = sweep_lib.make(directory, base, group, typed=overrides, in_file=bool(experiment.CONFIG.value))
     mine = grid.share(sweep.runs, ONLY.value)
     before = sweep_lib.collect(sweep)
     results_lib.check_comparable([*before, *others])
-    dtype = sweep.runs[0].config.model.dtype
-    rate = rates.on_device(MACHINE.value, CHIPS.value) if MACHINE.value else rates.measured(before) or rates.here(dtype)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, soft_wrap=True, markup=False, width=status.WIDE)
     if not DRY_RUN.value:
         sweep_lib.require_documents(sweep)
-    retries = RETRY_FAILED.value or RETRY_RATE.value is not None
     remarks = sweep_lib.remarks(sweep)
-    console.print(status.plan_table(mine, before, rate, console.width))
-    for text in (*remarks, status.plan_summary(mine, before, rate, retries)):
-        console.print(text)
+    _print_plan(mine, before, remarks, sweep.runs[0].config.model.dtype)
     if DRY_RUN.value:
         return 0
     sweep_lib.prepare(sweep, lambda text: print(text, file=sys.stderr))
     results_lib.check_comparable([*sweep_lib.collect(sweep), *others])  # before hours are spent
-    for text in (found := sweep_lib.remarks(sweep)):
-        if text not in remarks:
-            console.print(text)
-    remarks = found
+    printed, remarks = remarks, sweep_lib.remarks(sweep)
+    for text in remarks:
+        if text not in printed:
+            print(text)
     if RETRY_RATE.value is not None:
         sweep = sweep_lib.retry_at(sweep, mine, RETRY_RATE.value)
         mine = grid.share(sweep.runs, ONLY.value)
     try:
         with status.Board(sweep.runs, lambda: sweep_lib.collect(sweep)) as board:
             sweep_lib.run_all(sweep, mine, board.progress, board.ended, RETRY_FAILED.value)
-    except loop.Interrupted as stop:
+    except Interrupted as stop:
         print(f"llada sweep: {stop}", file=sys.stderr)
-        return 128 + stop.signal_number
+        return stop.status
     rows = sweep_lib.collect(sweep)
     _report(directory, [*rows, *others], sweep.config.annealing_gain, remarks)
-    failed = {row.run: row.reason or "" for row in rows if row.status == results_lib.FAILED}
+    return _print_failed(rows)
+
+
+def _print_failed(rows: list["Result"]) -> int:
+    """Which runs failed, and why; the exit status."""
+    from llada.scaling.results import DIVERGED, FAILED
+
+    failed = {row.run: row.reason or "" for row in rows if row.status == FAILED}
     for name, reason in sorted(failed.items()):
         print(f"llada sweep: {name} failed: {reason}", file=sys.stderr)
-    if failed and all(reason.startswith(results_lib.DIVERGED) for reason in failed.values()):
+    if failed and all(reason.startswith(DIVERGED) for reason in failed.values()):
         return Diverged.status
     return 1 if failed else 0
 
 
+def _print_plan(runs: list["PlannedRun"], results: list["Result"], remarks: list[str], dtype: str) -> None:
+    from rich.console import Console
+
+    from llada.scaling import status
+
+    if MACHINE.value:
+        rate = status.on_device(MACHINE.value, CHIPS.value)
+    else:
+        rate = status.measured(results) or status.this_machine(dtype)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, markup=False, width=status.WIDE)
+    retries = RETRY_FAILED.value or RETRY_RATE.value is not None
+    console.print(status.plan_table(runs, results, rate, console.width))
+    for text in (*remarks, status.plan_summary(runs, results, rate, retries)):
+        console.print(text)
+
+
 def _check_flags() -> Path:
-    """The sweep's directory. UserError for what can be told from the command line, the disk and what is installed."""
-    if not WORKDIR.value:
-        raise UserError("--workdir is missing; for example --workdir=runs/sweep")
-    directory = paths.writable_directory(WORKDIR.value, "--workdir", read_only=DRY_RUN.value)
+    """The sweep's directory. UserError for what command line, disk and installation show to be wrong."""
+    given = required(WORKDIR, "for example --workdir=runs/sweep")
+    directory = paths.writable_directory(given, "--workdir", read_only=DRY_RUN.value)
     from llada.scaling.sweep_config import MOST
 
     if PREDICT.value is not None and not 0 < PREDICT.value <= MOST:
@@ -103,7 +122,7 @@ def _check_flags() -> Path:
     if RETRY_RATE.value is not None and not 0 < RETRY_RATE.value < 1:
         raise UserError(f"--retry_rate={RETRY_RATE.value} must be between 0 and 1, such as 0.5: what to multiply it by")
     if RETRY_RATE.value is not None and RETRY_FAILED.value:
-        raise UserError("--retry_failed goes on at the rate of before, --retry_rate begins anew at another; give one")
+        raise UserError("--retry_failed goes on at the rate of before, --retry_rate starts over at another; give one")
     if not DRY_RUN.value:
         from llada.scaling import figure
 
@@ -111,7 +130,7 @@ def _check_flags() -> Path:
     return directory
 
 
-def _read(directory: Path, overrides: dict[str, str]):
+def _read(directory: Path, overrides: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The grid of --config, or else the directory's own."""
     if experiment.CONFIG.value:
         return experiment.read_sweep(experiment.CONFIG.value, overrides)
@@ -120,7 +139,7 @@ def _read(directory: Path, overrides: dict[str, str]):
     return experiment.override_sweep(*sweep_lib.read(directory), overrides)
 
 
-def _fit_only(directory: Path, rows, overrides: dict[str, str]) -> int:
+def _fit_only(directory: Path, rows: list["Result"], overrides: dict[str, str]) -> int:
     """Readings of other sweeps alone."""
     given = [f"--{flag.name}" for flag in (ONLY, RETRY_FAILED, RETRY_RATE, MACHINE) if flag.value]
     given += [f"--config.{key}" for key in overrides if key != "sweep.annealing_gain"]
@@ -142,7 +161,7 @@ def _fit_only(directory: Path, rows, overrides: dict[str, str]) -> int:
     return 0
 
 
-def _report(directory: Path, rows, annealing_gain: float, remarks: list[str]) -> None:
+def _report(directory: Path, rows: list["Result"], annealing_gain: float, remarks: list[str]) -> None:
     from llada.scaling import sweep_report
     from llada.scaling.results import each_once
 

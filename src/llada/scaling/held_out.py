@@ -6,7 +6,7 @@ Figures compare where they were measured on the same rows; runs, where they shar
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from llada import json_files
 from llada.config import Config
@@ -100,6 +100,6 @@ def abbreviated(value: Any) -> str:
     return f"{text[:12]}..." if len(text) > 16 else text
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether JSON had a number here."""
     return isinstance(value, int | float) and not isinstance(value, bool)

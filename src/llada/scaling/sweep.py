@@ -2,8 +2,8 @@
 
 sweep.json  tokenizer.model  data/  runs/NAME/ (ordinary workdirs)  failed/  results.csv  fits.json  *.png  report.md
 
-Jobs share a directory without talking: each has its share of the runs (`grid.share`), a run's lock keeps two processes
-off it, and whatever the state of the others is, the disk tells it.
+Jobs share a directory and do not communicate: each has its share of the runs (`grid.share`), a run's lock keeps a
+second process off it, and the state of all runs is read from the disk.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.data import tokenizer_files
 from llada.data.rows import Metadata, open_corpus
-from llada.errors import Diverged, UserError, disk_error
+from llada.errors import Diverged, Interrupted, UserError, disk_error
 from llada.files import Locked, lock, queue_for_lock, write_atomically
 from llada.objectives.families import FAMILIES
 from llada.scaling.grid import FLOPS_PER_TOKEN, PlannedRun, check_epochs, check_used, left_out, plan
@@ -86,18 +86,19 @@ def _as_on_disk(sweep: Sweep, run: PlannedRun) -> PlannedRun:
     """
     suffix = f"_s{run.seed}"
     plain = run.name.removesuffix(suffix)
-    held = {name: _held(sweep.directory / "runs" / name) for name in (plain, plain + suffix)}
-    if (other := held[plain + suffix]) is not None and other.seed == run.seed:
+    of_seed, of_plain = (_config_on_disk(sweep.directory / "runs" / name) for name in (plain + suffix, plain))
+    if of_seed is not None and of_seed.seed == run.seed:
         run = run._replace(name=plain + suffix)
-    elif held[plain] is not None:
-        run = run._replace(name=plain if held[plain].seed == run.seed else plain + suffix)
+    elif of_plain is not None:
+        run = run._replace(name=plain if of_plain.seed == run.seed else plain + suffix)
     workdir = sweep.workdir(run)
     run = _retried(run, workdir / "retry.json")
-    if (old := held.get(run.name)) is not None:
+    if (old := of_plain if run.name == plain else of_seed) is not None:
         changed = config_lib.differences(old, run.config)
-        # Settled in a sweep: what is finished is not read again, and all are to be read alike.
-        read = [(n, getattr(old.evaluate, n), getattr(run.config.evaluate, n)) for n in ("draws", "batches")]
-        changed += [f"evaluate.{name}: {before} -> {now}" for name, before, now in read if before != now]
+        # Fixed within a sweep: finished runs are not evaluated again, and all are to be evaluated alike.
+        for name in ("draws", "batches"):
+            before, now = getattr(old.evaluate, name), getattr(run.config.evaluate, name)
+            changed += [f"evaluate.{name}: {before} -> {now}"] * (before != now)
         if changed:
             rate = any("peak_learning_rate" in change for change in changed)
             raise UserError(
@@ -108,7 +109,7 @@ def _as_on_disk(sweep: Sweep, run: PlannedRun) -> PlannedRun:
     return run
 
 
-def _held(workdir: Path) -> Config | None:
+def _config_on_disk(workdir: Path) -> Config | None:
     path = workdir / "config.json"
     return config_lib.load(path) if path.exists() else None
 
@@ -117,13 +118,13 @@ def _retried(run: PlannedRun, path: Path) -> PlannedRun:
     """The run at the rate that retry.json gives in place of the grid's, where there is one for that."""
     if not path.exists():
         return run
-    found, planned = json_files.read(path), run.config.optimizer.peak_learning_rate
-    rates = [found.get(key) for key in ("planned_peak_learning_rate", "peak_learning_rate")]
+    note, planned = json_files.read(path), run.config.optimizer.peak_learning_rate
+    rates = [note.get(key) for key in ("planned_peak_learning_rate", "peak_learning_rate")]
     if not all(type(rate) is float and 0 < rate < math.inf for rate in rates):
         raise UserError(f"{path} holds no rates; remove {path.parent} to train the run at the grid's")
     if not math.isclose(rates[0], planned, rel_tol=1e-9):
         return run  # the grid has another rate by now, and says so against config.json
-    return _at_rate(run, rates[1], f"peak rate {rates[1]:.3g} and not {planned:.3g}: {found.get('reason')}")
+    return _at_rate(run, rates[1], f"peak rate {rates[1]:.3g} and not {planned:.3g}: {note.get('reason')}")
 
 
 def _at_rate(run: PlannedRun, rate: float, why: str) -> PlannedRun:
@@ -133,21 +134,21 @@ def _at_rate(run: PlannedRun, rate: float, why: str) -> PlannedRun:
 
 
 def retry_at(sweep: Sweep, mine: Sequence[PlannedRun], factor: float) -> Sweep:
-    """The sweep with the failed runs of `mine` to be trained anew, at `factor` times the rate that they failed at.
+    """The sweep with the failed runs of `mine` to be trained again, at `factor` times the rate that they failed at.
 
     What they left behind goes to failed/NAME-N; retry.json in the new workdir says what is changed, and why.
     """
-    runs = []
+    runs, names = [], {run.name for run in mine}
     for run in sweep.runs:
         workdir = sweep.workdir(run)
         reason = failure(workdir)
-        if reason is not None and run.name in {r.name for r in mine}:
+        if reason is not None and run.name in names:
             failed_at = run.config.optimizer.peak_learning_rate
-            found = json_files.read(workdir / "retry.json") if run.retried else {}
+            before = json_files.read(workdir / "retry.json") if run.retried else {}
             note = {
-                "planned_peak_learning_rate": found.get("planned_peak_learning_rate", failed_at),
+                "planned_peak_learning_rate": before.get("planned_peak_learning_rate", failed_at),
                 "peak_learning_rate": failed_at * factor,
-                "reason": "; ".join(filter(None, (found.get("reason"), f"at {failed_at:.3g} it {_failed(reason)}"))),
+                "reason": "; ".join(filter(None, (before.get("reason"), f"at {failed_at:.3g} it {_failed(reason)}"))),
             }
             with lock(workdir / "lock", f"--workdir={workdir}", remove=True):
                 old = _free_name(sweep.directory / "failed", run.name)
@@ -171,10 +172,10 @@ def _free_name(folder: Path, name: str) -> Path:
 
 def remarks(sweep: Sweep) -> list[str]:
     """Sentences about what a reader of the table would otherwise miss: sizes left out, runs of an earlier grid."""
-    said = [f"left out: {text}" for text in left_out(sweep.base, sweep.config, sweep.runs)]
+    texts = [f"left out: {text}" for text in left_out(sweep.base, sweep.config, sweep.runs)]
     metadata = corpus_metadata(sweep)
     if metadata and metadata.holdout_rows < sweep.config.evaluation_rows:
-        said.append(
+        texts.append(
             f"the hold-out side has {metadata.holdout_rows} rows, fewer than sweep.evaluation_rows="
             f"{sweep.config.evaluation_rows}: readings are of all of them"
         )
@@ -182,8 +183,10 @@ def remarks(sweep: Sweep) -> list[str]:
     others = sorted(p.parent.name for p in sweep.directory.glob("runs/*/config.json") if p.parent.name not in planned)
     if others:
         named = ", ".join(others[:8]) + (", ..." if others[8:] else "")
-        said.append(f"left out: {len(others)} runs in {sweep.directory / 'runs'} that this grid does not plan: {named}")
-    return said
+        texts.append(
+            f"left out: {len(others)} runs in {sweep.directory / 'runs'} that this grid does not plan: {named}"
+        )
+    return texts
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -193,28 +196,28 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"--workdir={directory} holds no sweep; give --config=experiments/isoflop.py:quick")
     tree = json_files.read(path)
     if not all(isinstance(tree.get(key), dict) for key in ("base", "sweep")):
-        raise UserError(f"{path} holds no sweep; give --config=FILE once more, which writes it anew")
+        raise UserError(f"{path} holds no sweep; give --config=FILE once more, which writes it again")
     return tree["base"], tree["sweep"]
 
 
 def require_documents(sweep: Sweep) -> None:
-    """UserError where the rows are still to be made and there is nothing to make them from."""
+    """UserError where the rows are still to be written and there are no documents for them."""
     if corpus_metadata(sweep) is None:
         from llada.data import holdout  # not needed where there are rows
 
         holdout.require_documents(sweep.runs[0].config.data)
 
 
-def prepare(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> None:
+def prepare(sweep: Sweep, log: Callable[[str], None] = lambda text: None) -> None:
     """Train the tokenizer and write the rows, once for all runs; refuse a corpus too small for the grid.
 
-    `say` is told how far it is.
+    `log` gets a line for each piece of work.
     """
     mesh = mesh_lib.make(sweep.runs[0].config.mesh)
     for run in sweep.runs:
         mesh_lib.check(run.config, mesh)
     tree = {"sweep": sweep.config.__dict__, "base": sweep.base}
-    path, made = sweep.directory / "sweep.json", not sweep.directory.exists()
+    path, is_new = sweep.directory / "sweep.json", not sweep.directory.exists()
     before = json_files.read_bytes(path) if path.exists() else None
     try:
         sweep.directory.mkdir(parents=True, exist_ok=True)
@@ -224,14 +227,14 @@ def prepare(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Non
             # One tokenizer for all families: with a mask token where one of them needs it.
             config = max(sweep.runs, key=lambda run: FAMILIES[run.objective].masks).config
             data = _replaced(config, tokenizer=sweep.base["data"]["tokenizer"] and config.data.tokenizer)
-            tokenizer = tokenizer_for(sweep.directory, data, say)
-            corpus = corpus_for(sweep.directory, config, tokenizer, log=say)
+            tokenizer = tokenizer_for(sweep.directory, data, log)
+            corpus = corpus_for(sweep.directory, config, tokenizer, log=log)
         check_epochs(sweep.runs, sweep.config, corpus.metadata.train_tokens)
     except UserError:
         if before is not None:
             write_atomically(path, before)
-        # A first mistake leaves nothing behind, save what took work and the grid that it was done for.
-        if made and tokenizer_files.in_workdir(sweep.directory) is None and corpus_metadata(sweep) is None:
+        # A first mistake leaves nothing behind, except what took work and the grid that it was done for.
+        if is_new and tokenizer_files.in_workdir(sweep.directory) is None and corpus_metadata(sweep) is None:
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 (sweep.directory / "data").rmdir()
@@ -247,7 +250,7 @@ def prepare(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Non
 
 
 def _clear(sweep: Sweep) -> None:
-    """Take away the rows and the tokenizer that an earlier grid's other values have made here, before any run."""
+    """Remove the rows and the tokenizer of an earlier grid's other values, where no run has begun with them."""
     if not _is_stale(sweep):
         return
     for name in ("metadata.json", "train.npy", "holdout.npy"):
@@ -257,15 +260,15 @@ def _clear(sweep: Sweep) -> None:
 
 
 def _is_stale(sweep: Sweep) -> bool:
-    """Whether what lies here was made by other values, and no run has begun that is settled on them."""
+    """Whether rows and tokenizer are those of other values, and no run has begun with them."""
     if not (sweep.directory / "sweep.json").exists() or any(sweep.directory.glob("runs/*/config.json")):
         return False
 
-    def made_by(base: dict[str, Any]) -> tuple:
-        found = config_lib.to_dict(knobs.build(Config, base, "config"))
-        return found["model"]["vocab_size"], {**found["data"], "unique_tokens": None}
+    def values(base: dict[str, Any]) -> tuple:
+        tree = config_lib.to_dict(knobs.build(Config, base, "config"))
+        return tree["model"]["vocab_size"], {**tree["data"], "unique_tokens": None}
 
-    return made_by(read(sweep.directory)[0]) != made_by(sweep.base)
+    return values(read(sweep.directory)[0]) != values(sweep.base)
 
 
 def _replaced(config: Config, **data) -> Config:
@@ -277,8 +280,8 @@ def _replaced(config: Config, **data) -> Config:
 def corpus_metadata(sweep: Sweep) -> Metadata | None:
     """Of the shared rows; None before they are prepared."""
     directory = sweep.directory / "data"
-    there = (directory / "metadata.json").exists() and not _is_stale(sweep)
-    return open_corpus(directory).metadata if there else None
+    exist = (directory / "metadata.json").exists() and not _is_stale(sweep)
+    return open_corpus(directory).metadata if exist else None
 
 
 def state(workdir: Path, steps: int) -> str:
@@ -311,7 +314,7 @@ def run_all(
         workdir = sweep.workdir(run)
         if retry_failed and (reason := failure(workdir)) is not None:
             if reason.startswith(DIVERGED):
-                ended(run, "begun again at the rate at which it diverged; --retry_rate=0.5 begins anew at half of it")
+                ended(run, "begun again at the rate at which it diverged; --retry_rate=0.5 starts over at half of it")
             (workdir / "failed.json").unlink(missing_ok=True)
         if state(workdir, run.config.steps) in (FINISHED, FAILED):
             continue
@@ -322,15 +325,15 @@ def run_all(
             continue
         except Diverged as error:
             write_failure(workdir, error)
-        except (loop.Interrupted, UserError, KeyboardInterrupt):
+        except (Interrupted, UserError, KeyboardInterrupt):
             raise
-        except Exception as error:  # memory, a fault of ours: the other runs can still be had
+        except Exception as error:  # out of memory, a bug: the other runs can still be trained
             if full := disk_error(error, f"training {run.name}"):
                 raise full from error
             write_atomically(workdir / "failed.txt", traceback.format_exc().encode("utf-8", "backslashreplace"))
             write_failure(workdir, error)
         ended(run, state(workdir, run.config.steps))
-        jax.clear_caches()  # no two runs share a program; kept, they fill the memory
+        jax.clear_caches()  # no two runs share a program; the compiled ones would fill the memory
 
 
 # What a reading takes from its line of metrics.jsonl.
@@ -381,6 +384,8 @@ def _rows(sweep: Sweep, run: PlannedRun, metadata: Metadata | None) -> Iterator[
     for reading in run.readings:
         tokens, line = reading.step * config.tokens_per_step, evaluations.get(reading.step, {})
         ended = summary if reading.step == config.steps else {}
+        figures: dict[str, Any] = {key: line.get(f"eval/{key}") for key in _EVALUATED}
+        figures |= {key: ended.get(key) for key in ("seconds", "rows_digest")}
         yield Result(
             **of_run,
             budget=reading.budget,
@@ -390,6 +395,5 @@ def _rows(sweep: Sweep, run: PlannedRun, metadata: Metadata | None) -> Iterator[
             flops_6nd=tokens * FLOPS_PER_TOKEN["6nd"](config),
             flops_exact=tokens * FLOPS_PER_TOKEN["exact"](config),
             status=FINISHED if line and status == RUNNING else status,
-            **{key: line.get(f"eval/{key}") for key in _EVALUATED},
-            **{key: ended.get(key) for key in ("seconds", "rows_digest")},
+            **figures,
         )
