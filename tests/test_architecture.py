@@ -88,6 +88,25 @@ def test_partition_specs_and_libraries_stay_in_their_rooms():
         assert users == allowed, f"{word} is used in {users}"
 
 
+def test_only_files_about_a_platform_ask_for_it():
+    """`mesh.platform()` is called where kernels and layouts are chosen, and nowhere between mathematics."""
+    call = re.compile(r"(?<!\bplatform\.)\bplatform\(\)")
+    users = {name for name in modules_by_name if call.search((SOURCE / f"{name}.py").read_text())}
+    homes = {"model/attention_kernels", "model/projections", "fsdp", "objectives/vocabulary_head"}
+    assert users == homes | {"mesh"}, users
+
+
+def test_training_does_not_import_decoding():
+    """Nothing that `llada train` reaches imports the layouts and caches of inference."""
+    reached, todo = set(), ["commands/train", "training/loop", "training/step"]
+    while todo:
+        name = todo.pop()
+        if name not in reached:
+            reached.add(name)
+            todo += imports(modules_by_name[name])
+    assert "model/transformer" in reached and "model/cached" not in reached
+
+
 def code_of(name: str) -> str:
     """Import statements of a module, wherever they stand: where a library enters."""
     imports_ = (node for node in ast.walk(modules_by_name[name]) if isinstance(node, ast.Import | ast.ImportFrom))
@@ -138,9 +157,11 @@ def test_the_equation_map_of_the_readme_is_true():
 
 
 def test_the_tree_of_the_house_is_true():
-    """docs/house.md: one line a file, none missing, none made up."""
-    house = (ROOT / "docs" / "house.md").read_text()
-    listed = set(re.findall(r"^    +([\w/]+\.py) ", house, re.M))
+    """docs/house.md: one line a file, none missing, none made up, rooms in the order of their imports."""
+    files = re.findall(r"^    +([\w/]+\.py) ", (ROOT / "docs" / "house.md").read_text(), re.M)
+    rooms = [ROOMS.index(file.removesuffix(".py").split("/")[0]) for file in files]
+    assert rooms == sorted(rooms)
+    listed = set(files)
     there = {f"{name}.py" for name in modules_by_name if not name.endswith("__init__")} - {"__main__.py"}
     assert listed == there, listed ^ there
 
