@@ -44,32 +44,32 @@ def main():
     parser.add_argument("--static", action="store_true", help="compare with loops of a static length")
     parser.add_argument("--batches", action="store_true", help="find the largest batch on a device too")
     rest, overrides = experiment.take_overrides(sys.argv[1:])
-    given = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
+    options = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
     names = {"ours": "diffusion", "all logits": dense_losses.WHOLE, "in chunks": dense_losses.CHUNKED}
-    if given.static:
+    if options.static:
         names = {"ours": "diffusion", "static": dense_losses.STATIC}
-    found = {}
+    steps = {}
     for label, objective in names.items():
-        found[label] = attempt(given, objective, given.sequences)
-        print(line(label, found[label], found["ours"]), flush=True)
-    if given.batches:
+        steps[label] = attempt(options, objective, options.sequences)
+        print(line(label, steps[label], steps["ours"]), flush=True)
+    if options.batches:
         for label in list(names)[:2]:
-            most = largest(given, names[label], found[label])
+            most = largest(options, names[label], steps[label])
             print(f"{label:12} at most {most} sequences at once on a device", flush=True)
 
 
-def attempt(given, objective: str, sequences: int) -> dict | None:
+def attempt(options, objective: str, sequences: int) -> dict | None:
     """Figures of one step of `sequences` on every device; None where they do not fit."""
-    place = topology.describe(given.topology)
+    hardware = topology.describe(options.topology)
     changes = {
-        "mesh.fsdp": str(given.fsdp),
-        "model.remat": given.remat,
-        "train.batch_size": str(sequences * len(place.devices)),
+        "mesh.fsdp": str(options.fsdp),
+        "model.remat": options.remat,
+        "train.batch_size": str(sequences * len(hardware.devices)),
         "train.microbatches": "1",
         "objective.random_length_fraction": "0.0",
     }
-    config = experiment.read(given.config, given.overrides | changes)
-    mesh = mesh_lib.make(config.mesh, place.devices)
+    config = experiment.read(options.config, options.overrides | changes)
+    mesh = mesh_lib.make(config.mesh, hardware.devices)
     # What a diffusion step would need is what all three are credited with.
     program = programs.make(config, mesh, "train", programs.Workload())
     other = dataclasses.replace(config, objective=dataclasses.replace(config.objective, name=objective))
@@ -77,12 +77,13 @@ def attempt(given, objective: str, sequences: int) -> dict | None:
     compiled = programs.lower_and_compile(program._replace(jitted=jitted), mesh)
     if compiled.refusal:
         return None
-    figures = report.figures(config, place, mesh, program, compiled)
+    figures = report.figures(config, hardware, mesh, program, compiled)
     if figures["hbm_bytes"]["peak_share"] > 1:
         return None
-    module = Module(compiled.text, program.trips, False, place.chip.peak_flops / place.chip.devices / place.chip.clock)
-    figures["vocabulary_flops"] = place.chip.devices * vocabulary_flops(module, config.model.vocab_size)
-    figures["own_seconds"] = (module.cycles(module.entry) - kernel_cycles(module)) / place.chip.clock
+    chip = hardware.chip
+    module = Module(compiled.text, program.trips, False, chip.flops_per_cycle)
+    figures["vocabulary_flops"] = chip.devices * vocabulary_flops(module, config.model.vocab_size)
+    figures["own_seconds"] = (module.cycles(module.entry) - kernel_cycles(module)) / chip.clock
     return figures
 
 
@@ -109,22 +110,22 @@ def kernel_cycles(module: Module) -> float:
     )
 
 
-def largest(given, objective: str, found: dict | None) -> int:
-    """Sequences at once on a device; 0 if one does not fit. `found`: figures of `given.sequences` of them.
+def largest(options, objective: str, known: dict | None) -> int:
+    """Sequences at once on a device; 0 if one does not fit. `known`: figures of `options.sequences` of them.
 
     By bisection between what fits and what does not, begun where memory in proportion to the batch would end.
     """
-    fits, too_many = (0, given.sequences) if found is None else (given.sequences, None)
-    one = attempt(given, objective, 1) if given.sequences > 1 else found
+    fits, too_many = (0, options.sequences) if known is None else (options.sequences, None)
+    one = attempt(options, objective, 1) if options.sequences > 1 else known
     trial, stride = None, 1
-    if found and one and given.sequences > 1:
-        peaks = [figures["hbm_bytes"]["peak"] for figures in (one, found)]
-        each = (peaks[1] - peaks[0]) / (given.sequences - 1)
-        trial = 1 + int((found["hbm_bytes"]["capacity"] - peaks[0]) / each)
+    if known and one and options.sequences > 1:
+        peaks = [figures["hbm_bytes"]["peak"] for figures in (one, known)]
+        each = (peaks[1] - peaks[0]) / (options.sequences - 1)
+        trial = 1 + int((known["hbm_bytes"]["capacity"] - peaks[0]) / each)
     while too_many is None or too_many - fits > 1:
         if trial is None or not fits < trial < (too_many or math.inf):
             trial = max(2 * fits, 1) if too_many is None else (fits + too_many) // 2
-        figures = attempt(given, objective, trial)
+        figures = attempt(options, objective, trial)
         print(f"    {trial} sequences {'do not fit' if figures is None else 'fit'}", file=sys.stderr, flush=True)
         if figures is None:
             too_many, trial = trial, trial - stride

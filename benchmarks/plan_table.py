@@ -61,7 +61,7 @@ def main():
             entries[key] = entry(model, name, remat, known.get("microbatches", 1))
             done += 1
             path.write_text(json.dumps(entries, indent=1) + "\n")
-            rows |= {key: row(key, found) for key, found in entries.items()}
+            rows |= {key: row(key, plan) for key, plan in entries.items()}
             page.write_text(table(rows))
 
 
@@ -77,8 +77,8 @@ def least_remat(model: str, name: str) -> str:
 def entry(model: str, name: str, remat: str, microbatches: int) -> dict:
     """The plan with the fewest that fit, from `microbatches` on; the refusal where not one sequence a device does."""
     slices, slice_name = re.fullmatch(r"(?:(\d+)x)?(\w+:[\dx]+)", name).groups()
-    place = topology.describe(slice_name, int(slices or 1))
-    devices, fsdp = len(place.devices), FSDP[slice_name]
+    hardware = topology.describe(slice_name, int(slices or 1))
+    devices, fsdp = len(hardware.devices), FSDP[slice_name]
     while True:
         overrides = {"mesh.fsdp": str(fsdp), "model.remat": remat, "train.microbatches": str(microbatches)}
         config = experiment.read(str(ROOT / "experiments" / f"{model}.py"), {})
@@ -86,18 +86,18 @@ def entry(model: str, name: str, remat: str, microbatches: int) -> dict:
         config = experiment.read(
             str(ROOT / "experiments" / f"{model}.py"), overrides | {"train.batch_size": str(batch)}
         )
-        mesh = mesh_lib.make(config.mesh, place.devices)
+        mesh = mesh_lib.make(config.mesh, hardware.devices)
         program = programs.make(config, mesh, "train", programs.Workload())
         compiled = programs.lower_and_compile(program, mesh)
-        found = None if compiled.refusal else report.figures(config, place, mesh, program, compiled)
-        if found and found["hbm_bytes"]["peak_share"] <= 1:
-            print(key_line(model, name, found), flush=True)
-            return found
-        # Without a refusal what the compiler allots may still be more than there is.
+        figures = None if compiled.refusal else report.figures(config, hardware, mesh, program, compiled)
+        if figures and figures["hbm_bytes"]["peak_share"] <= 1:
+            print(key_line(model, name, figures), flush=True)
+            return figures
+        # Even without a refusal the compiler may allocate more than the capacity.
         share = (
-            found["hbm_bytes"]["peak_share"]
-            if found
-            else (fitting.wanted_bytes(compiled.refusal) * place.chip.devices / place.chip.capacity)
+            figures["hbm_bytes"]["peak_share"]
+            if figures
+            else (fitting.wanted_bytes(compiled.refusal) * hardware.chip.devices / hardware.chip.capacity)
         )
         print(f"{model} {name}, {microbatches} microbatches: {share:.0%} of HBM", flush=True)
         per_device = batch // devices
@@ -115,9 +115,9 @@ def rank(key: str) -> tuple[int, int]:
     return MODELS.find(model), TOPOLOGIES.find(name)
 
 
-def key_line(model: str, name: str, found: dict) -> str:
+def key_line(model: str, name: str, figures: dict) -> str:
     """Progress."""
-    p = found["projection"]
+    p = figures["projection"]
     return f"{model} {name}: {p['seconds']:.2f} s a step, useful MFU {p['useful_mfu']:.1%}"
 
 
@@ -145,24 +145,24 @@ def table(rows: dict[str, str]) -> str:
 
 def read_rows(page: str) -> dict[str, str]:
     """The rows of a page by key (model, slice and remat)."""
-    found = {}
+    rows = {}
     for line in page.splitlines():
         if line.startswith("| `"):
             model, name, _, _, remat = (cell.strip(" `") for cell in line.split("|")[1:6])
-            found[f"{model} {name} {remat}"] = line
-    return found
+            rows[f"{model} {name} {remat}"] = line
+    return rows
 
 
-def row(key: str, found: dict) -> str:
+def row(key: str, plan: dict) -> str:
     """One line of the table."""
     model, name, remat = key.split()
-    if "refusal" in found:
-        return f"| `{model}` | {name} | | | {remat} | {found['refusal']} |" + " |" * 10
-    p, t, m, f = (found[group] for group in ("projection", "traffic", "hbm_bytes", "matrix_flops"))
-    at_once = found["batch_size"] // found["devices"] // found["microbatches"]
+    if "refusal" in plan:
+        return f"| `{model}` | {name} | | | {remat} | {plan['refusal']} |" + " |" * 10
+    p, t, m, f = (plan[group] for group in ("projection", "traffic", "hbm_bytes", "matrix_flops"))
+    at_once = plan["batch_size"] // plan["devices"] // plan["microbatches"]
     return (
-        f"| `{model}` | {name} | {found['chips']} "
-        f"| {found['mesh']['data']} x {found['mesh']['fsdp']} | {remat} | {at_once} "
+        f"| `{model}` | {name} | {plan['chips']} "
+        f"| {plan['mesh']['data']} x {plan['mesh']['fsdp']} | {remat} | {at_once} "
         f"| {m['peak'] / 2**30:.1f} of {m['capacity'] / 2**30:.1f} | {f['executed_over_useful']:.3f} "
         f"| {t['fsdp_over_minimum']:.2f} | {t['parts_asynchronous_share']:.0%} | {p['seconds']:.2f} "
         f"| {p['tokens_per_second_per_chip']:,.0f} | {p['useful_mfu']:.1%} | {p['dense_credit_mfu']:.1%} "

@@ -18,10 +18,8 @@ from llada.interop.schema import SOURCE_CONFIG, TRANSFORMERS_VERSION, schema_of
 
 _CODE = ("configuration_llada.py", "modeling_llada.py")
 # Every name that an export may have, but for those of its weights.
-NAMES = frozenset(
-    ("config.json", "generation_config.json", "README.md", *_CODE)
-    + ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-)
+NAMES = {"config.json", "generation_config.json", "README.md", *_CODE}
+NAMES |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 
 
 def small_files(

@@ -30,8 +30,7 @@ def figures(
 ) -> dict[str, Any]:
     """All figures of a program that was compiled for the slices."""
     chip = hardware.chip
-    per_cycle = chip.peak_flops / chip.devices / chip.clock
-    module = Module(compiled.text, program.trips, config.model.causal, per_cycle)
+    module = Module(compiled.text, program.trips, config.model.causal, chip.flops_per_cycle)
     moved = traffic.Traffic(module, traffic.Links(mesh, hardware))
     projected = projection.project(module, moved, hardware)
     hbm = _memory(hardware, compiled)

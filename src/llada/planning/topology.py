@@ -44,6 +44,11 @@ class Chip(NamedTuple):
         """Dense bf16 FLOP/s of a chip."""
         return accounting.PEAK_FLOPS[self.kind] * self.devices
 
+    @property
+    def flops_per_cycle(self) -> float:
+        """Of a device at its peak."""
+        return self.peak_flops / self.devices / self.clock
+
 
 # HBM and ICI rates: Google's public data sheets, and the lower figure where sources differ.
 CHIPS = {
