@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-# With other values of these the same seed gives other masks, and other figures, than llada's commands have.
+# With other values of these JAX settings the same seed gives other masks, and other results, than llada's commands.
 _JAX = {
     "jax_enable_x64": False,
     "jax_default_prng_impl": "threefry2x32",
@@ -14,9 +14,9 @@ _JAX = {
 def load(workdir, step=None, **options):
     """Open a trained workdir: config, parameters, tokenizer and model functions; see `training/run.py`.
 
-    UserError where JAX has been told to compute otherwise than by default.
+    UserError if JAX's settings differ from the defaults that results depend on.
     """
-    # Imported here so that `import llada.errors`, which every command does first, does not wait for JAX.
+    # Imported here: `import llada.errors`, which every command does first, must not wait for JAX.
     import jax
 
     from llada.errors import UserError

@@ -123,7 +123,7 @@ def lock(path: Path, what: str = "", wait: bool = False, remove: bool = False) -
                 file.close()
                 raise
             sys.stderr.write(f"{path.parent} has no file locks: make sure that no other process uses it\n")
-        # The previous holder may have removed the file after we opened it: then ours is a lock on nothing.
+        # The previous holder may have removed the file after we opened it: then ours is a lock on a deleted file.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                 break

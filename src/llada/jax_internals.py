@@ -1,4 +1,4 @@
-"""What JAX has but does not make public: how processes talk without devices, and which cluster they are part of.
+"""Parts of JAX that are not public: the coordination service's store, and the detection of clusters.
 
 Private names may change with any release; tests/test_jax_internals.py lists the releases that have been checked.
 """

@@ -11,13 +11,13 @@ _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _NAME_BYTES = 255  # limit for one component of a path on common file systems
 
 
-def user_path(given: str | os.PathLike, flag: str) -> Path:
+def user_path(value: str | os.PathLike, flag: str) -> Path:
     """The path given to `flag` ("--out", "--config.data.directory") with "~" expanded, otherwise unchanged.
 
     UserError for what is no local path: empty, "-", scheme://, NUL, bytes that no file name can hold, a component that
     is too long. The disk is consulted only for a ".." below a directory that does not exist.
     """
-    text = os.fspath(given)
+    text = os.fspath(value)
     if not text.strip():
         raise UserError(f"{flag} is empty; give a path")
     if text == "-":
@@ -43,9 +43,9 @@ def user_path(given: str | os.PathLike, flag: str) -> Path:
         raise UserError(f"{flag}={text}: {error}; write the path out") from error
 
 
-def readable_file(given: str | os.PathLike, flag: str) -> Path:
+def readable_file(value: str | os.PathLike, flag: str) -> Path:
     """`user_path` of an existing file. UserError if it is missing, a directory or no regular file."""
-    path = user_path(given, flag)
+    path = user_path(value, flag)
     try:
         if path.is_file():
             return path
@@ -55,12 +55,12 @@ def readable_file(given: str | os.PathLike, flag: str) -> Path:
     raise UserError(f"{flag}={path} {what}; give a file")
 
 
-def writable_target(given: str | os.PathLike, flag: str) -> Path:
+def writable_target(value: str | os.PathLike, flag: str) -> Path:
     """`user_path` of a file to be written later: its directory exists or can be created, and is writable.
 
     UserError naming `flag` otherwise, before any work is done. Nothing is written.
     """
-    path = user_path(given, flag)
+    path = user_path(value, flag)
     try:
         if path.is_dir():
             raise UserError(f"{flag}={path} is a directory; give a file in it")
@@ -74,12 +74,12 @@ def writable_target(given: str | os.PathLike, flag: str) -> Path:
     return path
 
 
-def writable_directory(given: str | os.PathLike, flag: str, read_only: bool = False) -> Path:
+def writable_directory(value: str | os.PathLike, flag: str, read_only: bool = False) -> Path:
     """`user_path` of a directory for output: it exists or can be created, and is writable.
 
     With `read_only` it only must not be a file. UserError naming `flag` otherwise. Nothing is written.
     """
-    path = user_path(given, flag)
+    path = user_path(value, flag)
     try:
         if os.path.lexists(path) and not path.is_dir():
             raise UserError(f"{flag}={path} is no directory; choose another")

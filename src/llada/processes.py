@@ -224,12 +224,12 @@ def _wait_for_coordinator(coordinator: str) -> None:
 
 
 def _may_have_launcher() -> bool:
-    """Whether it is worth importing JAX to ask for other processes."""
+    """Whether it is worth importing JAX to look for other processes."""
     return any(name.startswith(_LAUNCHERS) for name in os.environ) or importlib.util.find_spec("libtpu") is not None
 
 
 def _detect() -> bool:
-    """Whether JAX detects a cluster of several processes; says whom this one waits for."""
+    """Whether JAX detects a cluster of several processes; logs which process this is, and that it waits."""
     try:
         cluster = jax_internals.detect_cluster()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Flags of one command in a set of their own, so that several commands can be imported into one process."""
+"""A set of absl flags for each command, so that several commands can be imported into one process."""
 
 import sys
 from collections.abc import Callable, Sequence

@@ -107,7 +107,7 @@ def retain_freed_memory() -> None:
     """On CPU keep the memory that a training step frees for the next step, instead of returning it to the system.
 
     XLA allocates all buffers of a step and frees them at its end; the system would fill hundreds of megabytes with
-    zeros for each step. The process stays as large as it ever was. To be called before JAX is asked for devices, and
+    zeros for each step. The process stays as large as it ever was. To be called before JAX initialises its devices, and
     after `processes.start`. No effect outside Linux, without glibc, or where JAX has an accelerator.
     """
     import ctypes

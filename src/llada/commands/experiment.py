@@ -1,7 +1,7 @@
 """From `--config=FILE[:ARGUMENT] --config.key=value ...` to a checked Config.
 
-An experiment file is Python, and is executed. ml_collections' own config flag would answer typing errors with
-tracebacks; here each gets one line.
+An experiment file is Python, and is executed. With ml_collections' own config flag a mistyped key ends in a
+traceback; here it gets one line.
 """
 
 import dataclasses
