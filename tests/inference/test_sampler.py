@@ -14,7 +14,7 @@ from llada.inference import choice, compiled_loop, sampler
 from llada.inference import settings as settings_lib
 from llada.inference.ancestral import ancestral
 from llada.inference.settings import SamplerConfig
-from llada.model import transformer
+from llada.model import cached, transformer
 from llada.objectives.autoregressive import shift_right
 from llada.objectives.contract import SpecialTokens
 
@@ -286,12 +286,12 @@ def test_a_fresh_cache_gives_the_states_of_a_whole_pass(config):
     weights = transformer.init(config, jax.random.key(2))
     tokens_BL = np.random.default_rng(3).integers(0, V, (3, 10)).astype(np.int32)
     lengths_B = np.array([10, 7, 9])
-    prefill, hidden = (jax.jit(f, static_argnums=0) for f in (transformer.prefill, transformer.hidden))
+    prefill, hidden = (jax.jit(f, static_argnums=0) for f in (cached.prefill, transformer.hidden))
     whole, cache = prefill(config, weights, tokens_BL, lengths_B)
     np.testing.assert_allclose(whole, hidden(config, weights, tokens_BL, lengths_B), atol=5e-6)
     position_BQ = np.array([[2, 5, 10], [0, 6, 10], [8, 1, 10]])
     tokens_BQ = np.take_along_axis(tokens_BL, np.minimum(position_BQ, 9), axis=1)
-    extend = jax.jit(functools.partial(transformer.extend, config, return_cache=True))
+    extend = jax.jit(functools.partial(cached.extend, config))
     some, renewed = extend(weights, tokens_BQ, position_BQ, cache, lengths_B)
     expected = np.take_along_axis(np.asarray(whole), position_BQ[:, :2, None], axis=1)
     np.testing.assert_allclose(some[:, :2], expected, atol=5e-6)

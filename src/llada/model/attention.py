@@ -12,14 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llada.model.attention_kernels import (
-    RESIDUALS,
-    Allowed,
-    causal_share,  # noqa: F401  bridge
-    kernel_for,
-    scaled,
-    splash_attention,
-)
+from llada.model.attention_kernels import RESIDUALS, Allowed, kernel_for, scaled, splash_attention
 
 # From SHORT keys on attention goes by blocks of BLOCK queries: 64 MB of float32 scores for 16 heads of one sequence.
 SHORT, BLOCK = 1024, 128

@@ -76,7 +76,7 @@ def angles_at(angles: Angles, at_BR: jax.Array) -> Angles:
 def rotate(x_BLHC: jax.Array, angles: Angles) -> jax.Array:
     """Apply rotary position embedding in float32; returned in the dtype of `x`."""
     # Heads before positions while rotating: attention on CPU reads them in that order, and one copy serves both.
-    cos, sin = (table[None, None] if table.ndim == 2 else table[:, None] for table in angles)  # the same for all heads
+    cos, sin = (table if table.ndim == 2 else table[:, None] for table in angles)  # the same for all heads
     return rotate_pairs(x_BLHC.swapaxes(1, 2), cos, sin).swapaxes(1, 2)
 
 

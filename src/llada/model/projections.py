@@ -42,7 +42,7 @@ def rotate_pairs(x_BHLC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array
     x = x_BHLC.astype(jnp.float32)
     left, right = jnp.split(x, 2, axis=-1)
     swapped = jnp.concatenate([-right, left], axis=-1)
-    return (x * cos + swapped * sin).astype(x_BHLC.dtype)
+    return _rotated(x, swapped, cos, sin).astype(x_BHLC.dtype)
 
 
 @jax.custom_vjp
@@ -56,7 +56,7 @@ def rotate_by_product(x_BHLC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.
     swap_CC = jnp.eye(C, k=C // 2, dtype=x_BHLC.dtype) - jnp.eye(C, k=-C // 2, dtype=x_BHLC.dtype)
     exact = None if x_BHLC.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     swapped = jnp.einsum("...c,cd->...d", x_BHLC, swap_CC, precision=exact, preferred_element_type=jnp.float32)
-    return (x_BHLC.astype(jnp.float32) * cos + swapped * sin).astype(x_BHLC.dtype)
+    return _rotated(x_BHLC.astype(jnp.float32), swapped, cos, sin).astype(x_BHLC.dtype)
 
 
 # The transpose of a rotation is the rotation by the opposite angle.
@@ -64,6 +64,12 @@ rotate_by_product.defvjp(
     lambda x_BHLC, cos, sin: (rotate_by_product(x_BHLC, cos, sin), (cos, sin)),
     lambda angles, d_BHLC: (rotate_by_product(d_BHLC, angles[0], -angles[1]), None, None),
 )
+
+
+def _rotated(x_BHLC: jax.Array, swapped_BHLC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """`x cos + swapped sin`, the tables `(L, C)` or `(B, 1, L, C)`."""
+    cos, sin = (jax.lax.broadcast_to_rank(table, 4) for table in (cos, sin))
+    return x_BHLC * cos + swapped_BHLC * sin
 
 
 def recompute_for_gradient(f: Callable, *inputs: jax.Array) -> jax.Array:

@@ -198,17 +198,12 @@ def hidden(
     params: Parameters,
     tokens_BL: jax.Array,
     lengths_B: jax.Array | None = None,
-    at_BR: jax.Array | None = None,
     segments_BL: jax.Array | None = None,
 ) -> jax.Array:
     """Normalised last hidden states `hidden_BLD`; positions >= lengths_B are neither seen nor meaningful.
 
     With `segments_BL` (int32 >= 0) positions see those of their own segment.
     """
-    if at_BR is not None or "layers" not in params:  # bridge; goes when the last caller does
-        from llada.model import cached
-
-        return cached.hidden(config, params, tokens_BL, lengths_B, at_BR)
     x_BLD, _ = Transformer(config, config.layers).apply({"params": params}, tokens_BL, lengths_B, segments_BL)
     return layers.rms_norm(x_BLD, params["final_norm"], config.norm_eps)
 
@@ -277,11 +272,3 @@ def unembed(hidden_BLD: jax.Array, head_VD: jax.Array) -> jax.Array:
 def abstract_parameters(config: ModelConfig) -> Parameters:
     """Shapes and dtypes of `init(config, key)`, with nothing allocated."""
     return jax.eval_shape(functools.partial(init, config), jax.random.key(0, impl="threefry2x32"))
-
-
-def __getattr__(name):  # names that moved to cached.py; goes when the last caller does
-    from llada.model import cached
-
-    if name == "extend":
-        return lambda *inputs, return_cache=True, **more: cached.extend(*inputs, **more)
-    return getattr(cached, {"unfinished": "missing"}.get(name, name))
