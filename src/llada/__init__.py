@@ -1,9 +1,16 @@
 """llada: pre-training large language diffusion models beside autoregressive ones, in JAX."""
 
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llada.config import MeshConfig
+    from llada.training.run import Run
+
 __version__ = "0.1.0"
 
 # With other values of these JAX settings the same seed gives other masks, and other results, than llada's commands.
-_JAX = {
+_JAX_SETTINGS = {
     "jax_enable_x64": False,
     "jax_default_prng_impl": "threefry2x32",
     "jax_threefry_partitionable": True,
@@ -11,8 +18,10 @@ _JAX = {
 }
 
 
-def load(workdir, step=None, **options):
-    """Open a trained workdir: config, parameters, tokenizer and model functions; see `training/run.py`.
+def load(
+    workdir: str | os.PathLike, step: int | None = None, mesh: "MeshConfig | None" = None, dtype: str = "float32"
+) -> "Run":
+    """Open a trained workdir: config, parameters, tokenizer and model functions; see `load` of training/run.py.
 
     UserError if JAX's settings differ from the defaults that results depend on.
     """
@@ -20,12 +29,12 @@ def load(workdir, step=None, **options):
     import jax
 
     from llada.errors import UserError
-    from llada.training.run import load as load_run
+    from llada.training import run
 
-    for name, wanted in _JAX.items():
-        if (value := getattr(jax.config, name, wanted)) != wanted:
+    for name, default in _JAX_SETTINGS.items():
+        if (value := getattr(jax.config, name, default)) != default:
             raise UserError(
-                f"{name}={value}: llada computes with {wanted!r} only; call jax.config.update({name!r}, {wanted!r}) "
+                f"{name}={value}: llada computes with {default!r} only; call jax.config.update({name!r}, {default!r}) "
                 f"first, or unset {name.upper()}"
             )
-    return load_run(workdir, step, **options)
+    return run.load(workdir, step, mesh, dtype)
