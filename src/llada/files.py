@@ -100,17 +100,17 @@ class Locked(UserError):
 
 
 @contextlib.contextmanager
-def lock(path: Path, what: str = "", wait: bool = False, remove: bool = False) -> Iterator[None]:
+def lock(path: Path, what: str = "", remove: bool = False) -> Iterator[None]:
     """Hold an exclusive lock on the file `path`, which names its holder; the kernel frees it if the process dies.
 
-    If another process holds it: wait, or else Locked, saying "`what` (default the path) is in use by ...". `remove`
-    deletes the file at the end of the block. On a file system without locks a warning is printed and the block runs.
+    Locked, saying "`what` (default the path) is in use by ...", if another process holds it. `remove` deletes the file
+    at the end of the block. On a file system without locks a warning is printed and the block runs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = path.open("a+", encoding="utf-8", errors="replace")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             holder = " ".join(file.read(200).split()) or Locked.holder
@@ -142,7 +142,7 @@ def lock(path: Path, what: str = "", wait: bool = False, remove: bool = False) -
 
 
 @contextlib.contextmanager
-def queue_for_lock(path: Path, activity: str, check: Callable[[], None]) -> Iterator[None]:
+def queue_for_lock(path: Path, activity: str, check: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a lock as soon as other processes release it; its file is deleted at the end of the block.
 
     A line on standard error says who is waited for and what that process does: `activity`, like "prepares DIR".
