@@ -2,12 +2,11 @@
 
 python benchmarks/time_sampling.py [--workdir=runs/quickstart/llada]
 
-A device's work in the vocabulary head and at the end of the last layer is proportional to the number of rows that it
-masks, and all devices wait for the busiest: the first lines are its rows over the mean device's, averaged over 200
-steps. The last line needs a trained model.
+Without --workdir: a device's work in the vocabulary head and at the end of the last layer is proportional to the number
+of rows that it masks, and all devices wait for the busiest. Its rows over the mean device's, averaged over 200 steps.
 
-One draw of a row's loss (nats per token, Eq. (3)) varies because of t and, given t, because of the masks. Stratifying t
-over a batch removes the first part and leaves the second, so the batch loss has
+With a trained model: one draw of a row's loss (nats per token, Eq. (3)) varies because of t and, given t, because of
+the masks. Stratifying t over a batch removes the first part and leaves the second, so the batch loss has
 within / (within + between) of its variance under iid times. Both parts are estimated from draws in slices of t; the
 interval is a bootstrap over rows. The mask part falls as 1/L, from which the last figure projects to rows of 4,096.
 """
@@ -105,7 +104,7 @@ def of_a_model(options) -> dict:
 
 
 def main():
-    """Print lines of JSON."""
+    """Print a line of JSON for each load, or one about the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, help="a trained LLaDA")
     parser.add_argument("--rows", type=int, default=64, help="held-out rows")
@@ -113,18 +112,18 @@ def main():
     parser.add_argument("--draws", type=int, default=32, help="of (t, masks) for each row and slice")
     record.add_flags(parser)
     options = parser.parse_args()
+    if options.workdir:
+        facts = of_a_model(options)
+        print(json.dumps(facts))
+        record.record(options, "time_sampling_variance", [{name: f"{value}" for name, value in facts.items()}])
+        return
     rows = []
     for load in LOADS:
         named = dict(zip(("devices", "microbatches", "sequences_at_once"), load, strict=True))
         ratios = busiest_over_mean(*load)
         print(json.dumps(named | {"busiest_over_mean": ratios}), flush=True)
-        case = "{devices} devices, {microbatches} microbatches, {sequences_at_once} sequences at once".format(**named)
-        rows.append({"busiest device's masked rows / mean device's": case} | {k: f"{v}" for k, v in ratios.items()})
+        rows.append({name.replace("_", " "): f"{value}" for name, value in (named | ratios).items()})
     record.record(options, "time_sampling", rows)
-    if options.workdir:
-        facts = of_a_model(options)
-        print(json.dumps(facts))
-        record.record(options, "time_sampling_variance", [{name: f"{value}" for name, value in facts.items()}])
 
 
 if __name__ == "__main__":
