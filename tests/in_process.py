@@ -1,4 +1,4 @@
-"""The `llada` program called without a process of its own: same parsing, messages and status, a tenth of the time."""
+"""The `llada` program run within the test process: same parsing, messages and status, in a tenth of the time."""
 
 import contextlib
 import io

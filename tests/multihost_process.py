@@ -1,7 +1,7 @@
 """One of the processes of test_multihost.py: the `llada` program, and then what its devices draw as noise.
 
 With $MASKS it writes the time, length and masks of every sequence that its devices hold to $MASKS.PROCESS, for a few
-steps, computed on the devices of all processes. With $TPU_HOST it believes itself on a host of a TPU pod.
+steps, computed on the devices of all processes. With $TPU_HOST it runs as on a host of a TPU pod.
 """
 
 import hashlib

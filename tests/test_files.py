@@ -1,4 +1,4 @@
-"""Writing, locks, paths and JSON: what every room relies on when disks, users and other processes misbehave."""
+"""Atomic writing, locks, paths and JSON when disks, users and other processes misbehave."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Launch scripts: what they would run, seen through stand-ins for the programs they call and read by their rules.
+"""Launch scripts: the commands that they run, recorded by stand-ins and parsed by the rules of the real programs.
 
 What preemption does is in test_preemption.py.
 """
@@ -19,7 +19,7 @@ from llada.planning import topology
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 NO_USE = sorted({UserError.status, Diverged.status, DataError.status})  # the same command would end the same way
-SOURCED = {"common.sh", "setup.sh", "tpu_hosts.sh"}  # have no arguments of their own
+SOURCED = {"common.sh", "setup.sh", "tpu_hosts.sh"}  # sourced by others, without arguments
 SWEEP = ["--config=experiments/isoflop.py:smdm", "--workdir=/shared/a b"]
 TRAIN = ["--config=experiments/llada_8b.py", "--workdir=/shared/a 'b'"]
 POD = ["pod", "us-east5-a", "v5p-256"]
@@ -36,7 +36,7 @@ def run(script: str, *arguments: str, path: Path | None = None, **environment: s
 
 @pytest.fixture
 def programs(tmp_path):
-    """Programs that only write down their arguments, a call a line, NUL between."""
+    """Stand-ins that record their arguments: a line per call, separated by NUL."""
     for name in ("gcloud", "srun", "sbatch", "xpk", "kubectl"):
         (tmp_path / name).write_text(
             f"#!/bin/sh\nprintf '%s\\0' {name} \"$@\" >> {tmp_path}/calls\necho >> {tmp_path}/calls\n"
@@ -133,7 +133,7 @@ def test_a_task_of_an_array_gets_its_share_wherever_the_array_begins(programs):
 
 
 def shown(done) -> list[list[str]]:
-    """The commands that a script printed, as a shell would take them apart."""
+    """The commands that a script printed, split as a shell would."""
     assert done.returncode == 0, done.stderr
     lines = done.stdout.replace("'\n'", "").splitlines()
     return [shlex.split(line.removeprefix("$ ")) for line in lines if line.startswith("$ ")]

@@ -1,4 +1,4 @@
-"""Every path that a user can type, to every command: what is no path is refused before any work, what is one works."""
+"""Every path flag of every command: what is no path is refused before any work, and any real path works."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The program as a user meets it: commands work, mistakes get one line and status 2, nothing is lost."""
+"""The program as users see it: commands work, mistakes get one line and status 2, and an interrupted run is saved."""
 
 import dataclasses
 import json

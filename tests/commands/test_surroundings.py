@@ -1,4 +1,4 @@
-"""The program where it stands badly: no streams, no reader, no home, full disks, Ctrl-C at any time, odd variables."""
+"""The program in a bad environment: closed streams, no home, full disks, Ctrl-C at any time, harmful variables."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=plain | environment, timeout=60)
 
 
-# What is typed: its status, and lines on standard error.
+# The shell command, its status, and the number of lines on standard error.
 UNREAD = "{llada} train --help_config | true; exit ${{PIPESTATUS[0]}}"
 SURROUNDINGS = {
     "nothing open": ("{llada} --version <&- >&- 2>&-", 0, 0),

@@ -1,4 +1,4 @@
-"""Commands that nobody means: each gets one line on standard error and status 2 at once, and leaves no trace."""
+"""Mistyped and impossible commands: each gets one line on standard error and status 2 at once, and writes nothing."""
 
 import importlib
 import math
@@ -22,7 +22,7 @@ TRAIN = ["train", QUICKSTART, "--workdir=run"]
 SWEEP = ["sweep", ISOFLOP, "--workdir=run", "--dry_run"]
 PLAN = ["plan", QUICKSTART, "--topology=v5e:2x2"]
 
-# What is typed, in a directory that holds the files of the fixture below, and words that the line must have.
+# The command, run in the directory of the fixture below, and words that its line must have.
 WRONG = {
     # the program
     "llada trian": ["no command 'trian'", "did you mean train?"],
@@ -103,7 +103,7 @@ WRONG = {
     "SWEEP --only=3/2": ["--only=3/2"],
     "SWEEP --predict=-1": ["--predict=-1"],
     "SWEEP --chips=0": ["chips"],
-    # what others hold
+    # workdirs and sources that are missing, damaged or of another kind
     "llada sample --workdir=hf --prompt=a": ["hf/config.json", "llada import --source=hf"],
     "llada sample --workdir=damaged --prompt=a": ["damaged/config.json is not JSON", "line 1"],
     "llada sample --workdir=older --prompt=a": ["older/config.json", "config.model.wings"],
@@ -171,7 +171,7 @@ def words_of(line: str) -> list[str]:
 
 
 def refusal(arguments: list[str], folder: Path) -> str:
-    """The one line; nothing else is said, and nothing is written."""
+    """The line printed; fails if more is printed or anything is written."""
     before = sorted((str(path), path.lstat().st_mtime_ns) for path in folder.rglob("*"))
     done = in_process.llada(*arguments, cwd=folder)
     lines = done.stderr.splitlines()
