@@ -12,15 +12,15 @@ from llada.commands import endings
 from llada.errors import UserError
 
 COMMANDS = {
-    "train": "pre-train a model; continues by itself where the workdir holds a checkpoint",
+    "train": "pre-train a model; continues from the checkpoint in the workdir, if there is one",
     "evaluate": "held-out bound (LLaDA) or NLL (ARM), with its standard error",
     "likelihood": "log p(answer | prompt): a bound with its standard error (LLaDA), or exact (ARM)",
     "sample": "text from a trained model: continue a prompt or fill gaps",
     "export": "a checkpoint as a Hugging Face directory, for PyTorch",
     "import": "a Hugging Face directory (LLaDA-8B, Llama ...) as a workdir",
-    "plan": "what a program would need and do on a TPU slice, compiled for it on any machine",
-    "sweep": "a grid of runs under FLOP budgets: fits, plots, report",
-    "compare": "curves and a report of a LLaDA and its ARM twin",
+    "plan": "memory, FLOPs and time of a program on a TPU slice, compiled on any machine",
+    "sweep": "a grid of runs at fixed FLOP budgets: scaling-law fits, plots, report",
+    "compare": "curves and a report of a LLaDA and an ARM trained alike",
 }
 _HELP = ("-h", "--help", "-help")
 

@@ -1,6 +1,6 @@
 """llada train --config=FILE[:ARGUMENT] --workdir=DIR [--config.key=value ...]
 
-Pre-trains the experiment in DIR: config.json, tokenizer.model, data/, checkpoints/, metrics.jsonl, summary.json and
+Trains the experiment in DIR: config.json, tokenizer.model, data/, checkpoints/, metrics.jsonl, summary.json and
 TensorBoard events. Called again on the same DIR it continues from the newest checkpoint, bit for bit. Without --config
 the experiment is the one that DIR holds: a run to continue, or a model that llada import brought.
 
@@ -20,10 +20,10 @@ from llada.errors import Diverged, Interrupted
 from llada.paths import user_path
 
 FLAGS = CommandFlags(experiment.FLAGS, joining.FLAGS)
-WORKDIR = FLAGS.define_string("workdir", None, "directory of the run; made if missing, continued if it holds one")
+WORKDIR = FLAGS.define_string("workdir", None, "directory of the run; created if missing, continued if it holds one")
 PRINT_CONFIG = FLAGS.define_bool("print_config", False, "print the resolved configuration as JSON and stop")
 ALLOW_RATE_JUMP = FLAGS.define_bool(
-    "allow_rate_jump", False, "go on where another length of the run moves its schedule, so that the rate jumps"
+    "allow_rate_jump", False, "continue although the new length moves the schedule, so that the learning rate jumps"
 )
 
 
