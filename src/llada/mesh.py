@@ -117,7 +117,7 @@ def _check_divides(mesh: jax.sharding.Mesh, axis: str, key: str, value: int) -> 
         raise UserError(f"--config.{key}={value} is not a multiple of --config.mesh.{axis}={mesh.shape[axis]}")
 
 
-def local_batch(batch_size: int, mesh: jax.sharding.Mesh) -> int:
+def local_batch(batch_size: int, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """The smallest multiple of the batch axes that is at least `batch_size`: what evaluation rounds a batch up to."""
     shards = batch_shards(mesh)
     return math.ceil(batch_size / shards) * shards

@@ -127,7 +127,7 @@ def test_tokenizers_trained_here_encode_pieces_as_they_always_did():
 
 def test_what_a_tokenizer_changes_is_said_once(capsys):
     lossy = MAKERS["T5's .model"]()
-    canvas._told.clear()
+    canvas._warned.clear()
     for _ in range(2):
         canvas.encode_text(lossy, "the cat\n\n  x = (y)", "--prompt")
     told = capsys.readouterr().err.splitlines()

@@ -10,13 +10,17 @@ devices, and several processes may share it.
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llada import json_files, processes
 from llada.commands import joining, opening, progress
 from llada.commands.command_flags import CommandFlags
 from llada.errors import UserError
 from llada.paths import readable_file
+
+if TYPE_CHECKING:  # at run time these would import JAX, before the flags are parsed
+    from llada.inference.likelihood import Pair
+    from llada.training.run import Run
 
 FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS)
 WORKDIR = FLAGS.define_string("workdir", None, "a workdir of llada train")
@@ -44,12 +48,12 @@ _FIELDS = {"prompt": str, "answer": str, "prompt_ids": list, "answer_ids": list}
 
 
 class _Request(NamedTuple):
-    """A prompt and an answer, each as text or ids, and what errors call them and where they came from."""
+    """A prompt and an answer, each as text or ids; what errors call these two, and the line they came from."""
 
     prompt: str | list
     answer: str | list
     names: tuple[str, str]
-    place: str
+    source: str
 
 
 def run(overrides: dict[str, str]) -> int:
@@ -63,7 +67,7 @@ def run(overrides: dict[str, str]) -> int:
     joining.join()
     import jax
 
-    from llada.inference import canvas, likelihood
+    from llada.inference import likelihood
     from llada.training import run as run_lib
 
     settings = likelihood.LikelihoodConfig(
@@ -79,28 +83,32 @@ def run(overrides: dict[str, str]) -> int:
         likelihood.window_of(model, WINDOW.value)
     opening.require_same([mesh, STEP.value, opening.DTYPE.value, settings, requests])
     opened = opening.open_run(WORKDIR.value, STEP.value, mesh)
-    common = (opened.tokenizer.special, settings)
-    pairs = []
-    for request in requests:
-        with _named(request.place):
-            given = canvas.encode_pair(opened.tokenizer, request.prompt, request.answer, request.names)
-            pairs.append(likelihood.Pair(*given))
-            if not ROLLING.value:
-                likelihood.check_pair(model, pairs[-1], opened.tokenizer.special)
-            elif pairs[-1].prompt or not pairs[-1].answer:
-                raise UserError("--rolling scores a text by itself, which is not empty; put the prompt into --answer")
+    pairs = [_pair(opened, request) for request in requests]
+    params, special = opened.params, opened.tokenizer.special
     with jax.set_mesh(opened.mesh), processes.ending_together(UserError), progress.bar("rows scored") as show:
         if ROLLING.value:
-            found = [
-                likelihood.rolling(opened.config.model, opened.params, pair.answer, *common, WINDOW.value, show)
-                for pair in pairs
+            results = [
+                likelihood.rolling(model, params, pair.answer, special, settings, WINDOW.value, show) for pair in pairs
             ]
         else:
-            found = likelihood.log_likelihoods(opened.config.model, opened.params, pairs, *common, show)
-    for result in found if processes.is_first() else ():
+            results = likelihood.log_likelihoods(model, params, pairs, special, settings, show)
+    for result in results if processes.is_first() else ():
         values = result._asdict() | {"nats_per_token": -result.log_likelihood / result.tokens}
         print(json_files.dumps({"step": opened.step, **values}, indent=None if REQUESTS.value else 2))
     return 0
+
+
+def _pair(opened: "Run", request: _Request) -> "Pair":
+    """A request's ids. UserError, naming where it came from, for one that cannot be scored."""
+    from llada.inference import canvas, likelihood
+
+    with _named(request.source):
+        pair = likelihood.Pair(*canvas.encode_pair(opened.tokenizer, request.prompt, request.answer, request.names))
+        if not ROLLING.value:
+            likelihood.check_pair(opened.config.model, pair, opened.tokenizer.special)
+        elif pair.prompt or not pair.answer:
+            raise UserError("--rolling scores a text by itself, which is not empty; put the prompt into --answer")
+        return pair
 
 
 def _refuse_idle_flags(causal: bool) -> None:
@@ -115,16 +123,17 @@ def _refuse_idle_flags(causal: bool) -> None:
 
 
 def _requests() -> Iterator[_Request]:
+    """Those of the flags, or of the lines of --requests."""
     from llada.inference.canvas import listed
 
-    single = {flag.name: flag.value for flag in (PROMPT, ANSWER) if flag.value is not None}
+    single: dict[str, Any] = {flag.name: flag.value for flag in (PROMPT, ANSWER) if flag.value is not None}
     single |= {flag.name: listed(flag.value) for flag in (PROMPT_IDS, ANSWER_IDS) if flag.value is not None}
     if REQUESTS.value is None:
         yield _request(single, "--", "")
         return
     if single:
         raise UserError(f"--{next(iter(single))} and --requests exclude each other")
-    name, found = f"--requests={REQUESTS.value}", False
+    name, empty = f"--requests={REQUESTS.value}", True
     if REQUESTS.value == "-":
         if sys.stdin is None:
             raise UserError("--requests=- reads standard input, which is closed")
@@ -132,36 +141,36 @@ def _requests() -> Iterator[_Request]:
     else:
         lines = json_files.read_lines(readable_file(REQUESTS.value, "--requests"), name)
     for number, values in lines:
-        found, place = True, f"{name} line {number}"
+        source, empty = f"{name} line {number}", False
         for key, value in values.items():
             if not isinstance(value, _FIELDS.get(key, ())):
                 raise UserError(
-                    f"{place} has {key!r}, which must be one of prompt, answer (texts), prompt_ids, answer_ids (lists)"
+                    f"{source} has {key!r}, which must be one of prompt, answer (texts), prompt_ids, answer_ids (lists)"
                 )
-        yield _request(values, "", place)
-    if not found:
+        yield _request(values, "", source)
+    if empty:
         raise UserError(f"{name} holds no request")
 
 
-def _request(given: dict, dashes: str, place: str) -> _Request:
-    """What was given for one request. UserError unless it is an answer and perhaps a prompt, each given once."""
-    with _named(place):
-        if "prompt" in given and "prompt_ids" in given:
+def _request(fields: dict[str, Any], dashes: str, source: str) -> _Request:
+    """One request. UserError unless it has an answer and perhaps a prompt, each as text or as ids."""
+    with _named(source):
+        if "prompt" in fields and "prompt_ids" in fields:
             raise UserError(f"give one of {dashes}prompt and {dashes}prompt_ids, not both")
-        if ("answer" in given) == ("answer_ids" in given):
+        if ("answer" in fields) == ("answer_ids" in fields):
             instead = " (or --requests=FILE.jsonl)" if dashes else ""
             raise UserError(f"give one of {dashes}answer and {dashes}answer_ids{instead}")
-    prompt = given.get("prompt", given.get("prompt_ids", ""))
-    answer = given.get("answer", given.get("answer_ids"))
-    return _Request(prompt, answer, (f"{dashes}prompt", f"{dashes}answer"), place)
+    prompt = fields.get("prompt", fields.get("prompt_ids", ""))
+    answer = fields["answer"] if "answer" in fields else fields["answer_ids"]
+    return _Request(prompt, answer, (f"{dashes}prompt", f"{dashes}answer"), source)
 
 
 @contextlib.contextmanager
-def _named(place: str) -> Iterator[None]:
-    """A block whose UserErrors say where what they are about came from."""
+def _named(source: str) -> Iterator[None]:
+    """A block whose UserErrors begin with where the request came from."""
     try:
         yield
     except UserError as error:
-        if not place:
+        if not source:
             raise
-        raise type(error)(f"{place}: {error}") from error
+        raise type(error)(f"{source}: {error}") from error

@@ -8,12 +8,18 @@ lies on the devices, and several processes may share it.
 
 import sys
 import time
+from typing import TYPE_CHECKING, Any
 
 from llada import json_files, processes
 from llada.commands import joining, opening
 from llada.commands.command_flags import CommandFlags
 from llada.errors import UserError
 from llada.paths import writable_target
+
+if TYPE_CHECKING:  # at run time these would import JAX, before the flags are parsed
+    from llada.inference.compiled_loop import Observer
+    from llada.inference.generation import Generated, Request
+    from llada.training.run import Run
 
 FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS)
 WORKDIR = FLAGS.define_string("workdir", None, "a workdir of llada train")
@@ -34,7 +40,7 @@ OPTIONS = (
     FLAGS.define_integer("gen_length", None, "tokens after the prompt; default what the context leaves, at most 64"),
     FLAGS.define_integer("steps", None, "steps of the reverse process; default one per token"),
     FLAGS.define_integer("block_length", None, "fill block by block, left to right; default one block; 1: in order"),
-    FLAGS.define_float("temperature", 0.0, "0: most likely tokens; 1: the model's own law"),
+    FLAGS.define_float("temperature", 0.0, "0: most likely tokens; 1: the model's own distribution"),
     FLAGS.define_float("cfg_scale", None, "classifier-free guidance w of LLaDA Eq. (16); default none"),
     FLAGS.define_string("remasking", None, "what to keep: low_confidence (default), random or random_binomial"),
     FLAGS.define_string(
@@ -61,46 +67,38 @@ def run(overrides: dict[str, str]) -> int:
     from llada.inference import generation, replay
     from llada.training import run as run_lib
 
-    options = {flag.name: flag.value for flag in OPTIONS}
-    given = [flag for flag in ASKED if flag.value]
-    if len(given) != 1:
-        names = " and ".join(f"--{flag.name}" for flag in given) or "none"
-        raise UserError(f"give one of --prompt, --prompt_ids, --infill (as often as you like), not {names}")
-    asked = [{given[0].name: text} for text in given[0].value]
-    _check_count(len(asked) * SAMPLES.value)
+    requests = _requests()
     page = None if HTML.value is None else writable_target(HTML.value, "--html")
     config = run_lib.read_config(WORKDIR.value)
-    for what in asked:
-        generation.check(config, generation.Request(**what, **options))
-    seeds = range(SEED.value, SEED.value + SAMPLES.value)
-    requests = [generation.Request(**what, **options, seed=seed) for what in asked for seed in seeds]
+    for request in requests:
+        generation.check(config, request)
     if WATCH.value and processes.count() > 1:
         raise UserError(f"--watch shows what one process does; there are {processes.count()}")
     opening.require_same([mesh, STEP.value, opening.DTYPE.value, requests])
     opened = opening.open_run(WORKDIR.value, STEP.value, mesh)
-    model = (opened.config, opened.params, opened.tokenizer)
     with jax.set_mesh(opened.mesh), processes.ending_together(UserError):
-        if WATCH.value:
-            steps = generation.total_steps(opened.config, opened.tokenizer, requests[0])
-            console = _console()
-            with replay.Watch(opened.tokenizer, opened.tokenizer.mask_id, steps, console) as watch:
-                texts = generation.generate(*model, requests, _paced(watch, steps) if console.is_terminal else watch)
-        else:
-            texts = generation.generate(*model, requests)
-    if not processes.is_first():
-        return 0
-    for number, generated in enumerate(texts, 1):
-        if JSON.value:
-            print(json_files.dumps(generated._asdict()))
-        elif not WATCH.value:
-            print(f"--- {number}\n{generated.text}" if len(texts) > 1 else generated.text)
-    print(_figures(texts), file=sys.stderr)
-    if page is not None:
-        sys.stdout.flush()
-        replay.write_html(
-            page, opened.tokenizer, texts[0].ids, texts[0].step, opened.tokenizer.mask_id, _facts(texts[0])
-        )
+        texts = (_generate_watched if WATCH.value else _generate)(opened, requests)
+    if processes.is_first():
+        _print(texts)
+        if page is not None:
+            tokenizer, first = opened.tokenizer, texts[0]
+            replay.write_html(page, tokenizer, first.ids, first.step, tokenizer.mask_id, _facts(first))
     return 0
+
+
+def _requests() -> "list[Request]":
+    """A request per text: each prompt with each seed. UserError unless prompts are given by one flag."""
+    from llada.inference.generation import Request
+
+    given = [flag for flag in ASKED if flag.value]
+    if len(given) != 1:
+        names = " and ".join(f"--{flag.name}" for flag in given) or "none"
+        raise UserError(f"give one of --prompt, --prompt_ids, --infill (as often as you like), not {names}")
+    name, prompts = given[0].name, given[0].value or []
+    _check_count(len(prompts) * SAMPLES.value)
+    options: dict[str, Any] = {flag.name: flag.value for flag in OPTIONS}
+    seeds = range(SEED.value, SEED.value + SAMPLES.value)
+    return [Request(**options | {name: prompt, "seed": seed}) for prompt in prompts for seed in seeds]
 
 
 def _check_count(texts: int) -> None:
@@ -111,7 +109,34 @@ def _check_count(texts: int) -> None:
         raise UserError(f"{flag} shows one text; {texts} are asked for")
 
 
-def _figures(texts) -> str:
+def _generate(opened: "Run", requests: "list[Request]", observe: "Observer | None" = None) -> "list[Generated]":
+    from llada.inference.generation import generate
+
+    return generate(opened.config, opened.params, opened.tokenizer, requests, observe)
+
+
+def _generate_watched(opened: "Run", requests: "list[Request]") -> "list[Generated]":
+    """The one text that is asked for, drawn while its masks become words."""
+    from llada.inference import generation, replay
+
+    steps = generation.total_steps(opened.config, opened.tokenizer, requests[0])
+    console = _console()
+    with replay.Watch(opened.tokenizer, opened.tokenizer.mask_id, steps, console) as watch:
+        return _generate(opened, requests, _paced(watch, steps) if console.is_terminal else watch)
+
+
+def _print(texts: "list[Generated]") -> None:
+    """Texts to standard output, unless they were drawn; what they cost to standard error."""
+    for number, generated in enumerate(texts, 1):
+        if JSON.value:
+            print(json_files.dumps(generated._asdict()))
+        elif not WATCH.value:
+            print(f"--- {number}\n{generated.text}" if len(texts) > 1 else generated.text)
+    print(_figures(texts), file=sys.stderr)
+    sys.stdout.flush()
+
+
+def _figures(texts: "list[Generated]") -> str:
     """What it took: canvas, passes, speed. Texts of one batch share their passes and seconds."""
     batches = {(text.seconds, text.forward_passes) for text in texts}
     written, seconds = sum(_written(text) for text in texts), sum(seconds for seconds, _ in batches)
@@ -122,8 +147,8 @@ def _figures(texts) -> str:
     )
 
 
-def _written(text) -> int:
-    """Tokens that the model wrote: behind an ARM's end token there are none."""
+def _written(text: "Generated") -> int:
+    """How many tokens the model wrote: after an ARM's end token there are none."""
     return sum(step >= 0 for step in text.step)
 
 
@@ -134,7 +159,7 @@ def _console():
     return Console(stderr=JSON.value)
 
 
-def _paced(watch, steps: int):
+def _paced(watch: "Observer", steps: int) -> "Observer":
     """An observer that draws, and waits where steps come faster than eyes follow."""
     start = time.monotonic()
 
@@ -147,12 +172,12 @@ def _paced(watch, steps: int):
     return observe
 
 
-def _facts(generated) -> dict[str, str]:
+def _facts(generated: "Generated") -> dict[str, str]:
     """What the page says about the text."""
-    asked = {flag.name: str(flag.value) for flag in OPTIONS if flag.value is not None}
+    options = {flag.name: str(flag.value) for flag in OPTIONS if flag.value is not None}
     return {
-        "model": WORKDIR.value,
-        **asked,
+        "model": str(WORKDIR.value),
+        **options,
         "seed": str(SEED.value),
         "tokens written": str(_written(generated)),
         "forward passes": str(generated.forward_passes),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 
-def add_unconditional(tokens_BL: jax.Array, open_BL: jax.Array, mask_id: int | None, scale: float) -> jax.Array:
+def add_unconditional(tokens_BL: jax.Array, open_BL: jax.Array, mask_id: int, scale: float) -> jax.Array:
     """The rows to run: `tokens_BL`, then the same rows with every position masked that is not open."""
     if not scale:
         return tokens_BL

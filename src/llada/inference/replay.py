@@ -1,16 +1,18 @@
 """Showing the reverse process: how masks become words, live in a terminal or replayed by a page of HTML.
 
-Steps count from 0 as the sampler's `step_BL` does, -1 for positions that were given; people are shown them from 1. What
-is drawn is text of a model, so nothing in it may act: control characters, terminal escapes, rich's markup and HTML are
-all shown as characters, or as U+FFFD. Letters: L canvas positions.
+Steps count from 0 as in the sampler's `step_BL`, with -1 for the context; people are shown them from 1. What is drawn
+is text of a model, so nothing in it may act: control characters, terminal escapes, rich's markup and HTML are all shown
+as characters, or as U+FFFD.
+Shapes: L canvas positions.
 """
 
 import functools
 import importlib.resources
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console, Group
@@ -47,6 +49,14 @@ def pieces(tokenizer: Tokenizer, tokens_L: Iterable[int]) -> list[str]:
     return [part for start, end, text in _spans(tokenizer, tokens_L) for part in [*[""] * (end - start - 1), text]]
 
 
+class _State(NamedTuple):
+    """The canvas after `step`; see `Watch.__call__`."""
+
+    tokens_L: np.ndarray
+    step_L: np.ndarray
+    step: int
+
+
 class Watch:
     """Draws the canvas while it is filled: `with Watch(...) as watch`, then `watch(tokens_L, step_L, step)` a step.
 
@@ -64,7 +74,7 @@ class Watch:
         self._console = console or Console()
         self._moves = self._console.is_terminal and not self._console.is_dumb_terminal
         self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
-        self._state: tuple[np.ndarray, np.ndarray, int] | None = None
+        self._state: _State | None = None
         self._drawn_at = -_SECONDS_BETWEEN_FRAMES
         self._top = 0
 
@@ -78,65 +88,64 @@ class Watch:
         """Draw the last state, uncropped, and leave it there; also after Ctrl-C or an error."""
         try:
             if self._state and self._moves:
-                self._live.update(self._frame(whole=True))
+                self._live.update(self._frame(self._state, cropped=False))
             elif self._state:
-                # Past rich, which would write tabs as spaces.
-                self._console.file.write(self._plain() + "\n")
+                # Not through rich, which would write tabs as spaces.
+                self._console.file.write(self._plain(self._state) + "\n")
                 self._console.file.flush()
         finally:
             self._live.stop()
 
     def __call__(self, tokens_L: np.ndarray, step_L: np.ndarray, step: int) -> None:
         """Take the canvas after `step`, counted as in `step_L`; -1 is the canvas before the first."""
-        self._state = np.array(tokens_L), np.array(step_L), int(step)
+        self._state = _State(np.array(tokens_L), np.array(step_L), int(step))
         now = time.monotonic()
         if self._live.is_started and now - self._drawn_at >= _SECONDS_BETWEEN_FRAMES:
             self._drawn_at = now
-            self._live.update(self._frame(whole=False), refresh=True)
+            self._live.update(self._frame(self._state, cropped=True), refresh=True)
 
-    def _frame(self, whole: bool) -> Group:
-        tokens_L, step_L, step = self._state
-        width, room = self._console.width, max(1, self._console.height - 2)
+    def _frame(self, state: _State, cropped: bool) -> Group:
+        width, height = self._console.width, max(1, self._console.height - 2)
         text = Text()
-        for piece, token, filled in zip(pieces(self._tokenizer, tokens_L), tokens_L, step_L, strict=True):
+        for piece, token, filled in zip(
+            pieces(self._tokenizer, state.tokens_L), state.tokens_L, state.step_L, strict=True
+        ):
             if token == self._mask_id:
                 text.append(_MASK_GLYPH, _MASK_STYLE)
             else:
-                text.append(piece.translate(_VISIBLE), self._style(filled, newest=filled == step))
-        lines = text.wrap(self._console, width, overflow="fold")
-        place = ""
-        if len(lines) > room and not whole:
-            newest = self._style(step, newest=True)
+                text.append(piece.translate(_VISIBLE), self._style(filled, newest=filled == state.step))
+        lines = [*text.wrap(self._console, width, overflow="fold")]
+        view = ""
+        if cropped and len(lines) > height:
+            newest = self._style(state.step, newest=True)
             at = next((i for i, line in enumerate(lines) if any(span.style == newest for span in line.spans)), None)
-            if at is not None and not self._top <= at < self._top + room:
-                self._top = at - room // 2
-            self._top = max(0, min(self._top, len(lines) - room))
-            place = f" · lines {self._top + 1}-{self._top + room} of {len(lines)}"
-            lines = lines[self._top : self._top + room]
-        return Group(*lines, self._footer(place, width))
+            if at is not None and not self._top <= at < self._top + height:
+                self._top = at - height // 2
+            self._top = max(0, min(self._top, len(lines) - height))
+            view = f" · lines {self._top + 1}-{self._top + height} of {len(lines)}"
+            lines = lines[self._top : self._top + height]
+        return Group(*lines, self._footer(state, view, width))
 
-    def _footer(self, place: str, width: int) -> Text:
-        footer = Text(self._counts() + place, no_wrap=True, overflow="crop")
+    def _footer(self, state: _State, view: str, width: int) -> Text:
+        footer = Text(self._counts(state) + view, no_wrap=True, overflow="crop")
         cells = min(24, width - footer.cell_len - len(" · early  late"))
         if cells >= 4:
-            done = round(cells * (self._state[2] + 1) / self._total_steps)
+            done = round(cells * (state.step + 1) / self._total_steps)
             footer.append(" · early ")
             for i in range(cells):
                 footer.append("━" if i < done else "─", Style(color=_shade(_ON_ANY, i / (cells - 1))))
             footer.append(" late")
         return footer
 
-    def _counts(self) -> str:
-        tokens_L, step_L, step = self._state
-        filled = int(np.sum(step_L >= 0))
-        wanted = filled + int(np.sum(tokens_L == self._mask_id))
-        return f"step {step + 1}/{self._total_steps} · {filled} of {wanted} tokens"
+    def _counts(self, state: _State) -> str:
+        filled = int(np.sum(state.step_L >= 0))
+        total = filled + int(np.sum(state.tokens_L == self._mask_id))
+        return f"step {state.step + 1}/{self._total_steps} · {filled} of {total} tokens"
 
-    def _plain(self) -> str:
-        tokens_L = self._state[0]
-        shown = zip(pieces(self._tokenizer, tokens_L), tokens_L, strict=True)
+    def _plain(self, state: _State) -> str:
+        shown = zip(pieces(self._tokenizer, state.tokens_L), state.tokens_L, strict=True)
         text = "".join(_MASK_GLYPH if token == self._mask_id else piece.translate(_VISIBLE) for piece, token in shown)
-        return f"{text}\n{self._counts()}"
+        return f"{text}\n{self._counts(state)}"
 
     def _style(self, filled: int, newest: bool) -> Style:
         if filled < 0:
@@ -148,12 +157,12 @@ class Watch:
 def write_html(
     path: str | Path,
     tokenizer: Tokenizer,
-    tokens_L: np.ndarray,
-    step_L: np.ndarray,
+    tokens_L: Sequence[int] | np.ndarray,
+    step_L: Sequence[int] | np.ndarray,
     mask_id: int | None,
     facts: dict[str, str],
 ) -> None:
-    """Write one page, sufficient in itself, that replays how the canvas `tokens_L` was filled; `facts` is its table.
+    """Write a self-contained page that replays how the canvas `tokens_L` was filled; `facts` is its table.
 
     Positions that hold `mask_id` stay masked. UserError if `path` cannot be written, DiskError where there is no room.
     """
@@ -163,7 +172,7 @@ def write_html(
         [text.translate(_VISIBLE), [int(i) for i in tokens_L[start:end]], [int(s) for s in step_L[start:end]]]
         for start, end, text in _spans(tokenizer, tokens_L)
     ]
-    # Steps are one more than the last index: a slider's place k shows what k steps have filled.
+    # Steps are one more than the last index: position k of the slider shows what k steps have filled.
     data = {"units": units, "mask": int(mask_id), "steps": int(max(step_L, default=-1)) + 1, "facts": [*facts.items()]}
     # ASCII without "<" can neither end the script element nor open a comment in it.
     encoded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
@@ -208,10 +217,10 @@ def _character(bytes_L: list[bytes], start: int) -> tuple[int, str]:
 @functools.cache
 def _shade(stops: tuple[str, ...], fraction: float) -> str:
     """The colour at `fraction` of the way from the first stop to the last, linear in between; "#rrggbb"."""
-    place = min(max(fraction, 0.0), 1.0) * (len(stops) - 1)
-    left = min(int(place), len(stops) - 2)
+    position = min(max(fraction, 0.0), 1.0) * (len(stops) - 1)
+    left = min(int(position), len(stops) - 2)
     channels = zip(bytes.fromhex(stops[left][1:]), bytes.fromhex(stops[left + 1][1:]), strict=True)
-    return "#" + "".join(f"{round(a + (b - a) * (place - left)):02x}" for a, b in channels)
+    return "#" + "".join(f"{round(a + (b - a) * (position - left)):02x}" for a, b in channels)
 
 
 def _shade_rules() -> str:

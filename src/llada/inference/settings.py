@@ -11,7 +11,7 @@ REMASKING = ("low_confidence", "random", "random_binomial")
 CACHES = ("none", "prefix", "dual")
 EOS = ("keep", "no_logits", "no_confidence")
 
-# Limits far beyond use, so that float32 holds what comes of them, and a slip of the keyboard ends at once.
+# Limits far beyond use: float32 holds everything computed from them, and a slip of the keyboard is refused at once.
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30
 MOST_GUIDANCE = 1e6
 MOST_SPECULATION = 64
@@ -29,18 +29,18 @@ class SamplerConfig:
     temperature    0 takes the most likely token, and so do numbers below 1e-30; else a draw from
                    softmax(logits / temperature)
     cfg_scale      w of classifier-free guidance without labels: LLaDA Eq. (16); 0 is off
-    remasking      which predictions a step keeps:
+    remasking      which predictions a step writes; the others stay masked:
                      low_confidence   an equal quota per step, the most probable ones (Algorithm 5)
                      random           the same quota, any of them (the published code's "random")
                      random_binomial  each with probability 1 - s/t (Algorithm 4 of the paper)
-    eos            keep; no_logits: end tokens are never written; no_confidence: they are kept last in their block
-    speculate      canvases per pass: the present one and those that the next steps would lead to if the predictions
-                   stayed as they are; steps that come true cost no pass, and the text is the same (FreeDave,
-                   arXiv 2510.00294). 1 is off; it pays where a pass over few canvases costs little more than one
+    eos            keep; no_logits: end tokens are never written; no_confidence: they are written last in their block
+    speculate      canvases per pass: the present one and drafts of the next ones, made as if predictions stayed as they
+                   are; steps to a draft that is confirmed cost no pass, and the text is the same (FreeDave, arXiv
+                   2510.00294). 1 is off; it pays where a pass over few canvases costs little more than one
     Approximations of the above:
-    cache          none; dual: within a block, other positions keep the keys and values of the block's first pass;
-                   prefix: positions before the block do (Fast-dLLM, arXiv 2505.22618)
-    confidence_threshold  besides its quota a step keeps every prediction at least this probable (Fast-dLLM)
+    cache          none; dual: during a block, keys and values of all other positions are those of the block's first
+                   pass; prefix: those of the positions before it are (Fast-dLLM, arXiv 2505.22618)
+    confidence_threshold  besides its quota a step writes every prediction at least this probable (Fast-dLLM)
     """
 
     steps: int
@@ -84,16 +84,16 @@ def check(settings: SamplerConfig, open_count: int) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    """UserError unless it is a number that float32 can divide by, or 0."""
+    """UserError unless it is 0 or a number that float32 can divide by."""
     if not 0 <= temperature <= MOST_TEMPERATURE:
         raise UserError(
-            f"--temperature={temperature} must be 0 (greedy), 1 (the model's own law) or another number >= 0, "
+            f"--temperature={temperature} must be 0 (greedy), 1 (the model's own distribution) or another number >= 0, "
             f"at most {MOST_TEMPERATURE:g}"
         )
 
 
 def usable_temperature(temperature: float) -> float:
-    """The same, but 0 for what float32 cannot divide logits by: no draw could tell the two apart."""
+    """The temperature, or 0 for one that float32 cannot divide logits by: no draw could tell the two apart."""
     return 0.0 if temperature < LEAST_TEMPERATURE else temperature
 
 
@@ -104,9 +104,9 @@ def check_guidance(cfg_scale: float) -> None:
 
 
 def check_types(values: Mapping[str, object], annotations: Mapping[str, object]) -> None:
-    """UserError for text, a whole number or a number that is something else; None is right where the annotation has it.
+    """UserError for a value that is not of its annotation's type: text, a whole number, a number, None where allowed.
 
-    Annotations are types, or unions that name first what is checked.
+    Of a union the first type is checked.
     """
     for name, value in values.items():
         allowed = typing.get_args(annotations[name]) or (annotations[name],)

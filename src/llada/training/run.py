@@ -77,7 +77,7 @@ class Run(NamedTuple):
             return generation.generate(self.config, self.params, self.tokenizer, requests)[0].text
 
 
-def read_config(workdir: Path) -> Config:
+def read_config(workdir: str | os.PathLike) -> Config:
     """The experiment of an existing workdir; UserError if there is none."""
     path = user_path(workdir, "--workdir") / "config.json"
     if not path.exists():
