@@ -149,8 +149,9 @@ def _version(name: str) -> str:
 
 
 def _usage() -> str:
-    lines = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
-    return (
-        "llada COMMAND --flags   (llada COMMAND --help lists them, llada train --help_config the keys of "
-        f"--config.KEY=VALUE; llada --version)\n\n{lines}"
-    )
+    commands = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
+    return f"""llada COMMAND --flags
+
+{commands}
+
+llada COMMAND --help lists the flags, llada train --help_config the keys of --config.KEY=VALUE; llada --version"""
