@@ -127,8 +127,13 @@ def stale(mutant: Mutant, tree: Path = ROOT) -> str | None:
     count = path.read_text(encoding="utf-8").count(mutant.old)
     if count != 1:
         return f"{mutant.file} has its old text {count} times"
-    missing = [test for test in mutant.tests if not (tree / "tests" / test.partition("::")[0]).exists()]
+    missing = [test for test in mutant.tests if not _exists(tree / "tests", *test.split("::"))]
     return f"there is no tests/{missing[0]}" if missing else None
+
+
+def _exists(tests: Path, file: str, function: str = "") -> bool:
+    path = tests / file
+    return path.exists() and (not function or f"def {function}(" in path.read_text(encoding="utf-8"))
 
 
 class Trial:
