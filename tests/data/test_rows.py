@@ -29,7 +29,7 @@ from llada.errors import DataError, DiskError, UserError
 L = 32
 
 
-def prepare(directory, source, tokenizer, length, fraction, text_key="text", holdout_source=None, check=None):
+def prepare(directory, source, tokenizer, length, fraction, text_key="text", holdout_source=None, check=lambda: None):
     """`prepare.prepare` by the values that these tests change."""
     data = DataConfig(
         source=source,

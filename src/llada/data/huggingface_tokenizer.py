@@ -91,10 +91,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def _bytes_of(self, pieces: dict[int, str]) -> dict[int, bytes]:
         if self._byte_level:
             table = _byte_of_character()
-            found = {token: [table.get(character) for character in piece] for token, piece in pieces.items()}
             # What is added, or no spelling of bytes, is text as it is.
-            found = {token: pieces[token].encode() if None in b else bytes(b) for token, b in found.items()}
-            return found | {token: text.encode() for token, text in self._text_of_added.items() if token in found}
+            spelled = {
+                token: bytes(table[c] for c in piece) if table.keys() >= set(piece) else piece.encode()
+                for token, piece in pieces.items()
+            }
+            return spelled | {token: text.encode() for token, text in self._text_of_added.items() if token in spelled}
         # Decoders treat the first token of a text apart: a space is dropped before it, or put before all others.
         plain = (t for t, p in pieces.items() if p.isascii() and p.isalpha() and t not in self._text_of_added)
         anchor = next(plain, None)
@@ -102,15 +104,15 @@ class HuggingFaceTokenizer(Tokenizer):
         before, *texts = self._tokenizer.decode_batch(
             [first, *([*first, token] for token in pieces)], skip_special_tokens=False
         )
-        found = {}
+        decoded = {}
         for (token, piece), text in zip(pieces.items(), texts, strict=True):
             if self._byte_fallback and _BYTE.fullmatch(piece):
-                found[token] = bytes([int(piece[3:5], 16)])
+                decoded[token] = bytes([int(piece[3:5], 16)])
             elif before and text.startswith(before):
-                found[token] = text.removeprefix(before).encode()
+                decoded[token] = text.removeprefix(before).encode()
             else:
-                found[token] = piece.replace(SPACE_MARK, " ").encode()
-        return found
+                decoded[token] = piece.replace(SPACE_MARK, " ").encode()
+        return decoded
 
     def _checked(self, ids: list[int]) -> list[int]:
         """Drop control ids, which a text that spells a token not marked as special would give."""
@@ -131,13 +133,13 @@ def bundle(files: dict[str, str], name: str, special: dict[str, int | None] | No
     """
     ids = vocabulary(files, name)
     named = declared(files, name)
-    found = dict(special or {})
+    roles = dict(special or {})
     for role, usual in NAMES.items():
-        if role not in found:
-            found[role] = next((ids[token] for token in (named.get(role), *usual) if token in ids), None)
-    if found["eos"] is None:
+        if role not in roles:
+            roles[role] = next((ids[token] for token in (named.get(role), *usual) if token in ids), None)
+    if roles["eos"] is None:
         raise UserError(f"tokenizer {name} has no end-of-text token; it needs one of {', '.join(NAMES['eos'])}")
-    return json.dumps({"special": found, "files": files}, ensure_ascii=False).encode()
+    return json.dumps({"special": roles, "files": files}, ensure_ascii=False).encode()
 
 
 def vocabulary(files: dict[str, str], name: str) -> dict[str, int]:
@@ -155,39 +157,36 @@ def has_mask(files: dict[str, str], name: str) -> bool:
 
 def declared(files: dict[str, str], name: str) -> dict[str, str]:
     """Tokens that tokenizer_config.json or special_tokens_map.json name for a role."""
-    found = {}
+    names = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         values = json_files.parse(files.get(file, "{}"), f"{file} of {name}")
         for role in ("mask", "eos", "pad", "bos"):
             value = values.get(f"{role}_token")
             value = value.get("content") if isinstance(value, dict) else value
             if isinstance(value, str):
-                found[role] = value
-    return found
+                names[role] = value
+    return names
 
 
-def _bundled(values: dict, name: str) -> tuple[dict[str, str], dict[str, int | None]]:
+def _bundled(values: dict[str, Any], name: str) -> tuple[dict[str, str], dict[str, int | None]]:
     """The files in a bundle and the ids of every role. UserError where one is missing, or no text or id."""
-    files, special = values.get("files"), values.get("special")
-    problem = None
+    refusal = f"tokenizer {name} is not a bundle of a Hugging Face tokenizer"
+    files, ids = values.get("files"), values.get("special")
     if not isinstance(files, dict) or not all(isinstance(text, str) for text in files.values()):
-        problem = "no files"
-    elif "tokenizer.json" not in files:
-        problem = "no tokenizer.json"
-    elif not isinstance(special, dict):
-        problem = "no special ids"
-    else:
-        special = {role: special.get(role) for role in (*NAMES, "bos")}
-        for role, token in special.items():
-            if (token is None and role == "eos") or type(token) not in (int, type(None)):
-                problem = f"{role} is {token!r}, not an id"
-    if problem:
-        raise UserError(f"tokenizer {name} is not a bundle of a Hugging Face tokenizer ({problem})")
+        raise UserError(f"{refusal} (no files)")
+    if "tokenizer.json" not in files:
+        raise UserError(f"{refusal} (no tokenizer.json)")
+    if not isinstance(ids, dict):
+        raise UserError(f"{refusal} (no special ids)")
+    special = {role: ids.get(role) for role in (*NAMES, "bos")}
+    for role, token in special.items():
+        if (token is None and role == "eos") or type(token) not in (int, type(None)):
+            raise UserError(f"{refusal} ({role} is {token!r}, not an id)")
     return files, special
 
 
 @functools.lru_cache(maxsize=1)  # asked for ids first, then for the tokenizer, of which a large one takes seconds
-def _parse(text: str, name: str):
+def _parse(text: str, name: str) -> Any:
     try:
         import tokenizers
     except ImportError as error:

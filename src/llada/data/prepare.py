@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from llada import json_files
 from llada.config import DataConfig
 from llada.data import holdout, rows
 from llada.data.rows import Corpus, Metadata
+from llada.data.sources import Remark
 from llada.data.tokenizer import Tokenizer
 from llada.data.waiting import Report
 from llada.errors import DiskError, UserError, disk_error
@@ -26,14 +26,14 @@ def prepare(
     directory: Path,
     data: DataConfig,
     tokenizer: Tokenizer,
-    log: Callable[[str], None] | None = None,
-    check: Callable[[], None] | None = None,
+    log: Remark = lambda line: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Corpus:
     """Tokenise `data.source` into rows under `directory`, or open them if the same values wrote them before.
 
     metadata.json is written last: without it nothing here counts, and an interrupted call starts again. Of several
-    processes that share a directory one prepares, and the others wait for it. `log` is called with how far it is, about
-    once a second; `check` as often, and may raise to end the call.
+    processes that share a directory one prepares, and the others wait for it. `log` is called with what is left out,
+    and about once a second with how far it is; `check` as often, and may raise to end the call.
     UserError if the directory holds another corpus or cannot be written, if the source is bad (see sources.py), or if
     either side has too little text for one row; DataError for damaged rows; DiskError where there is no room.
     """
@@ -43,7 +43,7 @@ def prepare(
         if not metadata.exists():
             with queue_for_lock(directory / ".lock", f"prepares {directory}", report.check):
                 if not metadata.exists():  # else another process has prepared them while this one waited
-                    _write_corpus(directory, data, tokenizer, report)
+                    _write_corpus(directory, data, tokenizer, log, report)
     except OSError as error:
         if not str(error.filename or "").startswith(str(directory)):
             raise
@@ -52,8 +52,8 @@ def prepare(
     return rows.open_matching(directory, data, tokenizer.sha256)
 
 
-def _write_corpus(directory: Path, data: DataConfig, tokenizer: Tokenizer, report: Report) -> None:
-    texts = holdout.split(data, remark=lambda line: print(line, file=sys.stderr))
+def _write_corpus(directory: Path, data: DataConfig, tokenizer: Tokenizer, log: Remark, report: Report) -> None:
+    texts = holdout.split(data, log)
     with (
         replacing(directory / "train.npy") as train_path,
         replacing(directory / "holdout.npy") as holdout_path,
@@ -119,7 +119,7 @@ class RowWriter:
             block = np.array(self._pending[:full], self.dtype)
             # Not block.tofile: NumPy writes past Python's file, and drops the error of a disk that is full.
             self.file.write(block.tobytes())
-            self.checksum = zlib.crc32(block, self.checksum)
+            self.checksum = zlib.crc32(block.data, self.checksum)
             self.counts_V += np.bincount(block, minlength=len(self.counts_V))
             self.rows += full // self.sequence_length
             del self._pending[:full]
@@ -186,7 +186,7 @@ def _digest_and_checksums(sides_NL: list[np.ndarray]) -> tuple[str, list[int]]:
         checksum = 0
         for start in range(0, len(rows_NL), 4_096):
             block = np.ascontiguousarray(rows_NL[start : start + 4_096])
-            sha.update(block)
-            checksum = zlib.crc32(block, checksum)
+            sha.update(block.data)
+            checksum = zlib.crc32(block.data, checksum)
         checksums.append(checksum)
     return sha.hexdigest(), checksums

@@ -9,7 +9,7 @@ Letters: N rows on disk, B rows in a batch, L tokens in a row.
 import dataclasses
 import hashlib
 import typing
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import grain
@@ -170,9 +170,10 @@ def unique_rows(rows_NL: np.ndarray, unique_tokens: int | None) -> np.ndarray:
 
 
 class Batches:
-    """The training stream. Grain shuffles the row ids anew every epoch; the global batch of step s is
-    ids[s*B : (s+1)*B], whoever reads it: a process may take only the positions that its devices hold. Grain numbers
-    orders by seed + epoch, so epoch 1 of seed 0 is epoch 0 of seed 1.
+    """The training stream: batch s has the rows ids[s*B : (s+1)*B] of ids that Grain shuffles again every epoch.
+
+    That is the global batch, whoever reads it: a process may take only the positions that its devices hold. Grain
+    numbers orders by seed + epoch, so epoch 1 of seed 0 is epoch 0 of seed 1.
     """
 
     def __init__(
@@ -204,7 +205,7 @@ class Batches:
             require_known(batch_BL, self.vocab_size, ids_B)
         return batch_BL.astype(np.int32)
 
-    def iterate(self, step: int) -> Iterator[np.ndarray]:
+    def iterate(self, step: int) -> Generator[np.ndarray, None, None]:
         """Yield at(step), at(step + 1), ... without end, read ahead in threads; closing the iterator ends them."""
         steps = grain.MapDataset.range(step, _STEPS_FOREVER).map(self.at)
         reader = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))

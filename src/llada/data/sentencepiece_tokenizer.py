@@ -30,11 +30,10 @@ class SentencePieceTokenizer(Tokenizer):
         special = {
             role: next((self._id_of[n] for n in names if n in self._id_of), None) for role, names in NAMES.items()
         }
-        if special["eos"] is None:
-            raise UserError(f"tokenizer {name} has no end-of-text token; it needs one of {', '.join(NAMES['eos'])}")
         for role, word in (("mask", "mask token"), ("eos", "end-of-text token")):
-            if special[role] is not None and not self._processor.is_control(special[role]):
-                piece = self.piece(special[role])
+            token = special[role]
+            if token is not None and not self._processor.is_control(token):
+                piece = self.piece(token)
                 raise UserError(f"tokenizer {name} lets text spell its {word} {piece}; make it a control symbol")
         super().__init__(model, name, range(self._processor.get_piece_size()), special)
         self._space_mark_ids = [self._id_of.get(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
@@ -93,7 +92,7 @@ def parse_proto(model: bytes, name: str) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
     try:
-        return sentencepiece_model_pb2.ModelProto.FromString(model)
+        return sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]  # made at import
     except Exception as error:  # protobuf's DecodeError, whose home moved between its versions
         raise UserError(f"{name} is not a SentencePiece model; give a .model file") from error
 

@@ -18,10 +18,11 @@ from typing import BinaryIO
 
 from llada.errors import UserError
 
-try:
+_DAMAGED: tuple[type[Exception], ...] = (zlib.error,)
+with contextlib.suppress(ImportError):  # a Python built without it
     from lzma import LZMAError
-except ImportError:  # a Python built without it
-    LZMAError = zlib.error
+
+    _DAMAGED += (LZMAError,)
 
 _LONG_CHARACTERS = 65_536
 _SECTION_CHARACTERS = 16_384
@@ -86,7 +87,7 @@ class _Unpacked:
     def read(self, size: int) -> bytes:
         try:
             content = self._file.read(size)
-        except (zlib.error, LZMAError) as error:
+        except _DAMAGED as error:
             raise OSError(f"damaged: {error}") from error
         self._left -= len(content)
         if self._left < 0:
@@ -125,7 +126,7 @@ def _chunks(file) -> Iterator[bytes]:
 
 
 def _lines(file, path: Path) -> Iterator[bytes]:
-    """The file's lines with their \\n; no other character ends one."""
+    """The file's lines with their line feeds; no other character ends one."""
     rest: list[bytes] = []
     held = 0
     for chunk in _chunks(file):

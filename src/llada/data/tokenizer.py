@@ -46,8 +46,11 @@ class Tokenizer(abc.ABC):
         if min(ids) < 0 or max(ids) >= _MOST_IDS:
             bad = next(token for token in ids if not 0 <= token < _MOST_IDS)
             raise UserError(f"tokenizer {name} has an id {bad}, outside 0..{_MOST_IDS - 1}: no vocabulary is so large")
+        eos_id = special["eos"]
+        if eos_id is None:
+            raise UserError(f"tokenizer {name} has no end-of-text token; it needs one of {', '.join(NAMES['eos'])}")
         self.vocab_size = max(ids) + 1
-        self.mask_id, self.eos_id, self.eot_id = special["mask"], special["eos"], special["eot"]
+        self.mask_id, self.eos_id, self.eot_id = special["mask"], eos_id, special["eot"]
         self.bos_id = special.get("bos")
         self.pad_id = self.eos_id if special["pad"] is None else special["pad"]
         self.token_bytes_V = np.zeros(self.vocab_size, np.int32)

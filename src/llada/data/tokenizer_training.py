@@ -23,8 +23,8 @@ def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
     path: Path,
-    log: Callable[[str], None] | None = None,
-    check: Callable[[], None] | None = None,
+    log: Callable[[str], None] = lambda text: None,
+    check: Callable[[], None] = lambda: None,
 ) -> SentencePieceTokenizer:
     """Train a byte-pair model of exactly `vocab_size` pieces, write it to `path` at once or not at all, return it.
 

@@ -220,11 +220,12 @@ def _to_restore(target) -> ocp.args.PyTreeRestore:
 
 
 def _chunks(path, leaf) -> ocp.SaveArgs:
-    """Stacked leaves are cut between layers first, and each layer alone unless a device's part of it is tiny: reading
-    one layer should not bring in the others.
+    """Stacked leaves are cut between layers first, and each layer alone unless a device's shard of it is tiny.
+
+    Reading one layer should not bring in the others.
     """
     if str(getattr(path[0], "key", "")) != "layers":
         return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
-    part = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
-    layer_bytes = max(math.prod(part[1:]) * leaf.dtype.itemsize, _LEAST_CHUNK_BYTES)
+    shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
+    layer_bytes = max(math.prod(shape[1:]) * leaf.dtype.itemsize, _LEAST_CHUNK_BYTES)
     return ocp.SaveArgs(chunk_byte_size=min(layer_bytes, _CHUNK_BYTES), shard_axes=(0,))

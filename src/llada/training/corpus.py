@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,8 +31,8 @@ def corpus_for(
     config: Config,
     tokenizer: Tokenizer,
     digest: str | None = None,
-    log: Log | None = None,
-    check: Check | None = None,
+    log: Log = lambda text: None,
+    check: Check = lambda: None,
 ) -> rows.Corpus:
     """The run's rows, tokenised once and stored under `data.directory`, or else `workdir/data`.
 
@@ -85,7 +84,7 @@ def tokenizer_for(
 ) -> Tokenizer:
     """The run's tokenizer: the workdir's copy, else `data.tokenizer`, else one trained on the training documents.
 
-    `log` is called where it is trained; `check` between documents, and may raise to end it.
+    `log` is called where it is changed or trained; `check` between documents, and may raise to end it.
     """
     path = tokenizer_files.in_workdir(workdir)
     named = config.data.tokenizer and user_path(config.data.tokenizer, "--config.data.tokenizer")
@@ -100,7 +99,7 @@ def tokenizer_for(
             raise UserError(f"--config.data.tokenizer={named} is not the tokenizer that {workdir} was begun with")
         return tokenizer
     if named:
-        tokenizer = fitted(tokenizer_files.load(named), lambda line: print(line, file=sys.stderr))
+        tokenizer = fitted(tokenizer_files.load(named), log)
         tokenizer_files.require_exportable(tokenizer, f"--config.data.tokenizer={named}")
         write_atomically(workdir / tokenizer.file_name, tokenizer.content)
         return tokenizer

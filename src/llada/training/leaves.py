@@ -24,7 +24,7 @@ class Leaf:
         self._array = array
         self.shape: tuple[int, ...] = tuple(array.shape)
         # Of the first axis: what one read brings in anyway.
-        self.chunk_rows: int = array.chunk_layout.read_chunk.shape[0]
+        self.chunk_rows = int((array.chunk_layout.read_chunk.shape or self.shape)[0] or 1)
 
     def __len__(self) -> int:
         """Size of the first axis."""
@@ -35,8 +35,9 @@ class Leaf:
         return self._array[index].read().result()
 
     def write(self, values: np.ndarray, *index: int | slice) -> tensorstore.Future:
-        """Start putting a piece in place. `values` may change on return; the piece is on the disk when the result of
-        what is returned is there. Whole chunks are fastest: layers, or `chunk_rows` rows.
+        """Start writing a piece; whole chunks are fastest: layers, or `chunk_rows` rows.
+
+        `values` may change on return; the piece is on the disk once the future has its result.
         """
         writing = self._array[index].write(values)
         writing.copy.result()
@@ -62,10 +63,10 @@ def open_parameters(checkpoints: Checkpoints, step: int | None = None) -> dict[s
 
 
 def create(workdir: Path, config: Config, tokenizer: bytes) -> dict[str, Leaf]:
-    """Step 0 of a run that has not begun, its parameters zero until the leaves are written: a model from elsewhere, of
-    which no more is in memory than the caller holds.
+    """Step 0 of a run that has not begun, for a model from elsewhere: parameters are zero until the leaves are written.
 
-    The step counts as committed at once: the caller keeps the workdir out of sight until all is written.
+    So no more of it is in memory than the caller holds. The step counts as committed at once: the caller keeps the
+    workdir out of sight until all is written.
     """
     abstract = transformer.abstract_parameters(config.model)
     # Orbax writes the frame of the checkpoint, around one zero that has every shape and compresses to nothing; it must
@@ -83,8 +84,7 @@ def create(workdir: Path, config: Config, tokenizer: bytes) -> dict[str, Leaf]:
 def open_leaves(params: Path, rewrite: bool = False) -> dict[str, Leaf]:
     """Every parameter in the params item of a step by its dotted name (`layers.query`), opened but not read.
 
-    With `rewrite` what they hold is gone, and pieces never written read as zero; arrays are then uncompressed, whatever
-    they were.
+    With `rewrite` what they held is gone, pieces never written read as zero, and arrays are uncompressed.
     """
     # Not as a URL: a path may hold "#", "?" or "%".
     base = {"driver": "file", "path": f"{params}/"}

@@ -120,7 +120,7 @@ class TrainingRun:
         rows = Batches(corpus.train_NL, B, config.seed, config.data.unique_tokens, positions, tokenizer.vocab_size)
         self.positions, self.batches = rows.positions, rows.iterate(self.step)
         self.meter = metrics_lib.Meter(config, cursor.get("meter"))
-        self.writer = metrics_lib.Writer(workdir, self.step) if first else None
+        self.writer = metrics_lib.Writer(workdir, self.step, progress.log) if first else None
         self.train_step = Debugged(compile_step(config, special, mesh), config.debug, workdir, progress.log)
         self.validate = Validator(config, special, corpus.text_bytes(tokenizer.token_bytes_V), corpus.holdout_NL, mesh)
         self.evaluate_at = evaluation_steps(config)

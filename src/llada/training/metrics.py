@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -135,7 +136,7 @@ class _Board:
 
     def __init__(self, workdir: Path, from_step: int):
         # It imports torch where it finds it, for things that scalars do not need: seconds.
-        hidden = sys.modules.setdefault("torch", None) is None
+        hidden = sys.modules.setdefault("torch", None) is None  # type: ignore[arg-type]  # None hides a module
         try:
             from tensorboardX import event_file_writer, summary
             from tensorboardX.proto import event_pb2
@@ -159,20 +160,18 @@ class _Board:
 class Writer:
     """Appends to `metrics.jsonl` and TensorBoard; lines of steps that a resumed run will repeat are cut first."""
 
-    def __init__(self, workdir: Path, from_step: int):
-        self.path = workdir / "metrics.jsonl"
+    def __init__(self, workdir: Path, from_step: int, log: Callable[[str], None] = lambda text: None):
+        """Open both, to go on from `from_step`; `log` is called with what was damaged, or cannot be written."""
+        self.path, self._log = workdir / "metrics.jsonl", log
         content = json_files.read_bytes(self.path) if self.path.exists() else b""
         good, bad = _parsed(content)
         if bad:  # in the middle: nothing of ours writes so, and what it was may matter to someone
             write_atomically(self.path.with_name("metrics.jsonl.damaged"), content)
             numbers = ", ".join(map(str, bad[:5])) + (", ..." if bad[5:] else "")
-            print(
-                f"{self.path}: dropped line {numbers}, damaged; the file as it was is kept as {self.path.name}.damaged",
-                file=sys.stderr,
-            )
-        kept = "".join(json_files.dumps(line) + "\n" for line in good if line["step"] <= from_step).encode()
-        if kept != content or not self.path.exists():
-            write_atomically(self.path, kept)
+            log(f"{self.path}: dropped line {numbers}, damaged; the file as it was is {self.path.name}.damaged")
+        retained = "".join(json_files.dumps(line) + "\n" for line in good if line["step"] <= from_step).encode()
+        if retained != content or not self.path.exists():
+            write_atomically(self.path, retained)
         self.board: _Board | None = None
         with self._optional():
             self.board = _Board(workdir, from_step)
@@ -194,13 +193,13 @@ class Writer:
                 self.board.write(step, values)
 
     @contextlib.contextmanager
-    def _optional(self):
+    def _optional(self) -> Iterator[None]:
         """TensorBoard's file holds nothing that metrics.jsonl does not: a run goes on without it."""
         try:
             yield
         except OSError as error:
             self.board = None
-            print(f"no more TensorBoard events: {error.strerror or error}; metrics.jsonl goes on", file=sys.stderr)
+            self._log(f"no more TensorBoard events: {error.strerror or error}; metrics.jsonl goes on")
 
 
 def read(path: Path) -> list[dict]:

@@ -1,6 +1,8 @@
 """AdamW with clipping, and the learning rate as straight lines between breakpoints in tokens."""
 
+import math
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,26 +32,25 @@ def parse_schedule(text: str, total_tokens: float) -> list[tuple[float, float]]:
     LLaDA's two plateaus (appendix B.2) are "0:0 10.49G:1 1.2T:1 1.2T:0.25 2T:0.25 2.3T:0.025": a position given twice
     is a jump. UserError names the bad point.
     """
-    points = []
+    points: list[tuple[float, float]] = []
     for word in text.split():
-        place, _, factor = word.partition(":")
-        position = parse_position(place, total_tokens)
-        known = position is not None and re.fullmatch(_NUMBER, factor)
-        if not known or position > _MOST_TOKENS or float(factor) > _MOST_FACTOR:
+        left, _, right = word.partition(":")
+        position = parse_position(left, total_tokens)
+        factor = float(right) if re.fullmatch(_NUMBER, right) else math.inf
+        if position is None or position > _MOST_TOKENS or factor > _MOST_FACTOR:
             raise UserError(
                 f"--config.optimizer.schedule has {word[:80]!r}; each point is POSITION:FACTOR, the position in tokens "
                 f"(2000000, 10.5G) or percent (2%), at most {_MOST_TOKENS:g}, FACTOR at most {_MOST_FACTOR:g}"
             )
-        points.append((position, float(factor)))
+        if points and position < points[-1][0]:
+            raise UserError(f"--config.optimizer.schedule goes back in time at {word!r}; positions must not decrease")
+        points.append((position, factor))
     if not points:
         raise UserError("--config.optimizer.schedule is empty; try '0:0 2%:1 80%:1 100%:0.1'")
-    for (before, _), (after, _), word in zip(points, points[1:], text.split()[1:], strict=False):
-        if after < before:
-            raise UserError(f"--config.optimizer.schedule goes back in time at {word!r}; positions must not decrease")
     return points
 
 
-def learning_rate(config: Config):
+def learning_rate(config: Config) -> Callable[[jax.Array | int], jax.Array]:
     """`step -> learning rate` (float32, traceable), taken at the end of the step, so that warm-up never gives 0."""
     points = parse_schedule(config.optimizer.schedule, config.steps * config.tokens_per_step)
     # In steps, not tokens: float32 holds 440,000 exactly and rounds 2.3e12.

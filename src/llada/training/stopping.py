@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,14 +71,15 @@ def stop_signals() -> Iterator[Received]:
     twice, and have SIGKILL for those that take too long.
     """
     received = Received()
-    previous = {}
+    previous: dict[signal.Signals, Any] = {}
 
-    def handler(number, frame):
+    def handler(number: int, frame: object) -> None:
         received.append(number)
         if len(received) == 1:
             signal.signal(signal.SIGINT, previous[signal.SIGINT])
             with contextlib.suppress(OSError, ValueError):  # with SIGHUP the terminal has gone
-                print(f"\n{received.answer}; Ctrl-C to stop at once", file=sys.stderr, flush=True)
+                sys.stderr.write(f"\n{received.answer}; Ctrl-C to stop at once\n")
+                sys.stderr.flush()
 
     if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
         yield received
