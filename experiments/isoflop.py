@@ -125,19 +125,27 @@ def smdm_shape(layers, width):
     return dict(layers=layers, width=width, heads=width // (64 if width < 1280 else 128), ffn=4 * width)
 
 
-# From SMDM's list of configurations, 6 M to 2.1 B parameters without embeddings.
-SMDM_LADDER = tuple(
-    smdm_shape(layers, width)
-    for width, depths in {
-        256: (6,), 384: (8,), 512: (8,), 576: (9,), 640: (10, 13), 768: (12, 15, 18), 896: (14, 16, 18),
-        1024: (16, 18, 20), 1280: (18, 21, 24), 1408: (18, 21, 24), 1536: (19, 22, 25), 1792: (20, 24),
-        2048: (22, 25), 2176: (28,),
-    }.items()
-    for layers in depths
-)  # fmt: skip
+# From SMDM's list of configurations, 6 M to 2.1 B parameters without embeddings: the depths of each width.
+SMDM_DEPTHS = {
+    256: (6,),
+    384: (8,),
+    512: (8,),
+    576: (9,),
+    640: (10, 13),
+    768: (12, 15, 18),
+    896: (14, 16, 18),
+    1024: (16, 18, 20),
+    1280: (18, 21, 24),
+    1408: (18, 21, 24),
+    1536: (19, 22, 25),
+    1792: (20, 24),
+    2048: (22, 25),
+    2176: (28,),
+}
+SMDM_LADDER = tuple(smdm_shape(layers, width) for width, depths in SMDM_DEPTHS.items() for layers in depths)
 
 
 def cosine(floor, points=16):
-    """A cosine from 1 to `floor` over the rest of the run, as straight lines between `points` places."""
+    """A cosine from 1 to `floor` over the rest of the run, as straight lines between `points` points."""
     share = [i / points for i in range(1, points + 1)]
     return " ".join(f"{100 * s:g}%:{floor + (1 - floor) * (1 + math.cos(math.pi * s)) / 2:.4f}" for s in share)

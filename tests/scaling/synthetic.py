@@ -30,14 +30,34 @@ def reading(objective: str, budget: float, parameters: float, loss: float, **cha
     """A finished run of 6ND = `budget`."""
     tokens = int(budget / 6 / parameters)
     fields = dict(
-        run=f"{objective}_N{parameters:.3g}_C{budget:.3g}", objective=objective, size=f"N{parameters:.3g}", seed=0,
-        mode="isoflop", matching="6nd", budget=budget, layers=2, width=64, parameters=int(1.25 * parameters),
-        non_embedding_parameters=int(parameters), tokens=tokens, unique_tokens=10**13, epochs=tokens / 1e13,
-        flops_6nd=budget, flops_exact=EXACT[objective] * budget, step=10, steps=10, batch_size=8,
-        peak_learning_rate=1e-3, status=FINISHED, nats_per_token=loss, stderr=0.0123,
-        monte_carlo_stderr=0.0031 if objective == "diffusion" else 0.0, bits_per_byte=0.4 * loss,
-        tokens_per_second=1e5, seconds=60.0,
-    )  # fmt: skip
+        run=f"{objective}_N{parameters:.3g}_C{budget:.3g}",
+        objective=objective,
+        size=f"N{parameters:.3g}",
+        seed=0,
+        mode="isoflop",
+        matching="6nd",
+        budget=budget,
+        layers=2,
+        width=64,
+        parameters=int(1.25 * parameters),
+        non_embedding_parameters=int(parameters),
+        tokens=tokens,
+        unique_tokens=10**13,
+        epochs=tokens / 1e13,
+        flops_6nd=budget,
+        flops_exact=EXACT[objective] * budget,
+        step=10,
+        steps=10,
+        batch_size=8,
+        peak_learning_rate=1e-3,
+        status=FINISHED,
+        nats_per_token=loss,
+        stderr=0.0123,
+        monte_carlo_stderr=0.0031 if objective == "diffusion" else 0.0,
+        bits_per_byte=0.4 * loss,
+        tokens_per_second=1e5,
+        seconds=60.0,
+    )
     return Result(**(fields | changes))
 
 

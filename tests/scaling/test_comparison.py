@@ -11,8 +11,17 @@ from llada.errors import UserError
 from llada.objectives.families import FAMILIES
 from llada.scaling import comparison
 
-EVALUATION = {"kind": "bound", "nats_per_token": 1.5, "stderr": 0.25, "bits_per_byte": 0.75, "rows": 7, "draws": 3,
-              "estimator": "l_of_L", "eval_rows_digest": "abc", "step": 12}  # fmt: skip
+EVALUATION = {
+    "kind": "bound",
+    "nats_per_token": 1.5,
+    "stderr": 0.25,
+    "bits_per_byte": 0.75,
+    "rows": 7,
+    "draws": 3,
+    "estimator": "l_of_L",
+    "eval_rows_digest": "abc",
+    "step": 12,
+}
 FILES = ("config.json", "summary.json", "metrics.jsonl")
 
 
@@ -64,8 +73,11 @@ def test_evaluations_count_where_both_runs_have_one_of_the_same_rows(copies):
     report = " ".join(comparison.report(runs, [], places["llada"], ["so be it"]).split())
     assert "the same 7 held-out rows, by llada evaluate: LLaDA 3 draws a row (l_of_L)" in report
     assert "so be it." in report
-    for change, said in (({"eval_rows_digest": "other"}, "different rows"), ({"step": 8}, "is of step 8, not 12"),
-                         ({"eval_rows_digest": None}, "does not say which rows")):  # fmt: skip
+    for change, said in (
+        ({"eval_rows_digest": "other"}, "different rows"),
+        ({"step": 8}, "is of step 8, not 12"),
+        ({"eval_rows_digest": None}, "does not say which rows"),
+    ):
         edit("arm", "evaluation.json", change)
         runs, remarks = read(places)
         assert cells(runs) == trained and any(said in remark for remark in remarks), remarks
@@ -126,8 +138,17 @@ def test_swapped_families_and_unfit_places_are_refused_before_any_work(trained, 
 
 def test_figures_that_do_not_exist_are_dashes_and_paths_are_as_they_are(copies, tmp_path):
     for name in ("llada", "arm"):
-        copies(name, "summary.json", {"eval_stderr": None, "tokens_per_second": None, "seconds": None,
-                                      "unigram_entropy_nats": None, "eval_bits_per_byte": None})  # fmt: skip
+        copies(
+            name,
+            "summary.json",
+            {
+                "eval_stderr": None,
+                "tokens_per_second": None,
+                "seconds": None,
+                "unigram_entropy_nats": None,
+                "eval_bits_per_byte": None,
+            },
+        )
         lines = [json.loads(line) for line in (copies.places[name] / "metrics.jsonl").read_text().splitlines()]
         text = "".join(json.dumps(line | {"eval/stderr": None}) + "\n" for line in lines)
         copies(name, "metrics.jsonl", text.encode())

@@ -59,8 +59,37 @@ def test_the_ladder_is_smdms():
     """Parameters without embeddings in millions, as its configurations are called."""
     sweep, _ = planned("smdm")
     counts = [round(accounting.parameters(ModelConfig(**size)).non_embedding / 1e6) for size in sweep.sizes]
-    assert counts == [6, 19, 34, 48, 66, 85, 113, 142, 170, 180, 206, 231, 268, 302, 336, 472, 551, 629, 571, 666, 761,
-                      717, 831, 944, 1028, 1233, 1476, 1678, 2121]  # fmt: skip
+    assert counts == [
+        6,
+        19,
+        34,
+        48,
+        66,
+        85,
+        113,
+        142,
+        170,
+        180,
+        206,
+        231,
+        268,
+        302,
+        336,
+        472,
+        551,
+        629,
+        571,
+        666,
+        761,
+        717,
+        831,
+        944,
+        1028,
+        1233,
+        1476,
+        1678,
+        2121,
+    ]
 
 
 def test_the_papers_runs_are_read_at_the_budgets_they_reach():
@@ -75,8 +104,13 @@ def test_the_papers_runs_are_read_at_the_budgets_they_reach():
 
 
 def test_rules_for_rate_batch_and_schedule():
-    changes = {"sweep.reference_tokens": "1e6", "sweep.batch_exponent": "0.5", "sweep.largest_batch": "64",
-               "sweep.warmup_steps": "120", "sweep.warmup_fraction": "0.01"}  # fmt: skip
+    changes = {
+        "sweep.reference_tokens": "1e6",
+        "sweep.batch_exponent": "0.5",
+        "sweep.largest_batch": "64",
+        "sweep.warmup_steps": "120",
+        "sweep.warmup_fraction": "0.01",
+    }
     sweep, runs = planned("quick", **changes)
     for run in runs:
         c = run.config
@@ -160,8 +194,28 @@ BAD_VALUES = {
     "objectives": [*NO_LISTS, ("arm",), ("diffusion", "diffusion")],
     "seeds": [*NO_LISTS, (0, 0), (-1,), (0.5,), (2**31,), (True,), (math.nan,)],
     "tokens_per_parameter": [
-        10, None, "x", (1, 2), {"arm": (1, 2)}, *({"diffusion": w} for w in (
-            10, None, "10,20", (), (1,), (1, 2, 3), (2, 1), (1, 1), (-1, 2), ("a", "b"), (math.nan, 2), (0, math.inf)))
+        10,
+        None,
+        "x",
+        (1, 2),
+        {"arm": (1, 2)},
+        *(
+            {"diffusion": w}
+            for w in (
+                10,
+                None,
+                "10,20",
+                (),
+                (1,),
+                (1, 2, 3),
+                (2, 1),
+                (1, 1),
+                (-1, 2),
+                ("a", "b"),
+                (math.nan, 2),
+                (0, math.inf),
+            )
+        ),
     ],
     "sizes_per_budget": ["x", 0, -3, 2, 3.5, math.nan, [5], 10**9],
     "unique_tokens": [(1000,)],  # of another mode
@@ -177,7 +231,7 @@ BAD_VALUES = {
     "decay": [5, None, ["100%:1"], "soon", "100%", "50%:1 20%:0", "100%:-1", "100%:nan"],
     "evaluation_rows": [*NO_NUMBERS, 0, 100, 2.5],
     "annealing_gain": [*NO_NUMBERS, 1.0],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -220,10 +274,21 @@ def test_every_key_that_rules_overwrite_is_refused(quick_group, tmp_path):
     """Found by comparing: whatever no run has as it was given, from the file or the command line."""
     base, group = quick_group
     own = {
-        "seed": 7, "objective.name": "autoregressive", "model.causal": True, "model.width": 999, "model.layers": 99,
-        "model.heads": 99, "model.ffn": 99, "data.directory": "d", "train.steps": 10, "train.tokens": 10**6,
-        "optimizer.schedule": "0:1", "evaluate.every": 10, "evaluate.at": "50%", "evaluate.batches": 99,
-    }  # fmt: skip
+        "seed": 7,
+        "objective.name": "autoregressive",
+        "model.causal": True,
+        "model.width": 999,
+        "model.layers": 99,
+        "model.heads": 99,
+        "model.ffn": 99,
+        "data.directory": "d",
+        "train.steps": 10,
+        "train.tokens": 10**6,
+        "optimizer.schedule": "0:1",
+        "evaluate.every": 10,
+        "evaluate.at": "50%",
+        "evaluate.batches": 99,
+    }
     planned = [config_lib.to_dict(run.config) for run in grid.plan(base, sweep_config.parse(group), tmp_path)]
     default = config_lib.to_dict(Config(train=TrainConfig()))
     made = {
@@ -244,9 +309,9 @@ def test_every_key_that_rules_overwrite_is_refused(quick_group, tmp_path):
             with pytest.raises(UserError, match=f"--config.{key}=.* would do nothing in a sweep"):
                 sweep_lib.make(tmp_path, base, group, typed=[key])
         sweep_lib.make(tmp_path, tree, group)  # as an older sweep.json may say
-    with pytest.raises(UserError, match="evaluate.draws=1 tells no Monte Carlo error"):
-        tree = copy.deepcopy(base)
-        tree["evaluate"]["draws"] = 1
+    tree = copy.deepcopy(base)
+    tree["evaluate"]["draws"] = 1
+    with pytest.raises(UserError, match=r"evaluate\.draws=1 tells no Monte Carlo error"):
         sweep_lib.make(tmp_path, tree, group, in_file=True)
 
 
@@ -300,7 +365,7 @@ def test_a_grid_of_one_size_is_refused(tmp_path):
         "    c.sweep = dict(budgets=(1e12,), sizes=(dict(layers=2, width=32, heads=2, ffn=64),))\n"
         "    return c\n"
     )
-    base, group = experiment.read_sweep(str(path), {})
+    _, group = experiment.read_sweep(str(path), {})
     with pytest.raises(UserError, match=r"sizes=\(1 of diffusion\): a parabola"):
         sweep_config.parse(group)
     with pytest.raises(UserError, match="describes a sweep"):

@@ -235,7 +235,7 @@ def test_the_gradient_of_the_objective_is_that_of_finite_differences():
     truth = huber.theta(CHINCHILLA)
     for spread in (0.001, 0.1):  # residuals within a unit, and beyond
         theta, step = truth + spread * rng.normal(size=(8, 5)), 1e-6
-        value, gradient, _ = huber(theta, huber.log_loss_P)
+        _, gradient, _ = huber(theta, huber.log_loss_P)
         for k in range(5):
             ends = [huber(theta + s * step * np.eye(5)[k], huber.log_loss_P)[0] for s in (1, -1)]
             np.testing.assert_allclose((ends[0] - ends[1]) / (2 * step), gradient[:, k], rtol=1e-4, atol=1e-3)
@@ -267,7 +267,7 @@ def test_an_outlier_counts_linearly_and_follow_finds_what_lbfgs_finds():
 
 def test_runs_that_cannot_tell_a_parametric_law_are_told():
     points = grid(CHINCHILLA, sizes=4)
-    with pytest.raises(UserError, match="4 different \\(N, D\\), .* 1 budgets: the five constants"):
+    with pytest.raises(UserError, match=r"4 different \(N, D\), .* 1 budgets: the five constants"):
         fit_parametric(points[:4] * 3)
     two_sizes = [Point(6 * n * d, n, d, float(CHINCHILLA.loss(n, d)), 0.01) for n in (1e8, 1e9) for d in (1, 2, 4, 8)]
     with pytest.raises(UserError, match="2 different N"):

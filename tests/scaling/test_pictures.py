@@ -72,10 +72,15 @@ def test_a_prediction_lies_on_the_law_at_its_own_budget(whole, monkeypatch, pred
     """Wherever the laws' lines end: before it, at it, or, for the sake of the gap's arrow, beyond."""
     readings, fitted = whole
     marks = []
-    monkeypatch.setattr(figure_lib, "png", lambda figure: marks.extend(
-        tuple(float(v) for v in line.get_xydata()[0]) for line in figure.axes[0].lines
-        if line.get_marker() == "D" and len(line.get_xydata())
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        figure_lib,
+        "png",
+        lambda figure: marks.extend(
+            tuple(float(v) for v in line.get_xydata()[0])
+            for line in figure.axes[0].lines
+            if line.get_marker() == "D" and len(line.get_xydata())
+        ),
+    )
     pictures.frontier(readings, fitted, predict=predict)
     wanted = [(predict, float(fitted.families[family].laws.loss.best(predict))) for family in LAWS]
     np.testing.assert_allclose(sorted(marks), sorted(wanted))
@@ -186,11 +191,11 @@ def test_curves_are_means_over_seeds():
 def test_published_laws_agree_with_their_papers():
     by_name = {paper.name: paper for paper in PUBLISHED}
     for paper in PUBLISHED:
-        assert paper.parameters_exponent + paper.tokens_exponent == pytest.approx(1, abs=0.01)
+        assert paper.exponents["parameters"] + paper.exponents["tokens"] == pytest.approx(1, abs=0.01)
         if paper.parameters:
             # C = 6 N D, and the line has the printed exponent within what digitising leaves.
             assert 6 * paper.parameters(1e20) * paper.tokens(1e20) == pytest.approx(1e20, rel=0.03)
-            assert paper.parameters.exponent == pytest.approx(paper.parameters_exponent, abs=0.01)
+            assert paper.parameters.exponent == pytest.approx(paper.exponents["parameters"], abs=0.01)
     # Quokka's Table 2: 1 B parameters at 5.62e20 FLOPs and 93.5 B tokens.
     assert by_name["Quokka"].parameters(5.62e20) == pytest.approx(1e9, rel=0.02)
     assert by_name["Quokka"].tokens(5.62e20) == pytest.approx(93.5e9, rel=0.02)
@@ -228,7 +233,7 @@ def test_axes_stay_with_the_data_where_laws_go_anywhere(whole, monkeypatch):
         for r in isoflop_readings(sizes=4, reach=1.5, shift=40)
     ]
     fitted = study.fit(points(noisy), draws=10)
-    assert any(fitted.families[family].laws.of("parameters") for family in LAWS)
+    assert any(fitted.families[family].laws.best("parameters") for family in LAWS)
     (n, d), (loss,) = pictures.allocation(noisy, fitted), pictures.frontier(noisy, fitted)
     for ax, low, high in ((n, 1e7, 1e13), (d, 1e6, 1e13), (loss, 0.0, 9.0)):
         assert low < ax.get_ylim()[0] < ax.get_ylim()[1] < high, ax.get_ylim()

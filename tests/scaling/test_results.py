@@ -18,9 +18,16 @@ def one(**changes) -> Result:
 
 @pytest.mark.parametrize(
     ("monte_carlo", "rows", "taken"),
-    [(0.02, 0.5, 0.02), (1e-5, 0.5, STDERR_FLOOR), (0.0, 0.5, STDERR_FLOOR), (None, 0.5, STDERR_FLOOR),
-     (math.nan, 0.5, STDERR_FLOOR), (math.inf, 0.5, STDERR_FLOOR), (0.02, None, 0.02)],
-)  # fmt: skip
+    [
+        (0.02, 0.5, 0.02),
+        (1e-5, 0.5, STDERR_FLOOR),
+        (0.0, 0.5, STDERR_FLOOR),
+        (None, 0.5, STDERR_FLOOR),
+        (math.nan, 0.5, STDERR_FLOOR),
+        (math.inf, 0.5, STDERR_FLOOR),
+        (0.02, None, 0.02),
+    ],
+)
 def test_readings_weigh_by_the_error_of_their_draws(monte_carlo, rows, taken):
     """Not by that of the held-out rows, which all runs share."""
     (point,) = points([one(monte_carlo_stderr=monte_carlo, stderr=rows)])["diffusion"]
@@ -62,9 +69,12 @@ def test_a_reading_given_twice_counts_once():
 )
 def test_what_does_not_compare_is_refused(change, said):
     known = dict(
-        corpus_digest="a", tokenizer_sha256="a", eval_rows_digest="a", rows_digest="a",
+        corpus_digest="a",
+        tokenizer_sha256="a",
+        eval_rows_digest="a",
+        rows_digest="a",
         block_cross_document_attention=False,
-    )  # fmt: skip
+    )
     check_comparable([one(**known), one(), one(**known, seed=1)])  # what is not known is not held against it
     with pytest.raises(UserError, match=said):
         check_comparable([one(**known), one(), one(**(known | change))])

@@ -61,19 +61,29 @@ def trials():
 # Half-widths a user may count on: seven sizes within a factor of 3 of N*, five budgets, errors of 0.004 nats.
 HALF_WIDTHS = {
     "diffusion": {
-        "a": 0.02, "b": 0.02,
-        "parameters": 0.016, "tokens": 0.016, "loss": 0.03,
-        "parametric_parameters": 0.016, "parametric_tokens": 0.016, "parametric_loss": 0.009,
+        "a": 0.02,
+        "b": 0.02,
+        "parameters": 0.016,
+        "tokens": 0.016,
+        "loss": 0.03,
+        "parametric_parameters": 0.016,
+        "parametric_tokens": 0.016,
+        "parametric_loss": 0.009,
     },
     "autoregressive": {
-        "a": 0.027, "b": 0.024,
-        "parameters": 0.024, "tokens": 0.024, "loss": 0.04,
-        "parametric_parameters": 0.024, "parametric_tokens": 0.024, "parametric_loss": 0.011,
+        "a": 0.027,
+        "b": 0.024,
+        "parameters": 0.024,
+        "tokens": 0.024,
+        "loss": 0.04,
+        "parametric_parameters": 0.024,
+        "parametric_tokens": 0.024,
+        "parametric_loss": 0.011,
     },
     # The gap is 4.8 times the FLOPs at 6e18, 660 times at 1e20: ever further beyond the budgets that have runs.
     "loss": dict(zip((f"gap {c:.2g}" for c in BUDGETS), (0.15, 0.35, 0.7, 1.4, 4.0), strict=True)),
     "parametric_loss": dict(zip((f"gap {c:.2g}" for c in BUDGETS), (0.06, 0.12, 0.22, 0.42, 0.9), strict=True)),
-}  # fmt: skip
+}
 
 
 def test_intervals_hold_the_truth_in_95_percent_of_studies_and_are_narrow(trials):

@@ -17,7 +17,7 @@ from llada.scaling import results, sweep_report
 from llada.scaling import sweep as sweep_lib
 from llada.training import loop, metrics
 
-EXPERIMENT = '''
+EXPERIMENT = """
 from llada.config import default_config
 
 
@@ -42,7 +42,7 @@ def get_config(argument="isoflop"):
         c.sweep = dict(mode="checkpoints", sizes=c.sweep["sizes"][:2], budgets=(2e8, 4e8), max_epochs=100.0,
                        evaluation_rows=16, objectives=("diffusion",))
     return c
-'''  # fmt: skip
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -345,8 +345,12 @@ def test_results_join_only_where_they_compare(swept, tmp_path, capsys):
     joined, alone = (json.loads((d / "fits.json").read_text()) for d in (tmp_path / "joined", swept))
     assert joined["families"] == alone["families"]
     rows = results.read_csv(csv)
-    for change in ({"corpus_digest": "other"}, {"tokenizer_sha256": "other"}, {"eval_rows_digest": "other"},
-                   {"matching": "exact"}):  # fmt: skip
+    for change in (
+        {"corpus_digest": "other"},
+        {"tokenizer_sha256": "other"},
+        {"eval_rows_digest": "other"},
+        {"matching": "exact"},
+    ):
         results.write_csv([type(rows[0])(**(rows[0].__dict__ | change))], tmp_path / "other.csv")
         assert sweep(f"--results={csv}", f"--results={tmp_path / 'other.csv'}", f"--workdir={tmp_path / 'x'}") == 2
         assert "do not compare" in capsys.readouterr().err

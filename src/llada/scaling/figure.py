@@ -3,6 +3,7 @@
 matplotlib (extra `plots`) is imported where it is used, so that everything else runs without it.
 """
 
+import importlib
 import io
 import itertools
 import math
@@ -22,7 +23,7 @@ MEASURES = "; ".join(f"{f.title}: {'exact NLL' if f.exact else 'upper bound on i
 def require_matplotlib() -> None:
     """UserError where it is not installed, or cannot be imported."""
     try:
-        import matplotlib  # noqa: F401
+        importlib.import_module("matplotlib")
     except ImportError as error:
         raise UserError(f"pictures need matplotlib ({error}): pip install 'llada-jax[plots]'") from error
 

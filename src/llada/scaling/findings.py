@@ -13,7 +13,6 @@ from llada.scaling.laws import GIDD_ANNEALING_GAIN
 from llada.scaling.numbers import count, flops, three
 from llada.scaling.results import PAIRS, REFERENCE, Result
 from llada.scaling.study import Study
-from llada.scaling.sweep_config import MATCHED
 
 SMALL = 50e6  # parameters without embeddings: near the smallest models that the published laws were fitted to
 BUDGETS_FOR_E = 4  # fewer cannot tell an irreducible loss: laws.offset_power_law
@@ -131,7 +130,7 @@ def _accounting(measured: Sequence[Result], repeated: bool) -> str:
         own = [r.flops_exact / r.flops_6nd for r in measured if r.family is family]
         if own:
             ratios.append(f"{sum(own) / len(own):.2f} for {family.title}")
-    matched = MATCHED[measured[0].matching]
+    matched = measured[0].matched
     opening, end = f"Budgets are matched in {matched}.", "; matched by the other count, the gap would be another"
     if repeated:
         opening, end = f"Readings are compared after equally many tokens; their budgets are in {matched}.", ""

@@ -1,4 +1,4 @@
-"""The grid of a sweep: which runs there are, and every number of theirs that follows from a rule.
+"""The grid of a sweep: which runs it has, and every number of theirs that follows from a rule.
 
 Three modes, one grid. isoflop: a run for every budget and size, each with its own annealed schedule (SMDM section 4,
 Chinchilla section 3.2). checkpoints: one run a size at a constant rate, read at every budget (LLaDA section 3.1 reads
@@ -34,7 +34,7 @@ FLOPS_PER_TOKEN: dict[str, Callable[[Config], float]] = {  # by what budgets are
 LEAST_STEPS = 20  # fewer are hardly training, and rounding to whole steps would miss the budget by more than 2.5 %
 MOST_STEPS = 2**31 - 1
 
-# Keys that rules make for each run, and what to give in place of them. A value of one's own would do nothing.
+# Keys that rules set for each run, and what to use instead: a value of the user's would do nothing.
 LENGTH = "the budgets (or epochs) and the rules of config.sweep say how long a run is and when it is read"
 RULED = {
     "seed": "use --config.sweep.seeds",
@@ -49,7 +49,7 @@ RULED = {
     "evaluate.at": LENGTH,
     "evaluate.batches": "use --config.sweep.evaluation_rows",
 }
-# Keys that rules start from, or only write out in full.
+# Keys that rules start from, or only write out as full paths.
 STARTED_FROM = ("train.batch_size", "data.tokenizer")
 
 
@@ -109,7 +109,7 @@ def plan(base: dict[str, Any], sweep: SweepConfig, directory: Path) -> list[Plan
     base["data"]["directory"] = str(directory / "data")
     own = directory / SentencePieceTokenizer.file_name  # trained once, before the runs
     base["data"]["tokenizer"] = str(user_path(given, "--config.data.tokenizer").absolute() if given else own)
-    # What there is a run for, of every size: a budget, an amount of unique data, or all budgets together.
+    # Every size has a run for each of these: a budget, an amount of unique data, or (None) all budgets together.
     axis = {"isoflop": sweep.budgets, "checkpoints": (None,), "repeat": sweep.unique_tokens}[sweep.mode]
     runs: list[PlannedRun] = []
     for value, objective, seed in itertools.product(axis, sweep.objectives, sweep.seeds):
@@ -130,7 +130,7 @@ def plan(base: dict[str, Any], sweep: SweepConfig, directory: Path) -> list[Plan
 
 
 def _twice(names: Iterable[str]) -> str | None:
-    """The first name, in the order of the alphabet, that is there more than once."""
+    """The alphabetically first name that occurs more than once."""
     return min((name for name, number in Counter(names).items() if number > 1), default=None)
 
 
@@ -162,21 +162,21 @@ def _size_name(base: dict[str, Any], size: dict[str, Any]) -> str:
 
 def left_out(base: dict[str, Any], sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[str]:
     """A sentence for every family and budget that is not trained, or not read, in all sizes."""
-    said = [
+    texts = [
         f"{_size_name(base, size)}: of {size['objective']} alone, which --config.sweep.objectives does not name"
         for size in sweep.sizes
         if size.get("objective", sweep.objectives[0]) not in sweep.objectives
     ]
-    there = {(run.objective, run.size, reading.budget) for run in runs for reading in run.readings}
+    read = {(run.objective, run.size, reading.budget) for run in runs for reading in run.readings}
     for objective, budget in itertools.product(sweep.objectives, sweep.budgets if sweep.mode != "repeat" else ()):
         names = [_size_name(base, size) for size in sizes_of(sweep, objective)]
-        if missing := [name for name in names if (objective, name, budget) not in there]:
+        if missing := [name for name in names if (objective, name, budget) not in read]:
             least, most = sweep.tokens_per_parameter.get(objective, (0, math.inf))
             why = f"tokens per parameter outside {least:g} to {most:g}"
             if sweep.sizes_per_budget is not None:
                 why += f", or more than sweep.sizes_per_budget={sweep.sizes_per_budget}"
-            said.append(f"{objective} at {budget:g} FLOPs: {', '.join(missing)} ({why})")
-    return said
+            texts.append(f"{objective} at {budget:g} FLOPs: {', '.join(missing)} ({why})")
+    return texts
 
 
 def check_used(
@@ -211,7 +211,7 @@ def check_used(
                 "the sizes have their own" if key.name.startswith(("model.", "optimizer.")) else "no run would have it"
             )
             raise UserError(
-                f"--config.{key.name}={str(value):.60} would do nothing in a sweep, whose rules set it; {instead}"
+                f"--config.{key.name}={value!s:.60} would do nothing in a sweep, whose rules set it; {instead}"
             )
     drawn = any(not FAMILIES[objective].exact for objective in sweep.objectives)
     if drawn and _at(base, "evaluate.draws") < 2 and (in_file or "evaluate.draws" in typed):

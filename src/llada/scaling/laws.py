@@ -219,23 +219,20 @@ def scatter(residual_P: np.ndarray, stderr_P: np.ndarray, target_S: np.ndarray) 
 
 
 class Published(NamedTuple):
-    """The laws of one paper for one family. None: the paper's figure is not at hand.
+    """The laws of one paper for one family; a line is missing where its figures are not at hand.
 
-    A line holds where it was fitted, from `low` to `high` FLOPs. Losses of other papers (other corpora and tokenizers)
-    do not compare with a sweep's, so only their exponents are here. C = 6 N D, so D* = C / (6 N*). SMDM counts N
-    without embeddings; Chinchilla counts all parameters, which matters for small models.
+    A line holds where it was fitted, from the first to the last of `budgets`. Losses of other papers (other corpora and
+    tokenizers) do not compare with a sweep's, so only their exponents are here. C = 6 N D, so D* = C / (6 N*). SMDM
+    counts N without embeddings; Chinchilla counts all parameters, which matters for small models.
     """
 
     name: str
-    causal: bool
     arxiv: str
-    parameters_exponent: float
-    tokens_exponent: float
-    loss_exponent: float | None = None  # of L*(C) as a plain power law, no irreducible loss
+    causal: bool
+    exponents: dict[str, float]  # as printed, by the names of study.Laws
     parameters: PowerLaw | None = None  # N*(C)
     tokens: PowerLaw | None = None  # D*(C)
-    low: float | None = None
-    high: float | None = None
+    budgets: tuple[float, ...] = ()  # FLOPs
 
 
 # SMDM's section 4, digitised from the figures: N* within about 2%.
@@ -261,64 +258,29 @@ def _line(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     return PowerLaw(float(coefficient), float(exponent))
 
 
-def _smdm(name: str, causal: bool, optima: Sequence[float], exponent: float, loss_exponent: float) -> Published:
-    """Exponents as printed; the line is the one through the five optima."""
+def _smdm(name: str, causal: bool, optima: Sequence[float], exponent: float, of_loss: float) -> Published:
+    """The line is the one through the five optima."""
     n = _line(SMDM_BUDGETS, optima)
-    return Published(
-        name=name,
-        causal=causal,
-        arxiv="2410.18514",
-        parameters_exponent=exponent,
-        tokens_exponent=1 - exponent,
-        loss_exponent=loss_exponent,
-        parameters=n,
-        tokens=PowerLaw(1 / (6 * n.coefficient), 1 - n.exponent),
-        low=SMDM_BUDGETS[0],
-        high=SMDM_BUDGETS[-1],
-    )
+    d = PowerLaw(1 / (6 * n.coefficient), 1 - n.exponent)
+    exponents = {"parameters": exponent, "tokens": 1 - exponent, "loss_power": of_loss}
+    return Published(name, "2410.18514", causal, exponents, n, d, SMDM_BUDGETS)
 
 
 def _chinchilla() -> Published:
-    """The line through the points of its Table 3."""
+    """The line is the one through the points of Table 3."""
     budgets, parameters, tokens = zip(*CHINCHILLA_TABLE_3, strict=True)
     n, d = _line(budgets, parameters), _line(budgets, tokens)
-    return Published(
-        name="Chinchilla",
-        causal=True,
-        arxiv="2203.15556",
-        parameters_exponent=n.exponent,
-        tokens_exponent=d.exponent,
-        parameters=n,
-        tokens=d,
-        low=budgets[0],
-        high=budgets[-1],
-    )
+    exponents = {"parameters": n.exponent, "tokens": d.exponent}
+    return Published("Chinchilla", "2203.15556", True, exponents, n, d, budgets)
 
 
-# Quokka (arXiv 2510.03280), section on compute-optimal laws; for what it and GIDD count as N see the papers.
-QUOKKA = Published(
-    name="Quokka",
-    causal=False,
-    arxiv="2510.03280",
-    parameters_exponent=0.514,
-    tokens_exponent=0.486,
-    parameters=PowerLaw(0.0216, 0.514),
-    tokens=PowerLaw(7.7, 0.486),
-    low=3e18,
-    high=1e21,
-)
-GIDD = Published(
-    name="GIDD masked",
-    causal=False,
-    arxiv="2512.10858",
-    parameters_exponent=0.566,
-    tokens_exponent=0.434,
-    loss_exponent=-0.0496,
-)
+# For what Quokka (section on compute-optimal laws) and GIDD count as N see the papers.
+_QUOKKA = {"parameters": 0.514, "tokens": 0.486}
+_GIDD = {"parameters": 0.566, "tokens": 0.434, "loss_power": -0.0496}
 PUBLISHED = (
     _smdm("SMDM MDM", False, SMDM_MDM_PARAMETERS, 0.63, -0.063),
-    QUOKKA,
-    GIDD,
+    Published("Quokka", "2510.03280", False, _QUOKKA, PowerLaw(0.0216, 0.514), PowerLaw(7.7, 0.486), (3e18, 1e21)),
+    Published("GIDD masked", "2512.10858", False, _GIDD),
     _smdm("SMDM ARM", True, SMDM_ARM_PARAMETERS, 0.64, -0.064),
     _chinchilla(),
 )

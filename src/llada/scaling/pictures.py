@@ -136,10 +136,8 @@ def frontier(
             style = dict(color=colour, marker="o", capsize=3, linestyle="", markerfacecolor=face, zorder=4)
             ax.errorbar(m.budget, m.loss, 2 * m.loss_stderr, **style)
             shown += [m.loss - 2 * m.loss_stderr, m.loss + 2 * m.loss_stderr]
-        laws = fitted.laws.known()
-        name = gap.law if gap and gap.law in laws else fitted.laws.of("loss")
-        if name is not None:
-            law = laws[name]
+        law = (gap and getattr(fitted.laws, gap.law)) or fitted.laws.best("loss")
+        if law is not None:
             _law(ax, study, law, (min(fitted.budgets), max(fitted.budgets)), reach, colour)
             if predict:
                 _prediction(ax, study, law, predict, family)
@@ -167,7 +165,7 @@ def frontier(
 
 def _frontier_title(gap: findings.Gap | None, study: Study) -> str:
     if gap is None:
-        missing = [f.title for f in FAMILIES.values() if study.of(f.name).laws.of("loss") is None]
+        missing = [f.title for f in FAMILIES.values() if study.of(f.name).laws.best("loss") is None]
         title = "Loss at the best size against FLOPs"
         return f"{title}; no law of {' and '.join(missing)} yet" if missing else title
     family, reference = gap.family.title, gap.reference.title
@@ -183,7 +181,7 @@ def _frontier_title(gap: findings.Gap | None, study: Study) -> str:
 def _frontier_caption(gap: findings.Gap | None, results: Sequence[Result], study: Study, annealing_gain: float) -> str:
     texts = [f"{figure.MEASURES}.", "The true gap is at most the one shown." if gap else ""]
     texts.append(f"Bands: {study.level:.0%} intervals.")
-    if any(fitted.laws.of("loss") == "parametric_loss" for fitted in study.families.values()):
+    if any(fitted.laws.parametric_loss and not fitted.laws.loss for fitted in study.families.values()):
         texts.append("Laws by L(N, D), as the minima give none.")
     if any(r.measured and not r.annealed for r in results):
         corrected = f", {annealing_gain:.2%} taken off" if annealing_gain else ""
@@ -278,8 +276,7 @@ def _allocated(ax, study: Study, quantity: str, values: list[float], across: tup
             y, factor = figure.clamp(getattr(m, quantity), ends), math.exp(min(2 * m.log_parameters_stderr, 3.0))
             style = dict(marker="o", capsize=3, markerfacecolor=colour if m.inside else "white", zorder=4)
             ax.errorbar(m.budget, y, [[y - y / factor], [y * factor - y]], color=colour, **style)
-        if name := fitted.laws.of(quantity):
-            law = fitted.laws.known()[name]
+        if law := fitted.laws.best(quantity):
             _law(ax, study, law, across, across[1], colour)
             y = figure.clamp(float(law.best(across[1])), ends)
             labels.append((across[1], y, f"{family.title} $C^{{{law.best.exponent:.2f}}}$", colour))
@@ -298,11 +295,11 @@ def _published(ax, quantity: str, low: float, high: float) -> list[tuple[float, 
     labels = []
     for paper in PUBLISHED:
         law = getattr(paper, quantity)
-        if law is None or paper.low is None or paper.high is None:
+        if law is None:
             continue
         grey = "0.6" if paper.causal else "0.45"
         ax.plot([low, high], law([low, high]), ":", color=grey, linewidth=1, zorder=1)
-        own = max(low, paper.low), min(high, paper.high)
+        own = max(low, paper.budgets[0]), min(high, paper.budgets[-1])
         if own[0] < own[1]:
             ax.plot(own, law(own), color=grey, linewidth=1.3, zorder=1)
         labels.append((high, float(law(high)), paper.name, grey))
@@ -313,9 +310,8 @@ def _allocation_texts(study: Study) -> tuple[str, str]:
     """Title, and the exponents of N* with intervals."""
     exponents = {}
     for family in FAMILIES.values():
-        laws = study.of(family.name).laws
-        if name := laws.of("parameters"):
-            exponents[family.title] = study.constants(laws.known()[name])["exponent"]
+        if law := study.of(family.name).laws.best("parameters"):
+            exponents[family.title] = study.constants(law)["exponent"]
     if not exponents:
         return "No law of the best size yet", ""
     title = " and ".join(f"$C^{{{e['value']:.2f}}}$ ({name})" for name, e in exponents.items())

@@ -84,14 +84,14 @@ def curves(results: Iterable[Result]) -> list[Curve]:
         if r.measured and r.epochs is not None and r.unique_tokens is not None:
             key = (r.unique_tokens, r.non_embedding_parameters, r.objective, r.size)
             groups.setdefault(key, {}).setdefault(float(f"{r.epochs:.4g}"), []).append(r)
-    found = []
+    drawn = []
     for (unique_tokens, parameters, objective, size), readings in sorted(groups.items()):
         epochs = tuple(sorted(readings))
         seeds = [readings[e] for e in epochs]
         loss = tuple(sum(r.loss for r in rs) / len(rs) for rs in seeds)
         stderr = tuple(math.hypot(*(r.monte_carlo_stderr or 0.0 for r in rs)) / len(rs) for rs in seeds)
-        found.append(Curve(objective, size, parameters, unique_tokens, epochs, loss, stderr))
-    return found
+        drawn.append(Curve(objective, size, parameters, unique_tokens, epochs, loss, stderr))
+    return drawn
 
 
 def _twins(results: Iterable[Result]) -> list[dict[str, Curve]]:
@@ -142,9 +142,9 @@ def _crossover(family: Family, reference: Family, own: Curve, arm: Curve) -> Cro
 
 def picture(results: Sequence[Result]) -> bytes:
     """Loss against epochs, a panel per number of unique tokens; best epochs starred, crossovers marked or denied."""
-    found, crossed = curves(results), crossovers(results)
-    corpora, sizes = sorted({c.unique_tokens for c in found}), sorted({c.parameters for c in found})
-    cut = _cut(found)
+    drawn, crossed = curves(results), crossovers(results)
+    corpora, sizes = sorted({c.unique_tokens for c in drawn}), sorted({c.parameters for c in drawn})
+    cut = _cut(drawn)
     caption = (
         f"Star: lowest loss. Square: first reading below the {REFERENCE.title} after equally many epochs. Ring: below "
         f"the {REFERENCE.title}'s lowest loss. {figure.MEASURES}."
@@ -157,7 +157,7 @@ def picture(results: Sequence[Result]) -> bytes:
         for size, shade in zip(sizes, figure.shades(colour, len(sizes)), strict=True)
     }
     for ax, corpus in zip(axes, corpora, strict=False):
-        of_corpus = {(c.objective, c.size): c for c in found if c.unique_tokens == corpus}
+        of_corpus = {(c.objective, c.size): c for c in drawn if c.unique_tokens == corpus}
         overtakes = [x for x in crossed if x.unique_tokens == corpus]
         ax.set(xscale="log", xlabel="epochs")
         ax.set_title("\n".join([f"{short(corpus)} unique tokens", *map(_crossing_text, overtakes)]), fontsize=10)
@@ -172,10 +172,10 @@ def picture(results: Sequence[Result]) -> bytes:
     if cut:
         axes[0].set_ylim(*cut)
     for (name, size), shade in shades.items():
-        if any(c.objective == name for c in found):
+        if any(c.objective == name for c in drawn):
             label = f"{FAMILIES[name].title} {short(size)}"
             axes[-1].plot([], [], color=shade, marker="o", markersize=4, label=label)
-    if found:
+    if drawn:
         figure.log_ticks(axes[0].xaxis, short)
         axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=9, title="parameters")
     else:
@@ -183,12 +183,12 @@ def picture(results: Sequence[Result]) -> bytes:
     return figure.png(fig)
 
 
-def _cut(found: Sequence[Curve]) -> tuple[float, float] | None:
+def _cut(drawn: Sequence[Curve]) -> tuple[float, float] | None:
     """Ends of the loss axis where an ARM that learned its corpus by heart would press all else into a flat line."""
-    low = min((min(c.loss) for c in found), default=0.0)
-    seen = max((x for c in found for x in (c.loss[:1] if FAMILIES[c.objective].exact else c.loss)), default=0.0)
+    low = min((min(c.loss) for c in drawn), default=0.0)
+    seen = max((x for c in drawn for x in (c.loss[:1] if FAMILIES[c.objective].exact else c.loss)), default=0.0)
     top = low + 1.5 * (seen - low)
-    return (low - 0.05 * (top - low), top) if low < seen and top < max(max(c.loss) for c in found) else None
+    return (low - 0.05 * (top - low), top) if low < seen and top < max(max(c.loss) for c in drawn) else None
 
 
 def _draw(ax, curve: Curve, shade: np.ndarray) -> None:

@@ -80,6 +80,11 @@ class Result:
         return FAMILIES[self.objective]
 
     @property
+    def matched(self) -> str:
+        """The count that budgets are in, in words."""
+        return MATCHED[self.matching]
+
+    @property
     def loss(self) -> float:
         """Nats per token; nan where there is no figure."""
         return math.nan if self.nats_per_token is None else self.nats_per_token
@@ -161,22 +166,21 @@ _IDENTITY = (
 
 
 def each_once(results: Iterable[Result]) -> tuple[list[Result], int]:
-    """The readings without those given before, and how many were left out.
+    """The readings without repeated ones, and how many were left out.
 
     Of a reading with and without its figure, as of one sweep at two times, the one with it stays; two figures of one
     run's name are two readings (the same grid in two directories).
     """
-    kept: dict[tuple, list[Result]] = {}
-    dropped = 0
+    results = list(results)
+    retained: dict[tuple, list[Result]] = {}
     for r in results:
-        there = kept.setdefault(tuple(getattr(r, name) for name in _IDENTITY), [])
-        if there and (not r.measured or any(r.nats_per_token == other.nats_per_token for other in there)):
-            dropped += 1
-        elif there and not there[0].measured:
-            there[0], dropped = r, dropped + 1
-        else:
-            there.append(r)
-    return [r for there in kept.values() for r in there], dropped
+        equal = retained.setdefault(tuple(getattr(r, name) for name in _IDENTITY), [])
+        if equal and not equal[0].measured:
+            equal[0] = r if r.measured else equal[0]
+        elif not equal or (r.measured and all(r.loss != other.loss for other in equal)):
+            equal.append(r)
+    unique = [r for equal in retained.values() for r in equal]
+    return unique, len(results) - len(unique)
 
 
 def write_csv(results: Iterable[Result], path: Path) -> None:
@@ -198,7 +202,7 @@ def read_csv(path: Path, name: str | None = None) -> list[Result]:
     fields = dataclasses.fields(Result)
     text = json_files.read_text(path, name=name).removeprefix("\ufeff")
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    found = []
+    results = []
     try:
         columns = reader.fieldnames or []
         if missing := [f.name for f in fields if f.name not in columns and f.default is dataclasses.MISSING]:
@@ -207,12 +211,12 @@ def read_csv(path: Path, name: str | None = None) -> list[Result]:
             where = f"{name} line {reader.line_num}"
             if None in line or None in line.values():
                 raise UserError(f"{where} has not {len(columns)} cells, as many as the first line has columns")
-            found.append(_result(where, {f.name: _cell(line, f, where) for f in fields if f.name in columns}))
+            results.append(_result(where, {f.name: _cell(line, f, where) for f in fields if f.name in columns}))
     except csv.Error as error:
         raise UserError(f"{name} line {reader.line_num} is no line of a table ({error})") from error
-    if not found:
+    if not results:
         raise UserError(f"{name} holds no reading; give a results.csv of llada sweep")
-    return found
+    return results
 
 
 def _cell(line: dict[str, str], field: dataclasses.Field, where: str) -> Any:
@@ -252,7 +256,7 @@ DIVERGED = "diverged: "
 
 
 def write_failure(workdir: Path, error: BaseException) -> None:
-    """Leave word in a run's directory that it failed, and why."""
+    """Record in a run's directory that it failed, and why."""
     text = str(error).splitlines()[0] if str(error) else ""
     reason = f"{DIVERGED}{text}" if isinstance(error, Diverged) else f"{type(error).__name__}: {text}"
     write_atomically(workdir / "failed.json", (json_files.dumps({"reason": reason}, indent=2) + "\n").encode())

@@ -9,6 +9,7 @@ Shapes: P points (runs), B budgets, S bootstrap draws.
 A diffusion loss is a bound, an autoregressive one exact: the compute gap between them is at most the one computed.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -115,9 +116,9 @@ class Laws:
         """Those there are, by name."""
         return {name: law for name, law in vars(self).items() if law is not None}
 
-    def of(self, quantity: str) -> str | None:
-        """The name of the law of parameters, tokens or loss: by the minima, else by L(N, D); None without any."""
-        return next((name for name in (quantity, f"parametric_{quantity}") if name in self.known()), None)
+    def best(self, quantity: str) -> Fitted | None:
+        """The law of parameters, tokens or loss: by the minima, else by L(N, D)."""
+        return getattr(self, quantity) or getattr(self, f"parametric_{quantity}")
 
 
 class FamilyFit(NamedTuple):
@@ -220,8 +221,9 @@ def fit(points_by_family: Mapping[str, Sequence[Point]], draws: int = 500, level
         profiles = [p for p in profiles if _attempt(reasons, f"budget {p[0].budget:.6g}", Parabola, p)]
         fitted = parabolas(profiles)
         minima = [_attempt(reasons, f"budget {p.budget:.6g}", p.minimum) for p in fitted]
-        laws = _approach_2(profiles, fitted, minima, draws, rng, reasons)
-        laws |= _approach_3(points, draws, rng, reasons)
+        simulate = functools.partial(bootstrap, draws=draws, rng=rng)
+        laws = _approach_2(profiles, fitted, minima, simulate, reasons)
+        laws |= _approach_3(points, simulate, reasons)
         families[family] = FamilyFit(budgets, fitted, [m for m in minima if m], Laws(**laws), reasons)
     return Study(families, level)
 
@@ -236,12 +238,7 @@ def _attempt(reasons: dict[str, str], what: str, call: Callable, *arguments) -> 
 
 
 def _approach_2(
-    profiles: Sequence[Sequence[Point]],
-    fitted: Sequence[Parabola],
-    minima: Sequence[Minimum | None],
-    draws: int,
-    rng: np.random.Generator,
-    reasons: dict[str, str],
+    profiles: list[list[Point]], fitted: list[Parabola], minima: list[Minimum | None], simulate: Callable, reasons: dict
 ) -> dict[str, Fitted]:
     """Laws through those minima that lie inside the sizes tried."""
     for m in minima:
@@ -274,7 +271,7 @@ def _approach_2(
     best = laws_of(np.concatenate([p.loss_P for p in fitted]))
     runs = [p for profile in profiles for p in profile]
     fitted_P = np.concatenate([p.fitted_P for p in fitted])
-    drawn = bootstrap(runs, fitted_P, 3 * len(fitted), laws_of, draws, rng)
+    drawn = simulate(runs, fitted_P, 3 * len(fitted), laws_of)
     for law in ("loss", "loss_power"):
         if best[law].coefficient * best[law].exponent >= 0:
             reasons[law] = "the lowest loss of a budget does not fall as budgets grow; no gap can be read off it"
@@ -282,9 +279,7 @@ def _approach_2(
     return {law: Fitted(best[law], drawn[law]) for law in best}
 
 
-def _approach_3(
-    points: Sequence[Point], draws: int, rng: np.random.Generator, reasons: dict[str, str]
-) -> dict[str, Fitted]:
+def _approach_3(points: Sequence[Point], simulate: Callable, reasons: dict[str, str]) -> dict[str, Fitted]:
     """The parametric law and its three closed forms."""
     best = _attempt(reasons, "parametric", fit_parametric, points)
     if best is None:
@@ -296,7 +291,7 @@ def _approach_3(
     def refit(loss_SP: np.ndarray) -> Parametric:
         return huber.law(huber.follow(huber.theta(best), np.log(loss_SP)))
 
-    drawn = bootstrap(points, best.loss(n_P, d_P), 5, refit, draws, rng)
+    drawn = simulate(points, best.loss(n_P, d_P), 5, refit)
     names = ("parametric", "parametric_parameters", "parametric_tokens", "parametric_loss")
     laws = zip((best, *best.frontier(flops_per_token)), (drawn, *drawn.frontier(flops_per_token)), strict=True)
     return {name: Fitted(*pair) for name, pair in zip(names, laws, strict=True)}

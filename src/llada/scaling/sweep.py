@@ -221,7 +221,7 @@ def prepare(sweep: Sweep, log: Callable[[str], None] = lambda text: None) -> Non
     before = json_files.read_bytes(path) if path.exists() else None
     try:
         sweep.directory.mkdir(parents=True, exist_ok=True)
-        with queue_for_lock(sweep.directory / "prepare.lock", f"prepares {sweep.directory}", lambda: None):
+        with queue_for_lock(sweep.directory / "prepare.lock", f"prepares {sweep.directory}"):
             _clear(sweep)
             write_atomically(path, (json_files.dumps(tree, indent=2) + "\n").encode())
             # One tokenizer for all families: with a mask token where one of them needs it.
@@ -285,7 +285,7 @@ def corpus_metadata(sweep: Sweep) -> Metadata | None:
 
 
 def state(workdir: Path, steps: int) -> str:
-    """waiting | running (begun; perhaps interrupted) | finished | failed."""
+    """One of waiting | running (begun; perhaps interrupted) | finished | failed."""
     if failure(workdir) is not None:
         return FAILED
     if _summary(workdir).get("step") == steps:
@@ -352,33 +352,25 @@ def _rows(sweep: Sweep, run: PlannedRun, metadata: Metadata | None) -> Iterator[
     summary = _summary(workdir) if status == FINISHED else {}
     unique = config.data.unique_tokens or (metadata.train_tokens if metadata else None)
     count = accounting.parameters(config.model)
-    of_run: dict[str, Any] = dict(
-        run=run.name,
-        objective=run.objective,
-        size=run.size,
-        seed=run.seed,
-        mode=sweep.config.mode,
-        matching=sweep.config.matching,
-        layers=config.model.layers,
-        width=config.model.width,
-        parameters=count.total,
-        non_embedding_parameters=count.non_embedding,
-        unique_tokens=unique,
-        steps=config.steps,
-        batch_size=config.train.batch_size,
-        peak_learning_rate=config.optimizer.peak_learning_rate,
-        reason=failure(workdir),
-        draws=1 if FAMILIES[run.objective].exact else config.evaluate.draws,
-        block_cross_document_attention=config.objective.block_cross_document_attention,
-        retried=run.retried,
+    of_run: dict[str, Any] = {
+        "run": run.name,
+        **{key: getattr(run, key) for key in ("objective", "size", "seed", "retried")},
+        **{key: getattr(sweep.config, key) for key in ("mode", "matching")},
+        **{key: getattr(config.model, key) for key in ("layers", "width")},
         **{key: summary.get(key) for key in ("tokens_per_second", "eval_rows_digest")},
-    )
+        "parameters": count.total,
+        "non_embedding_parameters": count.non_embedding,
+        "unique_tokens": unique,
+        "steps": config.steps,
+        "batch_size": config.train.batch_size,
+        "peak_learning_rate": config.optimizer.peak_learning_rate,
+        "block_cross_document_attention": config.objective.block_cross_document_attention,
+        "draws": 1 if FAMILIES[run.objective].exact else config.evaluate.draws,
+        "reason": failure(workdir),
+    }
     if metadata:
-        of_run |= dict(
-            unigram_entropy_nats=metadata.unigram_entropy_nats,
-            corpus_digest=metadata.digest,
-            tokenizer_sha256=metadata.tokenizer_sha256,
-        )
+        of_run |= {key: getattr(metadata, key) for key in ("unigram_entropy_nats", "tokenizer_sha256")}
+        of_run["corpus_digest"] = metadata.digest
     lines = metrics_lib.read(workdir / "metrics.jsonl")
     evaluations = {line["step"]: line for line in lines if "eval/nats_per_token" in line}
     for reading in run.readings:

@@ -11,7 +11,7 @@ from typing import Any
 from llada import knobs
 from llada.config import ModelConfig
 from llada.errors import UserError
-from llada.knobs import knob
+from llada.knobs import Knob, knob
 from llada.objectives.families import FAMILIES
 
 MODES = ("isoflop", "checkpoints", "repeat")
@@ -34,6 +34,12 @@ NOT_OF_A_SIZE = {
 }
 
 
+_WINDOWS = (
+    "a budget gets the sizes that it trains on so many tokens per parameter, dict(diffusion=(10, 1000)); all where a "
+    "family has no entry"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
     """What varies between runs, and the rules for what follows from it."""
@@ -49,11 +55,7 @@ class SweepConfig:
     objectives: tuple = knob(tuple(FAMILIES), "the families")
     seeds: tuple = knob((0,), "a run each; others may be added later")
     # Diffusion wants more tokens per parameter than an ARM.
-    tokens_per_parameter: dict = knob(
-        {},
-        "a budget gets the sizes that it trains on so many tokens per parameter, dict(diffusion=(10, 1000)); all where "
-        "a family has no entry",
-    )
+    tokens_per_parameter: dict = dataclasses.field(default_factory=dict, metadata={"knob": Knob(_WINDOWS)})
     sizes_per_budget: int | None = knob(None, "of these so many, evenly; None: all", above=0, most=10_000)
     unique_tokens: tuple = knob((), "repeat: how much of the corpus, rising")
     epochs: tuple = knob((), "repeat: when to read, rising; the last ends the run")

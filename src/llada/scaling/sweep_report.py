@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from llada import json_files
-from llada.files import lock, write_atomically
+from llada.files import queue_for_lock, write_atomically
 from llada.objectives.families import FAMILIES, Family
 from llada.scaling import findings, pictures, repetition
 from llada.scaling.laws import PUBLISHED, SMDM_GAP, Minimum
 from llada.scaling.numbers import count, flops, interval, markdown_table, or_dash, three, times
+from llada.scaling.parametric import Parametric
 from llada.scaling.results import FAILED, FINISHED, PAIRS, Result, check_comparable, points, write_csv
 from llada.scaling.study import Study, fit
 
@@ -45,7 +46,7 @@ def write(
     remarks         on what is not among the results
     """
     check_comparable(results)
-    with lock(directory / "outcome.lock", wait=True):  # jobs that end together take turns
+    with queue_for_lock(directory / "report.lock", f"writes the report of {directory}"):
         write_csv(results, directory / "results.csv")
         repeated = any(r.data_limited for r in results)
         # Laws of the budget say nothing of data read again and again: those readings are no isoFLOP profile.
@@ -144,9 +145,8 @@ def _fitted_sentences(study: Study) -> list[str]:
         for ratio in findings.size_ratios(study)
     ]
     for family in FAMILIES.values():
-        laws = study.of(family.name).laws
-        if name := laws.of("parameters"):
-            exponent = study.constants(laws.known()[name])["exponent"]
+        if law := study.of(family.name).laws.best("parameters"):
+            exponent = study.constants(law)["exponent"]
             texts.append(f"The best size of {family.title} grows as C^{interval(exponent)}.")
     return texts
 
@@ -201,15 +201,14 @@ def _minimum(m: Minimum, bits: float | None) -> list[str]:
     return [*cells, "" if m.inside else "outside the sizes tried"]
 
 
-# Laws whose exponents are shown: the label, and the field of `Published` beside it.
-_EXPONENTS = {
-    "parameters": ("N*", "parameters_exponent"),
-    "tokens": ("D*", "tokens_exponent"),
-    "loss_power": ("L*, no irreducible loss", "loss_exponent"),
-    "loss": ("L*, above the irreducible loss", None),
-    "parametric_parameters": ("N*, by L(N, D)", None),
-    "parametric_tokens": ("D*, by L(N, D)", None),
-    "parametric_loss": ("L*, by L(N, D)", None),
+_EXPONENTS = {  # of `Laws`
+    "parameters": "N*",
+    "tokens": "D*",
+    "loss_power": "L*, no irreducible loss",
+    "loss": "L*, above the irreducible loss",
+    "parametric_parameters": "N*, by L(N, D)",
+    "parametric_tokens": "D*, by L(N, D)",
+    "parametric_loss": "L*, by L(N, D)",
 }
 
 
@@ -219,12 +218,12 @@ def _exponents(study: Study) -> str:
         return "There are none: no family has a law yet."
     titles = (family.title for family in FAMILIES.values())
     cells = [["exponent of C", *titles, *(f"{paper.name} ({paper.arxiv})" for paper in PUBLISHED)]]
-    for name, (label, published) in _EXPONENTS.items():
+    for name, label in _EXPONENTS.items():
         own = [interval(study.constants(laws[name])["exponent"]) if name in laws else "-" for laws in known]
-        theirs = [getattr(paper, published) if published else None for paper in PUBLISHED]
-        if published or set(own) != {"-"}:
-            cells.append([label, *own, *(or_dash(exponent, ".3g") for exponent in theirs)])
-    ranges = [f"{p.name} {flops(p.low)} to {flops(p.high)}" for p in PUBLISHED if p.low and p.high]
+        theirs = [or_dash(paper.exponents.get(name), ".3g") for paper in PUBLISHED]
+        if {*own, *theirs} != {"-"}:
+            cells.append([label, *own, *theirs])
+    ranges = [f"{p.name} {flops(p.budgets[0])} to {flops(p.budgets[-1])}" for p in PUBLISHED if p.budgets]
     text = f"In brackets: {study.level:.0%} intervals. Published laws were fitted at other FLOPs: {', '.join(ranges)}."
     return f"{markdown_table(cells)}\n\n{text} A published exponent need not hold at the budgets of this sweep."
 
@@ -290,8 +289,7 @@ def _parametric(study: Study) -> str:
         some = any(fitted.reasons for fitted in study.families.values())
         return "There is none: see what the fits could not tell." if some else "There is none."
     cells = [["", *constants]]
-    for constant in next(iter(constants.values())):
-        cells.append([constant, *(interval(of_family[constant], three) for of_family in constants.values())])
+    cells += [[name, *(interval(of[name], three) for of in constants.values())] for name in Parametric._fields]
     return f"L = E + A/N^a + B/D^b, nats per token, with {study.level:.0%} intervals.\n\n{markdown_table(cells)}"
 
 
