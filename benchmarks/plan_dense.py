@@ -1,7 +1,7 @@
 """What leaving unmasked positions out of the vocabulary saves on a TPU slice: python benchmarks/plan_dense.py
 
 Compiles the training step of a model for a slice three times: as it is, with all logits at once, and with logits of all
-positions in chunks that the backward pass computes again (benchmarks/dense_losses.py). Same mesh, remat and batch.
+positions in chunks that the backward pass recomputes (benchmarks/dense_losses.py). Same mesh, remat and batch.
 With --static instead twice, as it is and with loops of a static length, for 55 % of all rows.
 Printed for each: FLOPs of products with the vocabulary matrix, all matrix FLOPs, the compiler's own cycles as seconds
 (nothing for attention kernels, which it estimates no cycles for), the projected seconds and peak HBM, with ratios to
@@ -23,6 +23,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import dense_losses
+import record
 
 from llada import mesh as mesh_lib
 from llada.commands import experiment
@@ -43,19 +44,26 @@ def main():
     parser.add_argument("--sequences", type=int, default=4, help="at once on a device")
     parser.add_argument("--static", action="store_true", help="compare with loops of a static length")
     parser.add_argument("--batches", action="store_true", help="find the largest batch on a device too")
+    record.add_flags(parser)
     rest, overrides = experiment.take_overrides(sys.argv[1:])
     options = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
     names = {"ours": "diffusion", "all logits": dense_losses.WHOLE, "in chunks": dense_losses.CHUNKED}
     if options.static:
         names = {"ours": "diffusion", "static": dense_losses.STATIC}
-    steps = {}
+    steps, rows = {}, {}
     for label, objective in names.items():
         steps[label] = attempt(options, objective, options.sequences)
-        print(line(label, steps[label], steps["ours"]), flush=True)
+        rows[label] = row(steps[label], steps["ours"])
+        print(f"{label:12} {', '.join(f'{name} {cell}' for name, cell in rows[label].items())}", flush=True)
     if options.batches:
         for label in list(names)[:2]:
             most = largest(options, names[label], steps[label])
             print(f"{label:12} at most {most} sequences at once on a device", flush=True)
+            rows[label][MOST] = str(most)
+    table = [
+        {"step": label} | {column: cells.get(column, "") for column in rows["ours"]} for label, cells in rows.items()
+    ]
+    record.record(options, "plan_dense", table, machine=f"{options.topology}, projected")
 
 
 def attempt(options, objective: str, sequences: int) -> dict | None:
@@ -135,21 +143,24 @@ def largest(options, objective: str, known: dict | None) -> int:
     return fits
 
 
-def line(label: str, figures: dict | None, ours: dict) -> str:
-    """One variant."""
+MOST = "sequences that fit on a device"
+FIGURES = {
+    "vocabulary TFLOP": lambda f: f["vocabulary_flops"] / 1e12,
+    "all products TFLOP": lambda f: f["matrix_flops"]["executed"] / 1e12,
+    "compiler's cycles, s": lambda f: f["own_seconds"],
+    "projected, s": lambda f: f["projection"]["seconds"],
+    "HBM, GiB": lambda f: f["hbm_bytes"]["peak"] / 2**30,
+}
+
+
+def row(figures: dict | None, ours: dict) -> dict[str, str]:
+    """One variant: figures, in brackets ours over them."""
     if figures is None:
-        return f"{label:12} does not fit"
-    rows = [
-        ("vocabulary", lambda f: f["vocabulary_flops"] / 1e12, "TFLOP"),
-        ("all products", lambda f: f["matrix_flops"]["executed"] / 1e12, "TFLOP"),
-        ("compiler's cycles", lambda f: f["own_seconds"], "s"),
-        ("projected", lambda f: f["projection"]["seconds"], "s"),
-        ("HBM", lambda f: f["hbm_bytes"]["peak"] / 2**30, "GiB"),
-    ]
-    parts = (f"{name} {of(figures):.4g} {unit} (ours {of(ours) / of(figures):.3f})" for name, of, unit in rows)
-    asynchronous = f"gathers and scatters asynchronous {figures['traffic']['parts_asynchronous_share']:.1%}"
-    unhidden = f"links unhidden {figures['projection']['exposed_link_seconds']:.3g} s"
-    return f"{label:12} " + ", ".join([*parts, asynchronous, unhidden])
+        return dict.fromkeys(FIGURES, "does not fit")
+    cells = {name: f"{of(figures):.4g} ({of(ours) / of(figures):.3f})" for name, of in FIGURES.items()}
+    cells["asynchronous gathers and scatters"] = f"{figures['traffic']['parts_asynchronous_share']:.1%}"
+    cells["unhidden links, s"] = f"{figures['projection']['exposed_link_seconds']:.3g}"
+    return cells
 
 
 if __name__ == "__main__":

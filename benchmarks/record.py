@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 CODE = ("src/llada", "benchmarks", "experiments")  # a change elsewhere changes no figure
-PACKAGES = ("jax", "torch", "safetensors")
+PACKAGES = ("jax", "libtpu", "torch", "safetensors")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -33,11 +33,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(commit=commit())  # of the beginning: the checkout may move on during a long run
 
 
-def record(options: argparse.Namespace, section: str, rows: list[dict[str, str]]) -> None:
-    """Put `rows`, which map column to cell, into a section; does nothing without --record."""
+def record(options: argparse.Namespace, section: str, rows: list[dict[str, str]], machine: str | None = None) -> None:
+    """Put `rows`, which map column to cell, into a section, under this processor's heading or that of another machine.
+
+    Does nothing without --record.
+    """
     if options.record:
         text = options.docs.read_text(encoding="utf-8")
-        text = with_table(text, section, processor(), f"{command()}\\\n{origin(options.commit)}\n\n{table(rows)}")
+        text = with_table(
+            text, section, machine or processor(), f"{command()}\\\n{origin(options.commit)}\n\n{table(rows)}"
+        )
         options.docs.write_text(text, encoding="utf-8")
 
 
