@@ -1,6 +1,6 @@
 """`diffusion.loss` with logits of all positions, as in published code: what the vocabulary head is compared with.
 
-Importing this file adds objectives to the training step's, WHOLE and CHUNKED. Both give the loss and gradients of
+Importing this file adds objectives to the training step's, DENSE and CHUNKED. Both give the loss and gradients of
 `diffusion` where no sequence is cut short. So does STATIC where no more than CAPACITY of the rows are masked: it is the
 vocabulary head itself, with loops whose trip count does not depend on the masks.
 """
@@ -18,7 +18,7 @@ from llada.objectives import noise as noise_lib
 from llada.objectives.contract import LossTerms
 from llada.objectives.families import DIFFUSION, FAMILIES
 
-WHOLE = "dense"  # all logits at once, saved for the backward pass
+DENSE = "dense"  # all logits at once, saved for the backward pass
 CHUNKED = "chunked"  # of CHUNK positions, recomputed in the backward pass: 8 V d FLOPs a position instead of 6
 CHUNK = 2048
 STATIC = "static"
@@ -67,7 +67,7 @@ def _static(*arguments) -> LossTerms:
 
 for _name, _rival in (
     (STATIC, _static),
-    (WHOLE, functools.partial(_loss, _nats)),
+    (DENSE, functools.partial(_loss, _nats)),
     (CHUNKED, functools.partial(_loss, _nats_in_chunks)),
 ):
     FAMILIES[_name] = dataclasses.replace(DIFFUSION, loss=_rival)

@@ -40,9 +40,8 @@ def record(options: argparse.Namespace, section: str, rows: list[dict[str, str]]
     """
     if options.record:
         text = options.docs.read_text(encoding="utf-8")
-        text = with_table(
-            text, section, machine or processor(), f"{command()}\\\n{origin(options.commit)}\n\n{table(rows)}"
-        )
+        recorded = f"{command()}\\\n{origin(options.commit)}\n\n{table(rows)}"
+        text = with_table(text, section, machine or processor(), recorded)
         options.docs.write_text(text, encoding="utf-8")
 
 

@@ -46,7 +46,7 @@ from llada.objectives.contract import SpecialTokens
 from llada.training import step as step_lib
 
 RUNS = 3  # timed steps of a turn: a step's time follows the number of masked positions
-RIVALS = ("eager", "compile", dense_losses.WHOLE, dense_losses.CHUNKED, dense_losses.STATIC)
+RIVALS = ("eager", "compile", dense_losses.DENSE, dense_losses.CHUNKED, dense_losses.STATIC)
 
 SHAPES = {  # layers, width, heads, ffn, vocabulary, tokens, sequences
     "20m": (12, 384, 6, 1024, 126_464, 512, 4),
