@@ -27,8 +27,8 @@ STEP = FLAGS.define_integer("step", None, "checkpoint to sample from; default th
 JSON = FLAGS.define_bool("json", False, "print a line of JSON per text: ids, text, forward_passes, seconds ...")
 WATCH = FLAGS.define_bool("watch", False, "draw the text in the terminal while its masks become words")
 HTML = FLAGS.define_string("html", None, "write a page that replays how the text came to be")
-# What to write; each may be given several times, and then the texts are written as one batch.
-ASKED = (
+# What to continue or to fill; each flag may be given several times, and then the texts are written as one batch.
+PROMPTS = (
     FLAGS.define_multi_string("prompt", None, "text to continue; may be empty"),
     FLAGS.define_multi_string("prompt_ids", None, "the same as token ids: 12,7,99"),
     FLAGS.define_multi_string("infill", None, "text with [MASK] or [MASK:N] where tokens are to be filled in"),
@@ -42,18 +42,18 @@ OPTIONS = (
     FLAGS.define_integer("block_length", None, "fill block by block, left to right; default one block; 1: in order"),
     FLAGS.define_float("temperature", 0.0, "0: most likely tokens; 1: the model's own distribution"),
     FLAGS.define_float("cfg_scale", None, "classifier-free guidance w of LLaDA Eq. (16); default none"),
-    FLAGS.define_string("remasking", None, "what to keep: low_confidence (default), random or random_binomial"),
+    FLAGS.define_string("remasking", None, "what a step writes: low_confidence (default), random or random_binomial"),
     FLAGS.define_string(
-        "eos", None, "end tokens: keep (default), no_logits (never written), no_confidence (kept last)"
+        "eos", None, "end tokens: keep (default), no_logits (never written), no_confidence (written last)"
     ),
     FLAGS.define_integer("speculate", None, "canvases per pass: the same text in fewer passes; default 1, off"),
     FLAGS.define_string("cache", None, "approximate: prefix or dual; default none"),
-    FLAGS.define_float("confidence_threshold", None, "approximate: also keep every prediction at least this probable"),
+    FLAGS.define_float("confidence_threshold", None, "approximate: also write every prediction at least this probable"),
 )
 
 
 _WATCHABLE_SECONDS = 4.0  # a small model writes faster than anybody can see
-_MOST_TEXTS = 100_000  # of one call: all are held in memory until the last is there
+_MOST_TEXTS = 100_000  # of one call: all are in memory until the last is written
 
 
 def run(overrides: dict[str, str]) -> int:
@@ -90,7 +90,7 @@ def _requests() -> "list[Request]":
     """A request per text: each prompt with each seed. UserError unless prompts are given by one flag."""
     from llada.inference.generation import Request
 
-    given = [flag for flag in ASKED if flag.value]
+    given = [flag for flag in PROMPTS if flag.value]
     if len(given) != 1:
         names = " and ".join(f"--{flag.name}" for flag in given) or "none"
         raise UserError(f"give one of --prompt, --prompt_ids, --infill (as often as you like), not {names}")

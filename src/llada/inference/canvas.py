@@ -1,7 +1,7 @@
 """From what a user types to a canvas of tokens, and back to text.
 
-Infilling marks: `[MASK]` is one token to fill, `[MASK:12]` twelve. Text that stands behind other tokens is encoded as
-the middle of a text: tokenizers such as Llama's would put a space before each piece of it.
+Infilling marks: `[MASK]` is one token to fill, `[MASK:12]` twelve. Text that follows other tokens is encoded as the
+middle of a text: tokenizers such as Llama's would put a space before each piece of it.
 """
 
 import functools

@@ -39,7 +39,7 @@ def choose(
     """The most likely token of every needed row (temperature 0), or a draw from softmax(logits / temperature).
 
     `forbidden_F`: ids that are not chosen and have no probability. `keys_BK`: a key for each row's noise, needed where
-    temperature > 0. Rows that are not needed mean nothing.
+    temperature > 0. Entries of rows that are not needed are arbitrary.
     """
     head_VD = head_VD.astype(hidden_BKD.dtype)
     if temperature == 0 or keys_BK is None:
@@ -118,8 +118,8 @@ def _choose_rows(hidden_RD, head_VD, forbidden_F, temperature, data_R2):
     return token_R, jnp.take_along_axis(logits_VR, token_R[None], axis=0)[0] - log_z_R
 
 
-# Reductions go by groups of the vocabulary: CPU cores share a reduction by its outputs, and rows alone are too few; and
-# a plain argmax takes several times as long there.
+# The vocabulary is reduced in groups: XLA shares a reduction among CPU cores by its outputs, and rows alone are too few
+# of them; and a plain argmax takes several times as long on CPU.
 _GROUP = 64
 
 

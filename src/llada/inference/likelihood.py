@@ -55,9 +55,12 @@ class LikelihoodConfig:
 
 
 class LogLikelihood(NamedTuple):
-    """In nats. `stderr` is of the Monte Carlo draws: 0 where nothing was drawn, NaN where one draw cannot tell.
+    """An answer's log-likelihood, or the bound on it that `estimator` estimates, in nats.
 
-    `rows`: how many rows went through the model for it (masks that came up twice count once).
+    stderr  over the Monte Carlo draws: 0 where nothing was drawn, NaN for a single draw
+    tokens  of the answer
+    draws   Monte Carlo draws, 0 where the value is exact
+    rows    how many rows went through the model; masks that were drawn twice count once
     """
 
     log_likelihood: float
@@ -156,14 +159,14 @@ def rolling(
         Pair(ids[max(0, start - room) : start], ids[start : start + window], salt=start)
         for start in range(0, len(ids), window)
     ]
-    parts = log_likelihoods(config, params, pairs, special, settings, progress)
+    windows = log_likelihoods(config, params, pairs, special, settings, progress)
     return LogLikelihood(
-        log_likelihood=math.fsum(part.log_likelihood for part in parts),
-        stderr=math.sqrt(math.fsum(part.stderr**2 for part in parts)),
+        log_likelihood=math.fsum(one.log_likelihood for one in windows),
+        stderr=math.sqrt(math.fsum(one.stderr**2 for one in windows)),
         tokens=len(ids),
-        estimator=parts[0].estimator,
-        draws=max(part.draws for part in parts),
-        rows=sum(part.rows for part in parts),
+        estimator=windows[0].estimator,
+        draws=max(one.draws for one in windows),
+        rows=sum(one.rows for one in windows),
     )
 
 

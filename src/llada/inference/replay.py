@@ -46,7 +46,7 @@ def pieces(tokenizer: Tokenizer, tokens_L: Iterable[int]) -> list[str]:
     A character made of byte tokens stands at its last byte, after empty strings; a byte of no complete character is
     U+FFFD. End-of-text is "∎", other control tokens are their names: "<mask>". Characters are not yet safe to display.
     """
-    return [part for start, end, text in _spans(tokenizer, tokens_L) for part in [*[""] * (end - start - 1), text]]
+    return [piece for start, end, text in _spans(tokenizer, tokens_L) for piece in [*[""] * (end - start - 1), text]]
 
 
 class _State(NamedTuple):
@@ -63,8 +63,8 @@ class Watch:
     Masks are dim blocks, one a token; filled tokens are coloured by their step, those of the newest step reversed; the
     footer counts and is the legend. At most 20 frames a second; the last state is always drawn. A text higher than the
     terminal is cropped: the view stays while the first of the newest tokens is in it, else centres on that one; on
-    leaving, the whole text is printed. Where the console is no terminal, one plain frame is printed at the end and
-    nothing before.
+    leaving, all of the text is printed. Where the console is no terminal, one plain frame at the end is all that is
+    printed.
     """
 
     def __init__(self, tokenizer: Tokenizer, mask_id: int | None, total_steps: int, console: Console | None = None):
@@ -164,7 +164,7 @@ def write_html(
 ) -> None:
     """Write a self-contained page that replays how the canvas `tokens_L` was filled; `facts` is its table.
 
-    Positions that hold `mask_id` stay masked. UserError if `path` cannot be written, DiskError where there is no room.
+    Positions that hold `mask_id` stay masked. UserError if `path` cannot be written, DiskError if the disk is full.
     """
     target = writable_target(path, "--html")
     mask_id = _NO_TOKEN if mask_id is None else mask_id

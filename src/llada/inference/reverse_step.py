@@ -1,6 +1,6 @@
 """One step of the reverse process, given a canvas (LLaDA section 2.4, Algorithms 4 and 5).
 
-`reverse_step` maps a Canvas to the next one. Its parts can be called by themselves:
+`reverse_step(task, block, canvas)` is the next canvas. Its stages can be called by themselves:
 
     hidden_states      the forward pass: hidden states of the block's positions, guided
     choose_tokens      a token and its confidence for every masked position of the block
@@ -100,6 +100,12 @@ class Canvas(NamedTuple):
     done_B1: jax.Array
 
 
+def new_canvas(tokens_BL: Array) -> Canvas:
+    """The canvas before its first step; open positions of `tokens_BL` (int32) hold the mask token."""
+    B, L = tokens_BL.shape
+    return Canvas(jnp.asarray(tokens_BL), jnp.full((B, L), -1, jnp.int32), jnp.zeros((B, 1), jnp.int32))
+
+
 def reverse_step(task: Task, block: Block, canvas: Canvas) -> Canvas:
     """The canvas after one exact step: tokens of the block are predicted from all of the canvas, some are written."""
     with jax.named_scope("reverse_step"):
@@ -129,7 +135,7 @@ def hidden_states(task: Task, tokens_BL: jax.Array, at_BK: jax.Array) -> jax.Arr
 
 
 def choose_tokens(task: Task, block: Block, canvas: Canvas, hidden_BKD: jax.Array) -> Choice:
-    """A token and its confidence for every masked position of the block; other positions mean nothing."""
+    """A token and its confidence for every masked position of the block; entries of other positions are arbitrary."""
     temperature, rows = task.setup.settings.temperature, task.rows
     with jax.named_scope("choose_tokens"):
         masked_BK, keys_BK = masked(task, block, canvas), _keys(task, block, canvas, _DRAW)

@@ -18,7 +18,7 @@ from llada.config import ModelConfig
 from llada.errors import UserError
 from llada.inference import cached_sampler, speculative
 from llada.inference.compiled_loop import Array, Observer, Sample, forbidden_list, row_seeds, timed
-from llada.inference.reverse_step import Block, Canvas, Rows, Setup, Task, repeat_until_full, reverse_step
+from llada.inference.reverse_step import Block, Canvas, Rows, Setup, Task, new_canvas, repeat_until_full, reverse_step
 from llada.inference.settings import SamplerConfig, check, usable_temperature
 from llada.model import cached, transformer
 from llada.objectives.contract import SpecialTokens
@@ -87,9 +87,7 @@ def fill_blocks(
         block = Block(position_BK, index * setup.steps_per_block)
         return fill_block(task, block, canvas._replace(done_B1=jnp.zeros_like(canvas.done_B1)), passes)
 
-    B, L = canvas_BL.shape
-    start = Canvas(canvas_BL, jnp.full((B, L), -1, jnp.int32), jnp.zeros((B, 1), jnp.int32))
-    canvas, passes = jax.lax.fori_loop(0, setup.blocks, fill_next, (start, jnp.int32(0)))
+    canvas, passes = jax.lax.fori_loop(0, setup.blocks, fill_next, (new_canvas(canvas_BL), jnp.int32(0)))
     return canvas.tokens_BL, canvas.step_BL, passes
 
 
