@@ -37,6 +37,8 @@ from llada.config import default_config, from_config_dict
 from llada.training import loop
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# x_BL + y_B is a mistake more often than it is meant: where ranks differ, the code says which axis is added.
+jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tracing makes many objects and little garbage: looking for it took a twentieth of the time.
 gc.set_threshold(100_000, 50, 100)
 
