@@ -22,7 +22,7 @@ class Debugged:
 
     profile_steps  a trace in workdir/profile, for TensorBoard's profile plugin or xprof, from every process
     dump_hlo       workdir/hlo/train_step.stablehlo.txt, as lowered, and train_step.hlo.txt, as compiled
-    nans           FloatingPointError in the step that computes a NaN: see `where`
+    nans           FloatingPointError in the step that computes a NaN, saying in one line what computed it where
     """
 
     def __init__(self, train_step: Any, config: DebugConfig, workdir: Path, log: Callable[[str], None]):
@@ -41,10 +41,19 @@ class Debugged:
             return self._train_step(state, batch_BL)
         # JAX prints what it does on finding one; the program's own standard output is the summary.
         with jax.debug_nans(True), contextlib.redirect_stdout(sys.stderr):
-            return self._train_step(state, batch_BL)
+            try:
+                return self._train_step(state, batch_BL)
+            except FloatingPointError as error:
+                raise FloatingPointError(_where(error)) from error
 
-    def close(self) -> None:
+    def __enter__(self) -> "Debugged":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End a trace that the run did not outlast."""
+        self._stop()
+
+    def _stop(self) -> None:
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
@@ -52,7 +61,7 @@ class Debugged:
     def _profile(self, state: Any) -> None:
         if self._calls in (_FIRST_TRACED, _FIRST_TRACED + self._config.profile_steps):
             jax.block_until_ready(state)  # whole steps are traced
-            self.close()
+            self._stop()
         if self._calls == _FIRST_TRACED:
             directory = self._workdir / "profile"
             self._log(f"tracing {self._config.profile_steps} steps into {directory}: tensorboard --logdir={directory}")
@@ -69,7 +78,7 @@ class Debugged:
             self._log(f"the step's program, lowered and compiled, is in {directory}")
 
 
-def where(error: FloatingPointError) -> str:
+def _where(error: FloatingPointError) -> str:
     """What computed a NaN, and the line of ours that asked for it, in one line."""
     what = str(error).partition(".")[0]
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _SOURCE in Path(frame.filename).parents]

@@ -8,9 +8,11 @@ metrics and summary, and prints. Whatever decides what to do next must be the sa
 something agreed through `processes`.
 """
 
+import contextlib
 import functools
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 
 from llada import accounting, json_files, processes
 from llada import mesh as mesh_lib
-from llada.config import Config
+from llada.config import Config, DebugConfig
 from llada.data.rows import Batches, Corpus, chain_digest
 from llada.data.tokenizer import Tokenizer
 from llada.errors import DiskError, Diverged, Interrupted, UserError
@@ -30,10 +32,11 @@ from llada.training import metrics as metrics_lib
 from llada.training import optimizer, run_item
 from llada.training import workdir as workdir_lib
 from llada.training.checkpoint import Checkpoints
-from llada.training.debug import Debugged, where
 from llada.training.progress import Progress, TerminalProgress
 from llada.training.step import TrainState, abstract_state, compile_step, init_state, state_shardings
 from llada.training.stopping import Stop, stop_signals
+
+TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def train(
@@ -118,10 +121,17 @@ class TrainingRun:
         # The digest is of whole batches, so the process that computes it reads them; the others read their own rows.
         positions = None if first else mesh_lib.local_positions(mesh, B)
         rows = Batches(corpus.train_NL, B, config.seed, config.data.unique_tokens, positions, tokenizer.vocab_size)
+        self.closing = contextlib.ExitStack()
         self.positions, self.batches = rows.positions, rows.iterate(self.step)
+        self.closing.callback(self.batches.close)  # ends its threads
         self.meter = metrics_lib.Meter(config, cursor.get("meter"))
         self.writer = metrics_lib.Writer(workdir, self.step, progress.log) if first else None
-        self.train_step = Debugged(compile_step(config, special, mesh), config.debug, workdir, progress.log)
+        self.train_step: TrainStep = compile_step(config, special, mesh)
+        if config.debug != DebugConfig():
+            from llada.training.debug import Debugged  # seldom needed
+
+            debugged = Debugged(self.train_step, config.debug, workdir, progress.log)
+            self.train_step = self.closing.enter_context(debugged)
         self.validate = Validator(config, special, corpus.text_bytes(tokenizer.token_bytes_V), corpus.holdout_NL, mesh)
         self.evaluate_at = evaluation_steps(config)
         self.pending: dict[str, jax.Array] | None = None
@@ -133,8 +143,7 @@ class TrainingRun:
 
     def __exit__(self, *_: object) -> None:
         """Stop reading batches ahead, and tracing."""
-        self.batches.close()
-        self.train_step.close()
+        self.closing.close()
 
     def advance(self) -> None:
         """One step of the run; the device works on it while the host looks at the one before."""
@@ -163,7 +172,7 @@ class TrainingRun:
         try:
             out = self.train_step(self.state, batch_BL)
         except FloatingPointError as error:  # debug.nans
-            raise self._diverged(f"step {self.step + 1} computes a NaN: {where(error)}") from error
+            raise self._diverged(f"step {self.step + 1} computes a NaN: {error}") from error
         if start is not None:
             self.progress.log(f"compiled in {time.perf_counter() - start:.1f} s")
             self.compiled = True
