@@ -17,15 +17,12 @@ from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError
 from llada.files import new_directory, prefetch, write_atomically
 from llada.interop import layout, schema, source_tokenizer, source_weights
-from llada.interop.safetensors_files import Weights
 from llada.interop.source_weights import Pieces
 from llada.objectives import families
 from llada.objectives.families import Family
-from llada.training import run_item
 from llada.training.checkpoint import Checkpoints, require_plain
 from llada.training.corpus import saved_tokenizer
 from llada.training.leaves import create, open_parameters
-from llada.training.run import read_config
 
 _STEPS = 1_000
 _WRITES = 4  # pieces being written at once
@@ -65,8 +62,7 @@ def open_source(
         format_, fields, special = schema.read(values)
         if family is None:
             family = families.AUTOREGRESSIVE if fields["causal"] else families.DIFFUSION
-        weights = Weights(path)
-        source_weights.check_sizes(weights, fields, format_.names)
+        weights = source_weights.open_weights(path, fields, format_.names)
         tree = _default_tree(fields, family)
         model = config_lib.from_config_dict(tree).model
         source_weights.check_tensors(weights, model, format_.names)
@@ -132,11 +128,9 @@ def _require_directory(path: Path) -> None:
 
 def _open_workdir(path: Path, family: Family | None, mask_token: str | None, allow_nonfinite: bool) -> Source:
     """The latest checkpoint of another run."""
-    old = read_config(path)
+    old = config_lib.load(path / "config.json")
     checkpoints = Checkpoints(path)
-    step = checkpoints.resolve(None)
-    item = checkpoints.item(step)
-    run_item.require_same(item, old, path / "checkpoints")
+    item = checkpoints.item_of_run(None)
     tokenizer = saved_tokenizer(path, item)
     if mask_token is not None:
         raise UserError(f"--mask_token={mask_token} is for a Hugging Face directory; a workdir keeps its tokenizer")
@@ -147,7 +141,7 @@ def _open_workdir(path: Path, family: Family | None, mask_token: str | None, all
             raise UserError("its tokenizer has no mask token, and its model no row left for one")
     tree = config_lib.to_dict(old)
     tree["model"]["causal"], tree["objective"]["name"] = family.causal, family.name
-    leaves = open_parameters(checkpoints, step)
+    leaves = open_parameters(checkpoints, item.step)
 
     def pieces(config: Config) -> Pieces:
         if layout.leaf_shapes(config.model) != {name: leaf.shape for name, leaf in leaves.items()}:

@@ -1,6 +1,8 @@
 """The weights of a Hugging Face directory as our parameters: checked against its config.json, read piece by piece."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,14 +18,16 @@ _MOST = 1e18  # of a weight: far from where its square leaves float32
 Pieces = Iterator[tuple[str, tuple[int | slice, ...], np.ndarray]]
 
 
-def check_sizes(weights: Weights, fields: dict[str, int], names: dict[str, str]) -> None:
-    """UserError unless config.json has the sizes of the files: before anything of those sizes is built."""
+def open_weights(path: Path, fields: dict[str, Any], names: dict[str, str]) -> Weights:
+    """The tensors of a directory. UserError unless config.json has the sizes of the files: before anything is built."""
+    weights = Weights(path)
     if fields["layers"] > len(weights.names):
         raise UserError(f"config.json asks for {fields['layers']} layers, the files hold {len(weights.names)} tensors")
     V, D, F = (fields[name] for name in ("vocab_size", "width", "ffn"))
     for name, shape in ((names["embedding"], (V, D)), (names["layers.gate"].format(0), (F, D))):
         if min(shape) > 0 and name in weights.names and weights.shape(name) != shape:
             raise UserError(f"{name} is {list(weights.shape(name))}; config.json makes it {list(shape)}")
+    return weights
 
 
 def check_tensors(weights: Weights, model: ModelConfig, names: dict[str, str]) -> None:
