@@ -1,7 +1,7 @@
 """The device mesh and the only PartitionSpecs of the project.
 
 Axes: `data` (batch), `fsdp` (batch and parameters), `tensor` (heads, FFN columns, vocabulary). All three exist on a
-laptop too, with size 1. A spec is named by the shape suffix of the array it shards (docs/house.md has the alphabet).
+laptop too, with size 1. A spec is named by the shape suffix of the array it shards (README.md lists them).
 Axis types are Auto: the compiler propagates, and every array that matters is pinned through this table. Devices are
 those of all processes: `local_positions` says which rows of a batch a process needs, `shard_batch` assembles them.
 """
