@@ -194,10 +194,10 @@ def _parse(text: str, name: str) -> Any:
             f"{name} is a Hugging Face tokenizer, which needs the tokenizers library: pip install 'llada-jax[hf]'"
         ) from error
     source = json_files.parse(text, f"tokenizer.json of {name}")
-    for part in ("normalizer", "decoder"):
-        if (longer := _growth(source.get(part))) > _MOST_GROWTH:
+    for step in ("normalizer", "decoder"):
+        if (longer := _growth(source.get(step))) > _MOST_GROWTH:
             raise UserError(
-                f"tokenizer {name}: its {part} makes text {longer:,} times as long, which no tokenizer does"
+                f"tokenizer {name}: its {step} makes text {longer:,} times as long, which no tokenizer does"
             )
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)

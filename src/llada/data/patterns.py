@@ -17,7 +17,10 @@ from llada.errors import UserError
 
 
 def documents(pattern: str, text_key: str, remark: Callable[[str], None], flag: str) -> tuple[Iterator[str], str]:
-    """The documents of files that match "GLOB[,GLOB ...]", and what to say if there are none: see `sources.SOURCES`."""
+    """The documents of files that match "GLOB[,GLOB ...]", and the error's words where there are none.
+
+    The arguments are those of `sources.SOURCES`.
+    """
     try:
         pattern.encode()
     except UnicodeEncodeError as error:
@@ -60,7 +63,7 @@ def _split(pattern: str) -> list[str]:
 def _matching(pattern: str, flag: str) -> list[tuple[Path, bool]]:
     """The files of one pattern, each with whether it lies below a directory that the pattern names.
 
-    UserError if there are none, or the pattern is no file or directory of this machine.
+    UserError where there are none, or the pattern is no file or directory of this machine.
     """
     path = os.fspath(paths.user_path(pattern, flag))
     alternatives = [path] if os.path.lexists(path) else _alternatives(path)

@@ -1,4 +1,4 @@
-"""Documents to rows of token ids on disk: imported only where rows have to be made."""
+"""Documents to rows of token ids on disk: imported only where rows have to be prepared."""
 
 import dataclasses
 import hashlib

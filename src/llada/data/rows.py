@@ -25,7 +25,7 @@ _STEPS_FOREVER = 1 << 62
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """What a corpus was made from and what is in it. Tokens include eos and the tail cut off; bytes are UTF-8 text."""
+    """What a corpus was prepared from, and its size. Tokens include eos and the tail cut off; bytes are UTF-8 text."""
 
     source: str
     sequence_length: int
@@ -58,8 +58,8 @@ class Corpus:
     def text_bytes(self, token_bytes_V: np.ndarray) -> np.ndarray:
         """Bytes of held-out text that each id stands for, of shape V, so that all together they are the documents'.
 
-        That is what the tokenizer says, but for one that begins each text with a space, or changes text: there its
-        count is spread over the bytes that there are.
+        That is what the tokenizer says, but for one that begins each text with a space, or changes text: its count is
+        then scaled to the bytes of the documents.
         """
         counted, actual = self.metadata.holdout_token_bytes, self.metadata.holdout_bytes
         return token_bytes_V * (actual / counted) if counted and counted != actual else token_bytes_V
@@ -154,7 +154,7 @@ def require_known(rows_NL: np.ndarray, vocab_size: int, row_N: np.ndarray) -> No
 def unique_rows(rows_NL: np.ndarray, unique_tokens: int | None) -> np.ndarray:
     """The row ids that hold the first `unique_tokens` of a corpus in random order (None: all); of n ids, n <= N.
 
-    The order is the same for every run, so less data is always a part of more. Raises UserError where it is too much,
+    The order is the same for every run, so less data is always a subset of more. Raises UserError where it is too much,
     or less than one row.
     """
     count, length = rows_NL.shape
@@ -206,7 +206,7 @@ class Batches:
         return batch_BL.astype(np.int32)
 
     def iterate(self, step: int) -> Generator[np.ndarray, None, None]:
-        """Yield at(step), at(step + 1), ... without end, read ahead in threads; closing the iterator ends them."""
+        """Yield at(step), at(step + 1), ... without end, prefetched in threads; closing the iterator ends them."""
         steps = grain.MapDataset.range(step, _STEPS_FOREVER).map(self.at)
         reader = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
         try:

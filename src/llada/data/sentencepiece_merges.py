@@ -73,7 +73,7 @@ def user_defined(proto: Any) -> list[str]:
 
 
 def _merges(proto: Any) -> list[Merge]:
-    """The one pair of parts that each piece is ever merged from, best score first.
+    """The one pair of pieces that each piece is ever merged from, best score first.
 
     SentencePiece merges the neighbours whose joint piece has the best score, leftmost among equals; the tokenizers
     library ranks pairs instead, so two pairs that make one piece would have to share a rank. They never meet: until a
@@ -86,28 +86,28 @@ def _merges(proto: Any) -> list[Merge]:
     start = re.compile("|".join([*map(re.escape, symbols), "."]), re.DOTALL)
     merges = []
     for piece, score in scores.items():
-        parts = _last_merge(start.findall(piece), scores, set(symbols))
-        if parts is None:
+        halves = _last_merge(start.findall(piece), scores, set(symbols))
+        if halves is None:
             continue
-        for part in parts:
-            if part not in vocabulary:
+        for half in halves:
+            if half not in vocabulary:
                 raise UserError(
-                    f"the SentencePiece model has the piece {piece!r} but not its part {part!r}, "
+                    f"the SentencePiece model has the piece {piece!r} but not its part {half!r}, "
                     "which transformers cannot express"
                 )
-        merges.append(Merge(score, piece, *parts))
+        merges.append(Merge(score, piece, *halves))
     # Of runs of one character, the only equals that are not refused, a longer one begun goes before a new one.
     merges.sort(key=lambda merge: (-merge.score, -len(merge.piece)))
     _refuse_ties(merges)
     return merges
 
 
-def _last_merge(parts: list[str], scores: dict[str, float], frozen: set[str]) -> tuple[str, str] | None:
-    """The parts of the merge that makes one piece of all `parts`, or None where merging ends before."""
+def _last_merge(pieces: list[str], scores: dict[str, float], frozen: set[str]) -> tuple[str, str] | None:
+    """The last merge on the way from `pieces` to a single piece, or None where merging ends before."""
     last = None
-    while len(parts) > 1:
+    while len(pieces) > 1:
         best_score, best = None, 0
-        for i, (left, right) in enumerate(itertools.pairwise(parts)):
+        for i, (left, right) in enumerate(itertools.pairwise(pieces)):
             score = scores.get(left + right)
             if score is None or left in frozen or right in frozen:
                 continue
@@ -115,8 +115,8 @@ def _last_merge(parts: list[str], scores: dict[str, float], frozen: set[str]) ->
                 best_score, best = score, i
         if best_score is None:
             return None
-        last = parts[best], parts[best + 1]
-        parts[best : best + 2] = ["".join(last)]
+        last = pieces[best], pieces[best + 1]
+        pieces[best : best + 2] = ["".join(last)]
     return last
 
 
@@ -154,9 +154,9 @@ def _refuse_ties(merges: list[Merge]) -> None:
 
 
 def _runs_in_order(equals: list[Merge], merges: list[Merge]) -> set[str]:
-    """Those of equally scored pieces that are runs of one character and come out alike by rank and by place.
+    """Those of equally scored pieces that are runs of one character and come out alike by rank and by position.
 
-    All lengths are tried at which they could differ: after the longest piece things begin anew.
+    All lengths are tried at which they could differ: beyond the longest piece merging repeats itself.
     """
     good: set[str] = set()
     for character in {merge.piece[0] for merge in equals if len(set(merge.piece)) == 1}:
@@ -173,8 +173,8 @@ def _runs_in_order(equals: list[Merge], merges: list[Merge]) -> set[str]:
 
 def _merged(length: int, ranks: dict[tuple[int, int], int]) -> list[int]:
     """Lengths of what a run is merged into: the neighbours of least rank first, leftmost among equals."""
-    parts = [1] * length
-    while found := [(ranks[pair], i) for i, pair in enumerate(itertools.pairwise(parts)) if pair in ranks]:
-        _, i = min(found)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+    lengths = [1] * length
+    while mergeable := [(ranks[pair], i) for i, pair in enumerate(itertools.pairwise(lengths)) if pair in ranks]:
+        _, i = min(mergeable)
+        lengths[i : i + 2] = [lengths[i] + lengths[i + 1]]
+    return lengths

@@ -13,7 +13,7 @@ from llada.paths import user_path
 
 Remark = Callable[[str], None]
 
-# What stands before the argument -> (argument, text_key, remark, flag) to the texts, and what to say if there are none.
+# Prefix -> a function of (argument, text_key, remark, flag): the texts, and the error's words where there are none.
 SOURCES: dict[str, Callable[[str, str, Remark, str], tuple[Iterator[str], str]]] = {
     "stdlib": standard_library.documents,
     "text:": patterns.documents,

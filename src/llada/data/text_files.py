@@ -43,7 +43,7 @@ class NotText(UserError):
 
 
 def read(path: Path, text_key: str) -> Iterator[str]:
-    """Yield the documents of one file, told by its name.
+    """Yield the documents of one file, whose kind its name says.
 
       .jsonl .ndjson .jsonlines   one JSON object a line, its text in the string field `text_key`
       .json                       a list of such objects, or one a line, or one
@@ -98,11 +98,11 @@ class _Unpacked:
 @contextlib.contextmanager
 def _open(path: Path, compressed: str | None) -> Iterator[BinaryIO | _Unpacked]:
     """Something with read(size), for a regular file only: a pipe would wait, a device never end."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path} is no regular file (a pipe or a device); check --config.data.source")
     with _library(compressed)(path) as file:
-        yield file if compressed is None else _Unpacked(file, path, found.st_size)
+        yield file if compressed is None else _Unpacked(file, path, status.st_size)
 
 
 def _library(compressed: str | None) -> Callable[[Path], BinaryIO]:
@@ -130,8 +130,8 @@ def _lines(file, path: Path) -> Iterator[bytes]:
     rest: list[bytes] = []
     held = 0
     for chunk in _chunks(file):
-        *whole, last = chunk.split(b"\n")
-        for line in whole:
+        *lines, last = chunk.split(b"\n")
+        for line in lines:
             yield b"".join([*rest, line, b"\n"])
             rest, held = [], 0
         if last:
@@ -164,7 +164,7 @@ def _characters(file, path: Path) -> Iterator[str]:
 
 
 def _sections(pieces: Iterator[str], path: Path) -> Iterator[str]:
-    """A text whole, or, where it is long, cut at line ends: else one book would be all training or all hold-out."""
+    """A short text uncut, a long one cut at line ends: else one book would be all training or all hold-out."""
     text, is_long = "", False
     for piece in pieces:
         text += piece
@@ -182,7 +182,7 @@ def _sections(pieces: Iterator[str], path: Path) -> Iterator[str]:
 
 
 def sections(text: str, size: int) -> Iterator[str]:
-    """A text cut into parts of `size` characters or somewhat more, at line ends, else at spaces, else anywhere."""
+    """A text cut into sections of `size` characters or somewhat more, at line ends, else at spaces, else anywhere."""
     start = 0
     while start < len(text):
         end, most = start + size, min(start + 2 * size, len(text))

@@ -78,8 +78,8 @@ def fitted(tokenizer: Tokenizer, vocab_size: int, masks: bool, remark: Callable[
     return masked
 
 
-def require_exportable(tokenizer: Tokenizer, given: str) -> None:
-    """UserError, naming `given`, if `llada export` could not write the tokenizer: asked before anything is trained."""
+def require_exportable(tokenizer: Tokenizer, flag: str) -> None:
+    """UserError, naming `flag`, if `llada export` could not write the tokenizer: asked before anything is trained."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return  # its files are handed on as they are
     from llada.data import sentencepiece_merges
@@ -88,6 +88,6 @@ def require_exportable(tokenizer: Tokenizer, given: str) -> None:
         sentencepiece_merges.require_expressible(tokenizer.proto)
     except UserError as error:
         raise UserError(
-            f"{given}: {error}; llada export could not write it, so give its tokenizer.json, if it has one, or train "
+            f"{flag}: {error}; llada export could not write it, so give its tokenizer.json, if it has one, or train "
             "another"
         ) from error

@@ -40,7 +40,7 @@ def train_tokenizer(
             tokenizer = SentencePieceTokenizer.load(path)
             if tokenizer.vocab_size != vocab_size:
                 raise UserError(
-                    f"{path} was just made with {tokenizer.vocab_size} pieces, not model.vocab_size={vocab_size}"
+                    f"{path} was just trained with {tokenizer.vocab_size} pieces, not model.vocab_size={vocab_size}"
                 )
             return tokenizer
         tokenizer = SentencePieceTokenizer(_trained(texts, vocab_size, report), str(path))
@@ -93,21 +93,22 @@ def _counted(texts: Iterable[str], vocab_size: int, report: Report) -> Iterator[
 
 def _sample(texts: Iterable[str], budget_bytes: int) -> list[str]:
     """Return every k-th segment of the texts, k being the least power of two that fits the budget."""
-    kept, kept_bytes, stride = [], 0, 1
+    sample: list[str] = []
+    sample_bytes, stride = 0, 1
     segments = (segment for text in texts for segment in _segments(text))
     for index, segment in enumerate(segments):
         if index % stride:
             continue
-        kept.append(segment)
-        kept_bytes += len(segment.encode())
-        while kept_bytes > budget_bytes and len(kept) > 1:
-            kept, stride = kept[::2], stride * 2
-            kept_bytes = sum(len(segment.encode()) for segment in kept)
-    return kept
+        sample.append(segment)
+        sample_bytes += len(segment.encode())
+        while sample_bytes > budget_bytes and len(sample) > 1:
+            sample, stride = sample[::2], stride * 2
+            sample_bytes = sum(len(segment.encode()) for segment in sample)
+    return sample
 
 
 def _segments(text: str) -> Iterator[str]:
-    """Cut a text at line ends into parts of about _SEGMENT_CHARACTERS, so that one long document is sampled too."""
+    """Cut a text at line ends into segments of about _SEGMENT_CHARACTERS, so that one long document is sampled too."""
     start = 0
     while start < len(text):
         end = text.find("\n", start + _SEGMENT_CHARACTERS)
@@ -124,7 +125,7 @@ def _sentences(segment: str) -> Iterator[str]:
 
 
 def _training_error(vocab_size: int, reason: str) -> str:
-    """Say which way to move model.vocab_size; the limits are only found in the trainer's own words."""
+    """Say which way to move model.vocab_size; only the trainer's message has the limits."""
     least = re.search(r"required_chars\. -?\d+ vs (\d+)", reason)
     most = re.search(r"value <= (\d+)", reason)
     if least:

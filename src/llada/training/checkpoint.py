@@ -35,17 +35,17 @@ _CHUNK_BYTES, _LEAST_CHUNK_BYTES = 16 << 20, 1 << 20
 
 
 def require_plain(workdir: Path) -> None:
-    """UserError for a path under which Orbax would save what nobody could read: it takes [...] for a pattern."""
+    """UserError for a path under which Orbax could not read what it saves: it takes [...] for a pattern."""
     path = str(workdir.resolve())
     if not fnmatch.fnmatchcase(path, path) or "\\" in path:
-        raise UserError(f"--workdir={workdir}: no checkpoint can be kept under a path with [...] or \\; choose another")
+        raise UserError(f"--workdir={workdir}: no checkpoint can lie under a path with [...] or \\; choose another")
 
 
 class Checkpoints:
     """The checkpoints of one workdir."""
 
     def __init__(self, workdir: Path, keep: int | None = None, params_handler: ocp.CheckpointHandler | None = None):
-        """Open them; with `keep`, to save too, the newest so many staying."""
+        """Open them; with `keep`, also to save, retaining that many of the newest."""
         _quieten_orbax()
         if keep is not None:
             require_plain(workdir)
@@ -60,14 +60,12 @@ class Checkpoints:
                 "run": ocp.JsonCheckpointHandler(),
             },
         )
-        for _ in range(20):  # it looks into every step, and training may take one away meanwhile
-            try:
+        for _ in range(20):  # it looks into every step, and training may remove one meanwhile
+            with contextlib.suppress(FileNotFoundError):
                 self.manager = open_manager()
-                break
-            except FileNotFoundError:
-                time.sleep(0.05)
-        else:
-            self.manager = open_manager()
+                return
+            time.sleep(0.05)
+        self.manager = open_manager()
 
     def steps(self) -> list[int]:
         """Committed steps, ascending, as the disk has them now."""
@@ -79,9 +77,9 @@ class Checkpoints:
         return steps[-1] if steps else None
 
     def save(self, state: TrainState, config: Config, cursor: dict, tokenizer: bytes) -> None:
-        """Start saving `state`; returns once the arrays have left the device. A step already there is left alone.
+        """Start saving `state`; returns once the arrays have left the device. A step already saved is left alone.
 
-        DiskError where this save or the one before found no room.
+        DiskError where there was no room for this save, or the one before.
         """
         step = int(jax.device_get(state.step))
         if step not in self.manager.all_steps():
@@ -91,7 +89,7 @@ class Checkpoints:
                 self.save_items(step, state.params, run, optimizer_state=moments)
 
     def save_items(self, step: int, params: Any, run: dict[str, Any], **more: ocp.args.CheckpointArgs) -> None:
-        """Start saving parameters and what they say about themselves, with `more` items."""
+        """Start saving `params` and the JSON item `run`, with `more` items."""
         chunks = jax.tree_util.tree_map_with_path(_chunks, params)
         items = {"params": ocp.args.PyTreeSave(params, chunks, FILE_BYTES), "run": ocp.args.JsonSave(run)}
         self.manager.save(step, args=ocp.args.Composite(**items, **more))
@@ -138,7 +136,7 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def wait(self) -> None:
-        """Until every save is committed; DiskError if one found no room, and whatever else made one fail."""
+        """Until every save is committed; DiskError where there was no room, and whatever else made one fail."""
         with self._room():
             self.manager.wait_until_finished()
 
@@ -146,14 +144,14 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        """`close`; `abandon` where someone wants it to end at once."""
+        """`close`; `abandon` on a second Ctrl-C, which asks to end at once."""
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             self.abandon()
         else:
             self.close()
 
     def close(self) -> None:
-        """Wait, then let go, also where a save has failed."""
+        """Wait, then close, also where a save has failed."""
         try:
             self.wait()
         except BaseException:
@@ -162,15 +160,19 @@ class Checkpoints:
         self.manager.close()
 
     def abandon(self) -> None:
-        """Let go without waiting. Orbax's own `close` ends where its wait does, and leaves threads that never end."""
-        parts = "_checkpointer", "_non_blocking_metadata_store", "_blocking_metadata_store", "_checkpoint_deleter"
-        for part in parts:
+        """Close without waiting. Orbax's own `close` ends where its wait does, and leaves threads that never end."""
+        for name in (
+            "_checkpointer",
+            "_non_blocking_metadata_store",
+            "_blocking_metadata_store",
+            "_checkpoint_deleter",
+        ):
             with contextlib.suppress(Exception):
-                getattr(self.manager, part).close()
+                getattr(self.manager, name).close()
 
     @contextlib.contextmanager
     def usable(self, step: int) -> Iterator[None]:
-        """Whatever Orbax and tensorstore make of damaged files, as one line; they raise all kinds of exceptions."""
+        """A UserError of one line for what Orbax and tensorstore raise on damaged files: all kinds of exceptions."""
         try:
             yield
         except Exception as error:
@@ -188,8 +190,8 @@ class Checkpoints:
             yield
         except Exception as error:
             good = self.latest()
-            kept = "no checkpoint is saved yet" if good is None else f"the checkpoint of step {good} is good"
-            if full := disk_error(error, f"saving a checkpoint in {self.directory} ({kept})"):
+            saved = "no checkpoint is saved yet" if good is None else f"the checkpoint of step {good} is good"
+            if full := disk_error(error, f"saving a checkpoint in {self.directory} ({saved})"):
                 raise full from error
             raise
 

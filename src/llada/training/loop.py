@@ -47,9 +47,9 @@ def train(
 ) -> dict[str, Any]:
     """Train `config` in `workdir` until its last step; returns the summary it wrote to `summary.json`.
 
-    `progress` is told how it goes; default the terminal. A run whose length has changed is refused where its schedule
-    would make the learning rate jump, unless `allow_rate_jump`. Raises UserError (Diverged among them) or Interrupted
-    (after saving), on all processes alike.
+    `progress` receives its reports; default: lines on the terminal. A run whose length has changed is refused where its
+    schedule would make the learning rate jump, unless `allow_rate_jump`. Raises UserError (Diverged among them) or
+    Interrupted (after saving), on all processes alike.
     """
     workdir = user_path(workdir, "--workdir")
     workdir_lib.require_same(config)

@@ -33,7 +33,7 @@ METRICS = {
     "time/seconds": "wall time since step 0, all calls of the run together",
     "eval/nats_per_token": "held-out bound (LLaDA) or NLL (ARM)",
     "eval/stderr": "its standard error over rows",
-    "eval/monte_carlo_stderr": "its standard error over draws, the rows given; 0 where it is exact",
+    "eval/monte_carlo_stderr": "its standard error over draws, for these rows; 0 where it is exact",
     "eval/bits_per_byte": "the same per UTF-8 byte of the evaluated text",
 }
 
@@ -41,8 +41,7 @@ METRICS = {
 EVALUATED = tuple(name.removeprefix("eval/") for name in METRICS if name.startswith("eval/"))
 
 
-# A speed is of so many timed steps, or there is none.
-_FEWEST_TIMED = 3
+_FEWEST_TIMED = 3  # steps that a speed is measured over; none from fewer
 
 
 class Meter:
@@ -61,7 +60,7 @@ class Meter:
         self._latest: deque[float] = deque(maxlen=max(config.train.log_every, _FEWEST_TIMED))
 
     def state(self) -> dict:
-        """JSON-ready, and apart from what goes on: a checkpoint writes it down while further steps are added."""
+        """A JSON-ready copy: a checkpoint writes it in the background while further steps are added."""
         self.count_wall()
         names = ("steps_in_window", "seconds", "timed_seconds", "timed_tokens")
         return {"sums": dict(self.sums)} | {name: getattr(self, name) for name in names}
@@ -69,8 +68,8 @@ class Meter:
     def pause(self) -> None:
         """Leave what follows (evaluation, saving, compilation) out of the speed.
 
-        To be called before the last step ahead of a pause is fetched, as well: that one may have been ready for as long
-        as the step before it, and the time between the two fetches is then no step's.
+        Also called before the last step ahead of a pause is fetched: that one may have been ready as long as the step
+        before it, and the time between the two fetches is then not the time of a step.
         """
         self._clock = None
 
@@ -106,7 +105,7 @@ class Meter:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over the whole run so far; None before there are enough timed steps."""
+        """Over the whole run so far; None before enough steps are timed."""
         enough = self.timed_tokens >= _FEWEST_TIMED * self.config.tokens_per_step and self.timed_seconds > 0
         return self.timed_tokens / self.timed_seconds if enough else None
 
@@ -130,8 +129,7 @@ def run_totals(config: Config, step: int) -> dict[str, float]:
 class _Board:
     """TensorBoard's event file, written and flushed line by line.
 
-    tensorboardX's own writer has a thread and a queue: where the disk is full it prints a traceback and then waits for
-    ever.
+    tensorboardX's own writer has a thread and a queue: where the disk is full it prints a traceback and then hangs.
     """
 
     def __init__(self, workdir: Path, from_step: int):
@@ -165,7 +163,7 @@ class Writer:
         self.path, self._log = workdir / "metrics.jsonl", log
         content = json_files.read_bytes(self.path) if self.path.exists() else b""
         good, bad = _parsed(content)
-        if bad:  # in the middle: nothing of ours writes so, and what it was may matter to someone
+        if bad:  # in the middle: no writer of ours leaves that, so the old content is saved
             write_atomically(self.path.with_name("metrics.jsonl.damaged"), content)
             numbers = ", ".join(map(str, bad[:5])) + (", ..." if bad[5:] else "")
             log(f"{self.path}: dropped line {numbers}, damaged; the file as it was is {self.path.name}.damaged")

@@ -71,7 +71,7 @@ def learning_rate(config: Config) -> Callable[[jax.Array | int], jax.Array]:
 
 
 def _clipped_mean(clip_norm: float) -> optax.GradientTransformationExtraArgs:
-    """Gradients of sums over tokens to those of means, of a global norm of at most `clip_norm`.
+    """From gradients of sums over tokens to those of means, with a global norm of at most `clip_norm`.
 
     One factor, unlike a division and `optax.clip_by_global_norm` after it: on CPU each of these is a pass over memory.
     """

@@ -1,4 +1,4 @@
-"""Who is told how a training run goes, and the terminal's lines."""
+"""Reporting on a training run: the protocol, and its lines on the terminal."""
 
 import contextlib
 import math

@@ -1,4 +1,4 @@
-"""A trained model, ready to be used: `llada.load(workdir)`, and what else a finished run is asked for."""
+"""A trained model, ready for use: `llada.load(workdir)`, and the config and rows of an existing run."""
 
 import os
 from pathlib import Path

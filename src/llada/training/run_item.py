@@ -21,7 +21,7 @@ _REMOVAL_SECONDS = 0.5  # how long the files of a step may take to go
 
 
 class RunItem(NamedTuple):
-    """Of one step. `begun`: it is training's, not imported parameters, which have no moments and no cursor."""
+    """The item of one step. `begun`: saved by training; an imported model has no moments and no cursor yet."""
 
     step: int
     config: Config
@@ -31,7 +31,7 @@ class RunItem(NamedTuple):
 
 
 class StepRemoved(UserError):
-    """Training took a step away, as it keeps so many, while it was being read."""
+    """Training, which retains only the newest steps, removed one while it was being read."""
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
@@ -75,30 +75,30 @@ def read(checkpoints: Path, step: int) -> RunItem:
 
 
 def unusable(checkpoints: Path, step: int, what: str) -> UserError:
-    """The line for a step that cannot be used, or that is no longer there."""
+    """The error for a step that cannot be used, or that has been removed."""
     others = [saved for saved in saved_steps(checkpoints) if saved != step]
-    # With a newer one beside it, training may be half way through taking this one away.
+    # With a newer one beside it, training may be half way through removing this one.
     until = time.monotonic() + (_REMOVAL_SECONDS if any(saved > step for saved in others) else 0)
     while (checkpoints / str(step)).exists() and time.monotonic() < until:
         time.sleep(0.05)
     if not (checkpoints / str(step)).exists():
-        there = f"; saved now: {', '.join(map(str, others))}" if others else ""
+        saved_now = f"; saved now: {', '.join(map(str, others))}" if others else ""
         return StepRemoved(
-            f"step {step} of {checkpoints} was removed while it was read{there}; "
+            f"step {step} of {checkpoints} was removed while it was read{saved_now}; "
             "try again, or let training keep more: --config.checkpoint.keep"
         )
     if others:
-        way = (
+        remedy = (
             f"other steps saved: {', '.join(map(str, others))} (--step={others[-1]} reads one; "
             f"training goes on from step {others[-1]} once {checkpoints / str(step)} is moved away)"
         )
     else:
-        way = f"no other step is saved; move {checkpoints} away to train from the start"
-    return UserError(f"checkpoint of step {step} in {checkpoints} cannot be used: {what}; {way}")
+        remedy = f"no other step is saved; move {checkpoints} away to train from the start"
+    return UserError(f"checkpoint of step {step} in {checkpoints} cannot be used: {what}; {remedy}")
 
 
 def require_same(item: RunItem, config: Config, checkpoints: Path) -> None:
-    """UserError unless the step was made with this config, as far as a later call may not change it."""
+    """UserError unless the step was saved by this config, but for keys that later calls may change."""
     changed = config_lib.differences(item.config, config, begun=item.begun)
     if changed:
         more = "; ..." if changed[4:] else ""
@@ -129,11 +129,11 @@ def _check_cursor(cursor: dict[str, Any], step: int, begun: bool) -> None:
         if step != 0:
             raise UserError("it holds an imported model, which is step 0: the directory has been renamed")
         return
-    found = cursor.get("step")
-    if type(found) is not int:
-        raise UserError(f"its cursor has step={str(found)[:60]!r}, which is no number of a step")
-    if found != step:
-        raise UserError(f"its cursor says step {found}: the directory has been renamed")
+    saved = cursor.get("step")
+    if type(saved) is not int:
+        raise UserError(f"its cursor has step={str(saved)[:60]!r}, which is no number of a step")
+    if saved != step:
+        raise UserError(f"its cursor says step {saved}: the directory has been renamed")
     meter = cursor.get("meter", {})
     sums = meter.get("sums", {}) if isinstance(meter, dict) else None
     if not (isinstance(sums, dict) and all(map(_is_number, [*sums.values(), *_without(meter, "sums").values()]))):

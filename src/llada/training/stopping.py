@@ -19,8 +19,8 @@ from llada.errors import Interrupted
 class Stop:
     """`number` is the signal to stop for, or 0; the same on all processes whenever they look at the same step.
 
-    Alone, it is the signal received. With others, each step is followed by the maximum over all devices of what their
-    processes have received; like the step's metrics it is read one step later, so nobody waits for it.
+    A single process takes the signal that it received. Of several, each step is followed by the maximum over all
+    devices of what their processes received; like the step's metrics it is read one step later, without a wait.
     """
 
     def __init__(self, received: list[int], mesh: jax.sharding.Mesh):

@@ -26,7 +26,7 @@ from llada.training.run_item import RunItem
 
 
 def require_same(config: Config) -> None:
-    """UserError, on all, unless every process was given the same experiment."""
+    """UserError, on all, unless every process runs the same experiment."""
     theirs = config_lib.from_config_dict(processes.from_first(config_lib.to_dict(config)))
     with processes.agreement():
         if theirs != config:
@@ -35,16 +35,16 @@ def require_same(config: Config) -> None:
 
 
 def require_source(workdir: Path, config: Config) -> None:
-    """UserError, on all, for paths that are none, rows of another corpus, and a new run without documents.
+    """UserError, on all, for paths that do not exist, rows of another corpus, and a new run without documents.
 
-    Before its workdir is made.
+    Checked before its workdir is created.
     """
     d = config.data
     with processes.agreement():
         directory = rows_directory(workdir, config)
-        rows_made = (directory / "metadata.json").exists()
+        has_rows = (directory / "metadata.json").exists()
         if processes.is_first() and d.directory is not None:
-            if rows_made:
+            if has_rows:
                 open_matching(directory, d, flag="--config.data.directory=")
             else:
                 writable_directory(d.directory, "--config.data.directory")
@@ -52,17 +52,17 @@ def require_source(workdir: Path, config: Config) -> None:
             has_tokenizer = d.tokenizer is not None or tokenizer_files.in_workdir(workdir) is not None
             if d.tokenizer is not None and tokenizer_files.in_workdir(workdir) is None:
                 tokenizer_files.load(d.tokenizer)
-            if not (rows_made and has_tokenizer):
-                from llada.data.holdout import require_documents  # not needed where nothing is to be prepared
+            if not (has_rows and has_tokenizer):
+                from llada.data.holdout import require_documents  # only to prepare
 
                 require_documents(d)
 
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[None]:
-    """A block in which nobody else trains in `workdir`; process 0 holds its lock. UserError, on all, where one does.
+    """A block in which only this run trains in `workdir`; process 0 holds its lock. UserError, on all, if it is taken.
 
-    A workdir that was not there before, and in which nothing was left, is taken away again.
+    A workdir that did not exist before, and in which nothing was left, is removed again.
     """
     new = processes.is_first() and not workdir.exists()
     try:
@@ -86,7 +86,7 @@ def prepare(
     log: Callable[[str], None] = lambda text: None,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Tokenizer, Corpus]:
-    """Tokenizer and corpus of a workdir that `claim` has found to be this experiment's. UserError if that fails.
+    """Tokenizer and corpus of a workdir that `claim` says is this experiment's. UserError if that fails.
 
     Of several processes the first prepares them, the others wait for it and then open what it wrote. `log` is called
     with how far it is; `check` between pieces of work, and may raise to end it.
@@ -125,10 +125,10 @@ def _prepare_first(
         tokenizer = tokenizer_for(workdir, config, log, check)
         corpus = corpus_for(workdir, config, tokenizer, digest, log, check)
     except UserError:
-        if is_new and tokenizer_files.in_workdir(workdir) is None:  # nothing was made by these values
+        if is_new and tokenizer_files.in_workdir(workdir) is None:  # these values led to nothing
             (workdir / "config.json").unlink(missing_ok=True)
         raise
-    if item is not None:  # once its corpus is known to be the same
+    if item is not None:  # now that its corpus is known to be the same
         _write_config(workdir, config)
     return tokenizer, corpus
 
@@ -144,8 +144,8 @@ def claim(workdir: Path, config: Config, allow_rate_jump: bool = False) -> int |
     """The step that a run of `config` in `workdir` would go on from; None where there is no checkpoint.
 
     UserError, on all processes, unless the workdir is this experiment's, or free. What an experiment is, is settled
-    once there is a checkpoint: before, other values replace those of earlier calls, and what was made by them is
-    cleared away. Refused too is a longer or shorter run whose schedule would make the rate jump, unless allowed.
+    once there is a checkpoint: before, other values replace those of earlier calls, and what these wrote is
+    removed. Refused too is a longer or shorter run whose schedule would make the rate jump, unless allowed.
     """
     item = None
     with processes.agreement():
@@ -209,7 +209,7 @@ def _refuse_another(workdir: Path, changed: list[str]) -> None:
 
 
 def _clear(workdir: Path, old: Config, config: Config) -> None:
-    """Before the first checkpoint: take away what other values of `data` or the vocabulary's size have made here."""
+    """Before the first checkpoint: remove what other values of `data` or the vocabulary's size have prepared here."""
 
     def made_by(c: Config):
         return c.model.vocab_size, dataclasses.replace(c.data, directory=None, unique_tokens=None)
