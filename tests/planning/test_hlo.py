@@ -103,6 +103,34 @@ def test_a_limit_may_be_inclusive():
     assert [loop.trip_count for loop in hlo.Module(text).loops] == [6]  # 0, 2 ... 10
 
 
+def test_what_cannot_be_read_is_counted():
+    """A limit that depends on data, a kernel that declares nothing, a type of no known size; groups and ends."""
+    assert not hlo.Module(LOOP).unknown
+    spoilt = LOOP.replace("s32[]{:T(128)} constant(11)", "s32[]{:T(128)} convert(%x.1)")
+    spoilt = spoilt.replace(
+        "  ROOT %out",
+        '  %k = bf16[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"\n'
+        "  %q = x9[8]{0} negate(%x)\n"
+        "  %s = bf16[8,128]{1,0} all-reduce-start(%x), replica_groups=[every other one]\n"
+        "  ROOT %out",
+    )
+    read = hlo.Module(spoilt)
+    assert read.unknown == {
+        "loops of unknown trip count, counted once": {"%while"},
+        "kernels that declare no FLOPs, counted as none": {"%k"},
+        "arrays of type x9, counted as no bytes": {"%q"},
+    }
+    place = topology.Slice("v5e:2x2", topology.CHIPS["v5e"], (2, 2), 1, [None] * 4)
+    mesh = SimpleNamespace(devices=np.arange(4))
+    links = SimpleNamespace(slice=place, mesh=mesh, axes=lambda group: ("fsdp",), rate=lambda group: len(group) * 1e9)
+    moved = traffic.Traffic(read, links)
+    assert moved.unknown == {
+        "collectives whose devices cannot be read, taken to be all": {"%s"},
+        "asynchronous collectives whose end is not found": {"%s"},
+    }
+    assert [c.seconds for c in moved.collectives] == [2 * 3 / 4 * (8 * 128 * 2) / 4e9]
+
+
 def test_bytes_cycles_and_link_seconds_are_those_of_every_turn():
     """Of six turns: a counter, an input, a result and a matrix through HBM; of one, the counter's first value."""
     turn = 2 * 4 + 2 * (8 * 128 * 2) + 128 * 128 * 2

@@ -135,6 +135,10 @@ def test_the_report_says_what_it_is(step):
     ):
         assert word in shown
     json.dumps(step.figures)
+    assert "assumed" not in step.figures and "NOT READ" not in shown
+    assumed = [{"assumption": "loops of unknown trip count, counted once", "count": 2, "such_as": "%while.3"}]
+    top = report.text(step.figures | {"assumed": assumed}).split("\n\n")[0]
+    assert "NOT READ FROM THE PROGRAM: 2 loops of unknown trip count, counted once (such as %while.3)" in top
 
 
 def test_collective_bytes_are_those_by_hand(libtpu):
