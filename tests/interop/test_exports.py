@@ -52,9 +52,9 @@ def test_any_name_of_a_directory_will_do(build, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a[b]", "a\\b"])
 def test_where_no_checkpoint_could_be_read_again_none_is_begun(build, tiny, tmp_path, name):
-    with pytest.raises(UserError, match=r"no checkpoint can be kept under a path with \[...\] or"):
+    with pytest.raises(UserError, match=r"no checkpoint can be saved under a path with \[...\] or"):
         importing.write(importing.open_source(build()), tiny("llada"), tmp_path / name / "w")
-    with pytest.raises(UserError, match=r"no checkpoint can be kept under a path with \[...\] or"):
+    with pytest.raises(UserError, match=r"no checkpoint can be saved under a path with \[...\] or"):
         loop.train(tiny("llada"), tmp_path / name / "w")
     assert not list(tmp_path.rglob("config.json"))
 
