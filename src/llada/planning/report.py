@@ -20,7 +20,7 @@ from llada.planning.topology import Slice
 
 METHOD = (
     "A projection, not a measurement. Compiled ahead of time for the slice; seconds are the larger of (a) the "
-    "compiler's cycle estimates times loop turns over the clock plus the link time its schedule leaves unhidden, and "
+    "compiler's cycle estimates times trip counts over the clock plus the link time its schedule leaves unhidden, and "
     f"(b) a roofline: products at {projection.MATH_SHARE:.0%} of peak, HBM at {projection.HBM_SHARE:.0%}, ICI, DCN."
 )
 
