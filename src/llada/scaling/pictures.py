@@ -6,6 +6,7 @@ the study's intervals. Needs matplotlib (extra `plots`). What does not exist is 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -65,12 +66,11 @@ def _profiles(ax, family: Family, results: list[Result], runs: list[Point], fitt
     shades = dict(zip(budgets, figure.shades(COLOURS[family.name], len(budgets)), strict=True))
     profiles = {budget: [p for p in runs if p.budget == budget] for budget in budgets}
     minima = {m.budget: m for m in fitted.minima if profiles.get(m.budget)}
-    points_style = dict(linestyle="", marker="o", markersize=4, capsize=2, elinewidth=1, zorder=3)
+    style = dict(linestyle="", marker="o", markersize=4, capsize=2, elinewidth=1, zorder=3)
     for budget, profile in profiles.items():
-        x, y, errors = (
-            zip(*((p.parameters, p.loss, 2 * p.stderr) for p in profile), strict=True) if profile else [()] * 3
-        )
-        ax.errorbar(x, y, errors, color=shades[budget], label=flops(budget), **points_style)
+        losses, errors = [p.loss for p in profile], [2 * p.stderr for p in profile]
+        sizes = [p.parameters for p in profile]
+        ax.errorbar(sizes, losses, errors, color=shades[budget], label=flops(budget), **style)
     for parabola in fitted.parabolas:
         if (minimum := minima.get(parabola.budget)) is not None:
             sizes = [p.parameters for p in profiles[parabola.budget]] + [minimum.parameters] * minimum.inside
@@ -132,9 +132,7 @@ def frontier(
         own = [r for r in results if r.family is family and r.measured]
         _checkpoints(ax, own, colour, annealing_gain)
         for m in fitted.minima:
-            face = colour if m.inside else "white"
-            style = dict(color=colour, marker="o", capsize=3, linestyle="", markerfacecolor=face, zorder=4)
-            ax.errorbar(m.budget, m.loss, 2 * m.loss_stderr, **style)
+            ax.errorbar(m.budget, m.loss, 2 * m.loss_stderr, linestyle="", **_mark(m, colour))
             shown += [m.loss - 2 * m.loss_stderr, m.loss + 2 * m.loss_stderr]
         law = (gap and getattr(fitted.laws, gap.law)) or fitted.laws.best("loss")
         if law is not None:
@@ -146,8 +144,8 @@ def frontier(
         elif fitted.minima or own:
             ax.plot([], [], " ", color=colour, label=f"{family.title}, no law")
     if predict and labels:
-        ax.axvline(predict, color="0.6", linewidth=1, linestyle=":", zorder=1)
         label = f"{flops(predict)} FLOPs, {times(predict / largest)} the largest budget"
+        ax.axvline(predict, color="0.6", linewidth=1, linestyle=":", zorder=1)
         ax.plot([], [], ":", color="0.6", label=label)
     if not ax.has_data():
         figure.note(ax, "no minimum and no law to show")
@@ -161,6 +159,11 @@ def frontier(
         _gap_arrow(ax, gap)
     figure.labels_right(ax, [(x, figure.clamp(y, ax.get_ylim()), text, colour) for x, y, text, colour in labels])
     return figure.png(fig)
+
+
+def _mark(m: Minimum, colour: str) -> dict[str, Any]:
+    """How a minimum is drawn against FLOPs: hollow outside the sizes tried."""
+    return dict(color=colour, marker="o", capsize=3, markerfacecolor=colour if m.inside else "white", zorder=4)
 
 
 def _frontier_title(gap: findings.Gap | None, study: Study) -> str:
@@ -274,8 +277,7 @@ def _allocated(ax, study: Study, quantity: str, values: list[float], across: tup
         colour, fitted = COLOURS[family.name], study.of(family.name)
         for m in fitted.minima:
             y, factor = figure.clamp(getattr(m, quantity), ends), math.exp(min(2 * m.log_parameters_stderr, 3.0))
-            style = dict(marker="o", capsize=3, markerfacecolor=colour if m.inside else "white", zorder=4)
-            ax.errorbar(m.budget, y, [[y - y / factor], [y * factor - y]], color=colour, **style)
+            ax.errorbar(m.budget, y, [[y - y / factor], [y * factor - y]], **_mark(m, colour))
         if law := fitted.laws.best(quantity):
             _law(ax, study, law, across, across[1], colour)
             y = figure.clamp(float(law.best(across[1])), ends)
