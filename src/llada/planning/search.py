@@ -20,7 +20,7 @@ from llada.planning.topology import GIB, Slice
 
 REMAT = ("full", "attention", "dots", "none")  # from the least memory to the most
 LARGE = 16  # devices of a slice from which on splitting parameters over all of them is not tried first
-FULL = 0.92  # of HBM: what is left is for fragmentation and for what the program does not know of
+FULL = 0.92  # of HBM: the rest is for fragmentation and the runtime
 
 
 class Candidate(NamedTuple):
@@ -46,7 +46,7 @@ class Candidate(NamedTuple):
 
     @property
     def flags(self) -> str:
-        """The command line that makes it."""
+        """The command line that selects it."""
         c = self.config
         mesh = f"--config.mesh.data={c.mesh.data} --config.mesh.fsdp={c.mesh.fsdp} --config.mesh.tensor={c.mesh.tensor}"
         return f"{mesh} --config.model.remat={c.model.remat} --config.train.microbatches={c.train.microbatches}"
