@@ -70,16 +70,11 @@ def _fill(task: Task, block: Block, cache, position_BQ, at_BK, canvas: Canvas, p
     def step(canvas: Canvas) -> Canvas:
         rows_BL = guidance.add_unconditional(canvas.tokens_BL, task.rows.open_BL, task.setup.special.mask_id, scale)
         with jax.named_scope("cached_pass"):
+            tokens_BQ = take(rows_BL, position_BQ)
             hidden_BKD, _ = cached.extend(
-                task.setup.config,
-                task.params,
-                take(rows_BL, position_BQ),
-                position_BQ,
-                cache,
-                lengths_B,
-                at_BR=at_BK,
+                task.setup.config, task.params, tokens_BQ, position_BQ, cache, lengths_B, at_BR=at_BK
             )
-            return step_from_hidden(task, block, canvas, guidance.combine(hidden_BKD, scale))
+        return step_from_hidden(task, block, canvas, guidance.combine(hidden_BKD, scale))
 
     return repeat_until_full(task, block, canvas, passes, step)
 

@@ -108,8 +108,7 @@ def new_canvas(tokens_BL: Array) -> Canvas:
 
 def reverse_step(task: Task, block: Block, canvas: Canvas) -> Canvas:
     """The canvas after one exact step: tokens of the block are predicted from all of the canvas, some are written."""
-    with jax.named_scope("reverse_step"):
-        return step_from_hidden(task, block, canvas, hidden_states(task, canvas.tokens_BL, block.position_BK))
+    return step_from_hidden(task, block, canvas, hidden_states(task, canvas.tokens_BL, block.position_BK))
 
 
 def step_from_hidden(task: Task, block: Block, canvas: Canvas, hidden_BKD: jax.Array) -> Canvas:
@@ -194,7 +193,8 @@ def repeat_until_full(
 
     def body(carry):
         canvas, passes = carry
-        return step(canvas), passes + 1
+        with jax.named_scope("reverse_step"):
+            return step(canvas), passes + 1
 
     return jax.lax.while_loop(unfinished, body, (canvas, passes))
 

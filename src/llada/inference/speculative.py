@@ -9,7 +9,7 @@ present canvas and from all drafts, and a draft is confirmed if the fresh predic
 
 A step depends on canvas and step number alone, noise included, so confirmed drafts are the exact next canvases, and
 text is the same with and without speculation. Rows advance each at its own speed.
-Measured slower than plain steps on every device so far: `sampler._block_filler` is all that knows of this file.
+Slower than plain steps wherever it was measured; only `sampler._block_filler` knows of this file.
 Shapes: as in `reverse_step`; the copies of a batch stand one below the other, `copies * B` rows.
 """
 
