@@ -2,6 +2,8 @@
 # Sourced by the launchers: options, checks of llada's flags, printed commands, exit statuses.
 # Usage: source launch/common.sh; print_help "$@"
 
+# shellcheck disable=SC2034  # variables are read by the scripts that source this
+
 dry_run=""   # if set, run prints and calls nothing
 workdir=""   # set by read_training
 config=""    # set by read_training
@@ -93,7 +95,6 @@ take_options() {
     fi
     shift
   done
-  # shellcheck disable=SC2034
   words=("$@")
 }
 

@@ -3,6 +3,7 @@
 # and exports the LLaDA for PyTorch.
 # Usage: bash launch/quickstart.sh [RUN_DIR]      After Ctrl-C, run it again to continue.
 set -euo pipefail
+# shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 print_help "$@"
 one_directory "$@"

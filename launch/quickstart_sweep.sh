@@ -2,6 +2,7 @@
 # Scaling laws of LLaDA and ARM on two CPU cores: trains the grid of experiments/isoflop.py:quick, fits, plots, reports.
 # Usage: bash launch/quickstart_sweep.sh [SWEEP_DIR]      After Ctrl-C, run it again to continue.
 set -euo pipefail
+# shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 print_help "$@"
 one_directory "$@"

@@ -2,6 +2,7 @@
 # Runs job I of N of a sweep on this machine, in an environment that it creates, with JAX's TPU or GPU support.
 # Usage: bash launch/sweep_job.sh I N --config=... --workdir=SHARED_DIR [flags of llada sweep]
 set -euo pipefail
+# shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 print_help "$@"
 if [ $# -lt 3 ] || ! [[ "$1" =~ ^[1-9][0-9]*$ && "$2" =~ ^[1-9][0-9]*$ ]] || [ "$1" -gt "$2" ]; then

@@ -13,6 +13,7 @@ if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
   echo "this is a Slurm array job: sbatch --array=1-8 $0 --config=... --workdir=..." >&2
   exit 2
 fi
+# shellcheck disable=SC2153
 task=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))
 # Slurm runs a copy of this file from its spool directory; the checkout is where sbatch was called.
 srun --ntasks=1 bash "$SLURM_SUBMIT_DIR/launch/sweep_job.sh" "$task" "$SLURM_ARRAY_TASK_COUNT" "$@"

@@ -4,6 +4,7 @@
 # mypy runs beside the tests where they are all of them, or -m fast. PYTHON=python3.13 makes .venv, where there is none,
 # with that Python and the newest packages that setup.cfg admits.
 set -euo pipefail
+# shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 print_help "$@"
 cd "$(dirname "$0")/.."
