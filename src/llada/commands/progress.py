@@ -54,8 +54,8 @@ class Line(NamedTuple):
 
 @contextlib.contextmanager
 def line() -> Iterator[Line]:
-    """A spinner with its text, and finished lines above it."""
-    # Not standard error itself: libtpu's chatter there is kept away while it compiles.
+    """A spinner with a text, below the permanent lines."""
+    # A copy of standard error, which itself is redirected while libtpu compiles and prints to it.
     with os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace") as stream:
         if not _is_drawn():
             yield Line(lambda text: None, lambda text: print(text, file=stream, flush=True))
