@@ -38,7 +38,9 @@ def require_plain(workdir: Path) -> None:
     """UserError for a path under which Orbax could not read what it saves: it takes [...] for a pattern."""
     path = str(workdir.resolve())
     if not fnmatch.fnmatchcase(path, path) or "\\" in path:
-        raise UserError(f"--workdir={workdir}: no checkpoint can be saved under a path with [...] or \\; choose another")
+        raise UserError(
+            f"--workdir={workdir}: no checkpoint can be saved under a path with [...] or \\; choose another"
+        )
 
 
 class Checkpoints:

@@ -52,6 +52,8 @@ class Debugged:
     def __exit__(self, *_: object) -> None:
         """End a trace that the run did not outlast."""
         self._stop()
+        if self._config.profile_steps and self._calls < _FIRST_TRACED:
+            self._log(f"nothing was traced: tracing begins with step {_FIRST_TRACED} of a call")
 
     def _stop(self) -> None:
         if self._tracing:

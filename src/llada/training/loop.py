@@ -71,9 +71,10 @@ def train(
         tokenizer, corpus = workdir_lib.prepare(workdir, config, progress.log, received.check)
         received.answer = "finishing this step and saving"
         advice = functools.partial(_advice, workdir)
-        # An exception of one process would leave the others waiting in a collective, so most end all processes at once.
-        # Raised alike by all, and so raised here: anywhere, a UserError (opening and closing run the same checks on
-        # all) and the end of an interrupted run; between steps only what all have read from the same metrics.
+        # An exception of one process would leave the others waiting in a collective: it ends all of them, but for what
+        # all raise alike. While a run is opened that is any UserError, as all make the same checks; between steps only
+        # what all read from the same metrics (Diverged) and the agreed signal (Interrupted), as a full disk, also a
+        # UserError, is met by one process alone.
         with (
             processes.ending_together(UserError, Interrupted, advice=advice),
             Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints,

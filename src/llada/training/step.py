@@ -42,7 +42,9 @@ def state_shardings(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     return jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
 
 
-def train_step(state: TrainState, batch_BL: jax.Array, config: Config, special: SpecialTokens):
+def train_step(
+    state: TrainState, batch_BL: jax.Array, config: Config, special: SpecialTokens
+) -> tuple[TrainState, dict[str, jax.Array]]:
     """`(next state, metrics)` for the int32 batch of step `state.step`.
 
     The loss is a sum over all tokens of the step divided once by their number, so any number of microbatches gives the
@@ -71,7 +73,14 @@ def train_step(state: TrainState, batch_BL: jax.Array, config: Config, special: 
     return TrainState(state.step + 1, params, optimizer_state), metrics
 
 
-def gradients_of_batch(config: Config, special: SpecialTokens, batch_size: int, params, batch, step):
+def gradients_of_batch(
+    config: Config,
+    special: SpecialTokens,
+    batch_size: int,
+    params: transformer.Parameters,
+    batch: tuple[jax.Array, jax.Array],
+    step: jax.Array,
+) -> tuple[transformer.Parameters, LossTerms]:
     """Gradients and LossTerms, as sums over the sequences of `batch`: (tokens_BL, their numbers in the step's batch).
 
     `batch_size` is that of the whole step.
@@ -98,7 +107,14 @@ def gradients_of_batch(config: Config, special: SpecialTokens, batch_size: int, 
     return jax.lax.scan(accumulate, zeros, (split_GBL, split_GB))[0]
 
 
-def loss(params, tokens_BL: jax.Array, noise: Noise, embedding_VD: jax.Array, config: Config, special: SpecialTokens):
+def loss(
+    params: transformer.Parameters,
+    tokens_BL: jax.Array,
+    noise: Noise,
+    embedding_VD: jax.Array,
+    config: Config,
+    special: SpecialTokens,
+) -> tuple[jax.Array, LossTerms]:
     """The objective summed over the tokens of a microbatch, to be differentiated, and all of its LossTerms."""
     segments_BL = segments(tokens_BL, special, config.objective)
 
