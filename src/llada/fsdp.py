@@ -7,6 +7,7 @@ What is replicated along `data` is summed once a step, whatever the number of mi
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,8 @@ def _add_over_devices(gradient: jax.Array, spec: mesh_lib.P) -> jax.Array:
     return jax.lax.psum(gradient, "data" if "fsdp" in spec else BATCH)
 
 
-def all_gather_params(params, dtype: DTypeLike):
+@jax.named_scope("all_gather_params")
+def all_gather_params(params: Any, dtype: DTypeLike) -> Any:
     """Parameters as they are used, matrices in `dtype`, from a device's shards; as they come outside `batch_sums`."""
     if "fsdp" not in jax.sharding.get_abstract_mesh().manual_axes:
         return params
@@ -115,7 +117,7 @@ def all_gather_params(params, dtype: DTypeLike):
 
 
 @jax.custom_vjp
-def _gradient_by_rows(gathered):
+def _gradient_by_rows(gathered: jax.Array) -> jax.Array:
     """`gathered`, whose gradient is written row by row before it is scattered, on TPU.
 
     Left to itself the compiler writes gradients of heads of 64 channels across registers of 128 lanes, and transposes
@@ -133,7 +135,7 @@ def _lay_out_by_rows(_, gradient):
 _gradient_by_rows.defvjp(lambda gathered: (gathered, None), _lay_out_by_rows)
 
 
-def reduce_in_loop(gradients):
+def reduce_in_loop(gradients: Any) -> Any:
     """`gradients` of a microbatch, whose reduce-scatters stay in the loop over microbatches on TPU.
 
     XLA's while-loop-all-reduce-code-motion would take them for all-reduces to be done behind the loop, and fails.
@@ -142,7 +144,7 @@ def reduce_in_loop(gradients):
 
 
 @jax.custom_vjp
-def reuse_gathered(gathered, reused):
+def reuse_gathered(gathered: jax.Array, reused: jax.Array) -> jax.Array:
     """`reused`, which was gathered once outside a loop, in place of `gathered`, the same parameter gathered inside it.
 
     The gradient goes to `gathered`, and so back to its shards. No gather runs inside the loop: nothing reads

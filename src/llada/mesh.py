@@ -175,7 +175,7 @@ def device_kind() -> str:
     return (device or jax.local_devices()[0]).device_kind
 
 
-def sharding(mesh: jax.sharding.Mesh, name: str) -> NamedSharding:
+def sharding(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, name: str) -> NamedSharding:
     """Sharding of the activation or batch called `name`."""
     return NamedSharding(mesh, ACTIVATIONS[name])
 

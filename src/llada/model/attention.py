@@ -56,7 +56,7 @@ def at_once(query_BQHC: jax.Array, key_BLKC: jax.Array, value_BLKC: jax.Array, a
     scores_BKXL = jnp.einsum("bkxc,bklc->bkxl", query_BKXC, key_BKLC, preferred_element_type=jnp.float32)
     position_L = jnp.arange(L)
     least = -jnp.inf
-    if segments_BL is not None:
+    if segments_BQ is not None and segments_BL is not None:
         # Finite, as padding behind a length may be in a segment with no key left: its result is a mean, not NaN.
         least = float(jnp.finfo(jnp.float32).min)
         allowed_BXL = jnp.tile(segments_BQ[:, :, None] == segments_BL[:, None], (1, G, 1))

@@ -175,7 +175,7 @@ def cudnn_attention(
     """
     causal, lengths_B, _, segments_BQ, segments_BL = allowed
     kernel = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=implementation)
-    if segments_BL is None:
+    if segments_BQ is None or segments_BL is None:
         lengths = None if lengths_B is None else lengths_B.astype(jnp.int32)
         return kernel(query_BQHC, key_BLKC, value_BLKC, key_value_seq_lengths=lengths)
     allowed_BQL = segments_BQ[:, :, None] == segments_BL[:, None]

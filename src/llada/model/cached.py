@@ -97,7 +97,15 @@ def extend(
     return _pass(config, params, tokens_BQ, position_BQ, cache, lengths_B, at_BR)
 
 
-def _pass(c: ModelConfig, params: Parameters, tokens_BQ, position_BQ, cache, lengths_B, at_BR):
+def _pass(
+    c: ModelConfig,
+    params: Parameters,
+    tokens_BQ: jax.Array,
+    position_BQ: jax.Array | None,
+    cache: Caches | None,
+    lengths_B: jax.Array | None,
+    at_BR: jax.Array | None,
+) -> tuple[jax.Array, Caches]:
     """`hidden_BQD` or `hidden_BRD`, and the caches of all layers."""
     x_BQD = transformer.embed(c, params["embedding"], tokens_BQ)
     position = tokens_BQ.shape[1] if position_BQ is None else position_BQ
@@ -112,15 +120,25 @@ def _pass(c: ModelConfig, params: Parameters, tokens_BQ, position_BQ, cache, len
         x_BQD, caches = jax.lax.scan(block, x_BQD, stacked, unroll=min(transformer.layers_unrolled(c), c.layers))
         x_BQD = x_BQD if at_BR is None else layers.take(x_BQD, at_BR)
     else:
-        caches = ()
+        renewed = []
         for i in range(c.layers):
             layer = params[f"layer_{i}"], cache and cache[i]
-            x_BQD, renewed = block(x_BQD, layer, at_BR if i + 1 == c.layers else None)
-            caches += (renewed,)
+            x_BQD, layer_cache = block(x_BQD, layer, at_BR if i + 1 == c.layers else None)
+            renewed.append(layer_cache)
+        caches = tuple(renewed)
     return layers.rms_norm(x_BQD, params["final_norm"], c.norm_eps), caches
 
 
-def _block(c: ModelConfig, weights, x_BQD, angles, cache, position_BQ, lengths_B, at_BR):
+def _block(
+    c: ModelConfig,
+    weights: Parameters,
+    x_BQD: jax.Array,
+    angles: layers.Angles,
+    cache: Cache | None,
+    position_BQ: jax.Array | None,
+    lengths_B: jax.Array | None,
+    at_BR: jax.Array | None,
+) -> tuple[jax.Array, Cache]:
     """A block of `transformer` for the Q positions of this pass, or R of them; keys and values of all L."""
     q_BQHC, k_BQKC, v_BQKC = (_project_joined if _JOINED in weights else transformer.project)(c, weights, x_BQD)
     query_angles, query_position_BQ = angles, position_BQ

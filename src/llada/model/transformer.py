@@ -51,7 +51,13 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BLD, angles, lengths_B, segments_BL):
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        angles: layers.Angles,
+        lengths_B: jax.Array | None,
+        segments_BL: jax.Array | None,
+    ) -> tuple[jax.Array, None]:
         """Map the residual stream to itself; the second value is what `nn.scan` stacks: nothing."""
         c = self.config
         weights = {name: self.param(name, *declared) for name, declared in _block_parameters(c).items()}
@@ -85,7 +91,14 @@ def _block_parameters(c: ModelConfig) -> dict[str, tuple[nn.initializers.Initial
 
 
 @jax.named_scope("attention")
-def _attention(c, weights, x_BLD, angles, lengths_B, segments_BL) -> jax.Array:
+def _attention(
+    c: ModelConfig,
+    weights: Parameters,
+    x_BLD: jax.Array,
+    angles: layers.Angles,
+    lengths_B: jax.Array | None,
+    segments_BL: jax.Array | None,
+) -> jax.Array:
     """`mixed_BLHC`: the values that each query mixes, of whole sequences."""
     heads = rotated(c, weights, project(c, weights, x_BLD), angles, angles)
     return attend(*heads, Allowed(c.causal, lengths_B, None, segments_BL, segments_BL))
@@ -142,7 +155,9 @@ class Transformer(nn.Module):
     blocks: int
 
     @nn.compact
-    def __call__(self, tokens_BL, lengths_B=None, segments_BL=None):
+    def __call__(
+        self, tokens_BL: jax.Array, lengths_B: jax.Array | None = None, segments_BL: jax.Array | None = None
+    ) -> tuple[jax.Array, layers.Angles]:
         """`x_BLD` in the compute dtype, and the rotary angles of its positions."""
         c = self.config
         normal = nn.initializers.normal(c.init_std)
@@ -231,7 +246,8 @@ def up_to_last_attention(
     if embedding_VD is not None:
         outside["embedding"] = fsdp.reuse_gathered(outside["embedding"], embedding_VD)
     before = outside | {"layers": jax.tree.map(lambda leaf: leaf[:-1], params["layers"])}
-    x_BLD, angles = Transformer(config, config.layers - 1).apply({"params": before}, tokens_BL, lengths_B, segments_BL)
+    stream: Any = Transformer(config, config.layers - 1).apply({"params": before}, tokens_BL, lengths_B, segments_BL)
+    x_BLD, angles = stream
     mixed_BLHC = _attention(config, last, x_BLD, angles, lengths_B, segments_BL)
     weights = {name: last[name].astype(dtype) for name in ("output", "gate", "up", "down")}
     norms = {"ffn_norm": last["ffn_norm"], "final_norm": params["final_norm"]}
