@@ -132,9 +132,9 @@ def check(source: Path, place: Path) -> list[str]:
     different = [text for text, a, b in zip(given, map(ours.decode, wanted), back, strict=True) if a != b]
     if different:
         wrong.append(f"{len(different)} of {len(given)} texts decode differently, first {different[0][:40]!r}")
-    for file in FILES:
-        if (source / file).exists() and (source / file).read_bytes() != (place / "out" / file).read_bytes():
-            wrong.append(f"{file} is another")
+    present = [file for file in FILES if (source / file).exists()]
+    changed = [file for file in present if (source / file).read_bytes() != (place / "out" / file).read_bytes()]
+    wrong += [f"{file} is another" for file in changed]
     written = json.loads((place / "out/config.json").read_text())
     for name, token in ids.items():
         if written.get(name) != token:

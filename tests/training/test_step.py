@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def run(request, tiny):
 
 def documents(length: int, ends) -> list[slice]:
     cuts = sorted({0, length, *(end + 1 for end in ends)})
-    return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 def alone(config, params, rows_BL) -> jax.Array:
