@@ -7,8 +7,9 @@ import re
 import pytest
 from synthetic import BUDGETS, EXACT, LAWS, change, isoflop_readings, lost, only, repeated_readings
 
-from llada.scaling import findings, study
-from llada.scaling.results import FAILED, RUNNING, points
+from llada.objectives.families import DIFFUSION, FAMILIES
+from llada.scaling import figure, findings, repetition, study, sweep_report
+from llada.scaling.results import FAILED, PAIRS, REFERENCE, RUNNING, points
 from llada.scaling.sweep_report import _fitted_sentences, report
 
 
@@ -203,3 +204,35 @@ def test_repeated_data_has_its_own_report():
     # Checkpoints of more than one epoch are no such study.
     checkpoints = [dataclasses.replace(r, mode="checkpoints") for r in readings]
     assert "Compute gap" in written(checkpoints, study.fit({}), images=["isoflop.png"])
+
+
+def test_a_third_family_needs_no_more_than_its_entry(monkeypatch):
+    """Tables, sentences and pictures go through the families there are; each is compared with the exact one."""
+    block = dataclasses.replace(DIFFUSION, name="block", title="Block", prefix="block")
+    monkeypatch.setitem(FAMILIES, "block", block)
+    monkeypatch.setitem(figure.COLOURS, "block", "green")
+    for module in (findings, repetition, sweep_report):
+        monkeypatch.setattr(module, "PAIRS", (*PAIRS, (block, REFERENCE)))
+
+    def with_block(readings, gain):
+        own = [r for r in readings if r.objective == "diffusion"]
+        change = dataclasses.replace
+        return readings + [
+            change(r, objective="block", run=f"block_{r.run}", nats_per_token=r.loss - gain) for r in own
+        ]
+
+    readings = with_block(isoflop_readings(budgets=BUDGETS[:2]), 0.2)
+    fitted = study.fit(points(readings), draws=5)
+    images = sweep_report.draw(readings, fitted, None, 0.0)
+    assert [image[:4] for image in images.values()] == [b"\x89PNG"] * 3
+    text = written(readings, fitted)
+    of_llada, of_block = findings.headline_gaps(fitted)
+    assert (of_llada.family, of_block.family) == (DIFFUSION, block) and of_block.value < of_llada.value
+    assert "Block needs" in text and "by the minima: L*, Block over ARM" in section(text, "Compute gap")
+    assert {row["family"] for row in rows(section(text, "Best size of each budget"))} == {"LLaDA", "ARM", "Block"}
+    assert "Block's figure is an upper bound" in section(text, "Caveats")
+    repeated = with_block(
+        repeated_readings({"diffusion": [4.0, 3.5, 3.0, 2.6], "autoregressive": [3.2, 2.8, 3.1, 3.6]}), 0.2
+    )
+    assert repetition.picture(repeated)[:4] == b"\x89PNG"
+    assert "Block ends below the ARM's best loss" in written(repeated, study.fit({}))

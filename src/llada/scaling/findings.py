@@ -5,7 +5,7 @@ Units: FLOPs, parameters without embeddings, tokens, nats per token.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llada.objectives.families import FAMILIES, Family
@@ -94,131 +94,101 @@ def caveats(results: Sequence[Result], study: Study, annealing_gain: float) -> l
     measured = [r for r in results if r.measured]
     if not measured:
         return ["No reading has a figure, so nothing here is a result."]
-    repeated = any(r.data_limited for r in measured)
-    texts = [_bound(measured, repeated), _accounting(measured, repeated)]
-    texts.append(_annealing(measured, 0.0 if repeated else annealing_gain))
-    if not repeated:  # that mode has no laws
-        texts += [_epochs(measured), _few_budgets(study)]
-    texts.append(_small(measured))
-    texts.append(
-        "Learning rates, batch sizes and shapes follow a rule and were not tuned for each run; a family that the rule "
-        "suits less looks worse than it is."
-    )
-    return [text for text in (*texts, _retried(measured), _seeds(measured), _errors(measured)) if text]
+    return [*_of_comparison(measured), *_of_fits(measured, study, annealing_gain), *_of_runs(measured)]
 
 
-def _bound(measured: Sequence[Result], repeated: bool) -> str:
+def _of_comparison(measured: Sequence[Result]) -> Iterator[str]:
+    """What the figures are, and what budgets are matched in."""
+    repeated = measured[0].data_limited
     present = [family for family in FAMILIES.values() if any(r.family is family for r in measured)]
-    text = ", ".join(
-        f"{family.title}'s figure is an upper bound on its negative log-likelihood"
-        for family in present
-        if not family.exact
-    )
-    if not text or REFERENCE not in present:
-        return text and f"{text}."
-    consequence = (
-        "the true crossover is no later than the one read off"
-        if repeated
-        else "the true compute gap is at most the one computed"
-    )
-    return f"{text}, the {REFERENCE.title}'s is exact: {consequence}."
-
-
-def _accounting(measured: Sequence[Result], repeated: bool) -> str:
+    of_bound = "{}'s figure is an upper bound on its negative log-likelihood"
+    if bounds := ", ".join(of_bound.format(family.title) for family in present if not family.exact):
+        gap, crossover = "compute gap is at most the one computed", "crossover is no later than the one read off"
+        exact = f", the {REFERENCE.title}'s is exact: the true {crossover if repeated else gap}"
+        yield f"{bounds}{exact if REFERENCE in present else ''}."
     ratios = []
-    for family in FAMILIES.values():
+    for family in present:
         own = [r.flops_exact / r.flops_6nd for r in measured if r.family is family]
-        if own:
-            ratios.append(f"{sum(own) / len(own):.2f} for {family.title}")
+        ratios.append(f"{sum(own) / len(own):.2f} for {family.title}")
     matched = measured[0].matched
     opening, end = f"Budgets are matched in {matched}.", "; matched by the other count, the gap would be another"
     if repeated:
         opening, end = f"Readings are compared after equally many tokens; their budgets are in {matched}.", ""
-    return (
+    yield (
         f"{opening} There are two counts: 6ND takes 6 FLOPs per parameter without embeddings and token, the exact one "
         "all matrix products, attention and vocabulary head included. The mean ratio of exact to 6ND is "
         f"{' and '.join(ratios)}{end}."
     )
 
 
-def _annealing(measured: Sequence[Result], annealing_gain: float) -> str:
-    early = sum(not r.annealed for r in measured)
-    if not early:
-        return ""
-    text = f"{early} of {len(measured)} readings were taken before the learning rate had come down"
-    if annealing_gain:
-        return (
-            f"{text}; {annealing_gain:.2%} of their loss was taken off for it before the fits (GIDD measured about "
-            f"{GIDD_ANNEALING_GAIN:.2%}), while the table of readings shows them as they are."
-        )
-    return f"{text}; nothing was taken off for it, while GIDD measured a gain of about {GIDD_ANNEALING_GAIN:.2%}."
-
-
-def _epochs(measured: Sequence[Result]) -> str:
+def _of_fits(measured: Sequence[Result], study: Study, annealing_gain: float) -> Iterator[str]:
+    """What the fits take for granted; data-limited readings have no fits."""
+    repeated, number = measured[0].data_limited, len(measured)
+    if early := sum(not r.annealed for r in measured):
+        text = f"{early} of {number} readings were taken before the learning rate had come down"
+        if annealing_gain and not repeated:
+            yield (
+                f"{text}; {annealing_gain:.2%} of their loss was taken off for it before the fits (GIDD measured about "
+                f"{GIDD_ANNEALING_GAIN:.2%}), while the table of readings shows them as they are."
+            )
+        else:
+            measured_by_gidd = f"GIDD measured a gain of about {GIDD_ANNEALING_GAIN:.2%}"
+            yield f"{text}; nothing was taken off for it, while {measured_by_gidd}."
     over = [r.epochs for r in measured if r.epochs is not None and r.epochs > 1]
-    if not over:
-        return ""
-    return (
-        f"{len(over)} of {len(measured)} readings are of more than one epoch, up to {three(max(over))}: the laws count "
-        "repeated tokens as new ones, from which a model learns more."
-    )
+    if over and not repeated:
+        yield (
+            f"{len(over)} of {number} readings are of more than one epoch, up to {three(max(over))}: the laws count "
+            "repeated tokens as new ones, from which a model learns more."
+        )
+    inside = {name: sum(m.inside for m in fitted.minima) for name, fitted in study.families.items()}
+    few = [
+        f"{family.title} {inside[name]}" for name, family in FAMILIES.items() if inside.get(name, 99) < BUDGETS_FOR_E
+    ]
+    if few and not repeated:
+        yield (
+            f"Fewer than {BUDGETS_FOR_E} budgets with a minimum inside the sizes tried ({', '.join(few)}) cannot tell "
+            "an irreducible loss: laws by the minima are plain power laws there, and too low far beyond the budgets."
+        )
 
 
-def _few_budgets(study: Study) -> str:
-    few = []
-    for family in FAMILIES.values():
-        inside = sum(m.inside for m in study.of(family.name).minima)
-        if family.name in study.families and inside < BUDGETS_FOR_E:
-            few.append(f"{family.title} {inside}")
-    if not few:
-        return ""
-    return (
-        f"Fewer than {BUDGETS_FOR_E} budgets with a minimum inside the sizes tried ({', '.join(few)}) cannot tell an "
-        "irreducible loss: laws by the minima are plain power laws there, and too low far beyond the budgets."
-    )
-
-
-def _small(measured: Sequence[Result]) -> str:
+def _of_runs(measured: Sequence[Result]) -> Iterator[str]:
+    """Sizes, rules and errors of the runs."""
     largest = max(r.non_embedding_parameters for r in measured)
-    if largest >= SMALL:
-        return ""
-    shares = [1 - r.non_embedding_parameters / r.parameters for r in measured]
-    return (
-        f"The models are small, at most {count(largest)} parameters without embeddings (embeddings are "
-        f"{min(shares):.0%} to {max(shares):.0%} of all), and so are usually their vocabulary and sequence length: "
-        "what holds here need not hold at the size of the published laws, which begin near "
-        f"{count(SMALL)} parameters and {flops(3e18)} FLOPs."
+    if largest < SMALL:
+        shares = [1 - r.non_embedding_parameters / r.parameters for r in measured]
+        yield (
+            f"The models are small, at most {count(largest)} parameters without embeddings (embeddings are "
+            f"{min(shares):.0%} to {max(shares):.0%} of all), and so are usually their vocabulary and sequence length: "
+            "what holds here need not hold at the size of the published laws, which begin near "
+            f"{count(SMALL)} parameters and {flops(3e18)} FLOPs."
+        )
+    yield (
+        "Learning rates, batch sizes and shapes follow a rule and were not tuned for each run; a family that the rule "
+        "suits less looks worse than it is."
     )
+    if retried := {r.run for r in measured if r.retried}:
+        yield f"{len(retried)} runs had failed and were trained at a lower rate than the rule's: see below."
+    if len({r.seed for r in measured}) == 1:
+        yield "All runs have the same seed: the scatter between seeds is only seen as scatter about the fits."
+    if errors := " ".join(_errors(measured)):
+        yield errors
 
 
-def _retried(measured: Sequence[Result]) -> str:
-    runs = {r.run for r in measured if r.retried}
-    return f"{len(runs)} runs had failed and were trained at a lower rate than the rule's: see below." if runs else ""
-
-
-def _seeds(measured: Sequence[Result]) -> str:
-    if len({r.seed for r in measured}) > 1:
-        return ""
-    return "All runs have the same seed: the scatter between seeds is only seen as scatter about the fits."
-
-
-def _errors(measured: Sequence[Result]) -> str:
+def _errors(measured: Sequence[Result]) -> Iterator[str]:
     drawn = [r for r in measured if not r.family.exact]
     titles = " and ".join(family.title for family in FAMILIES.values() if any(r.family is family for r in drawn))
     errors = [r.monte_carlo_stderr for r in drawn if r.monte_carlo_stderr is not None]
     rows = [r.stderr for r in measured if r.stderr is not None]
     counts = sorted({r.draws for r in drawn if r.draws is not None})
-    texts = []
     if len(counts) > 1:
-        texts.append(f"{titles}'s figures are means of {counts[0]} to {counts[-1]} draws of masks a row.")
+        yield f"{titles}'s figures are means of {counts[0]} to {counts[-1]} draws of masks a row."
     if errors:
-        texts.append(
+        yield (
             f"The Monte Carlo error of {titles}'s figures, from the masks drawn, is at most {max(errors):.4f} nats per "
             "token; fits weigh by it."
         )
     if rows:
-        texts.append(
+        yield (
             f"The error over held-out rows is at most {max(rows):.4f}; it is common to all runs, which are read on the "
             "same rows, so it moves all losses together and is not in the intervals."
         )
-    return " ".join(texts)

@@ -7,6 +7,7 @@ second process off it, and the state of all runs is read from the disk.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import traceback
@@ -128,9 +129,8 @@ def _retried(run: PlannedRun, path: Path) -> PlannedRun:
 
 
 def _at_rate(run: PlannedRun, rate: float, why: str) -> PlannedRun:
-    tree = config_lib.to_dict(run.config)
-    tree["optimizer"]["peak_learning_rate"] = rate
-    return run._replace(config=config_lib.from_config_dict(tree), retried=why)
+    optimizer = dataclasses.replace(run.config.optimizer, peak_learning_rate=rate)
+    return run._replace(config=dataclasses.replace(run.config, optimizer=optimizer), retried=why)
 
 
 def retry_at(sweep: Sweep, mine: Sequence[PlannedRun], factor: float) -> Sweep:
@@ -226,8 +226,9 @@ def prepare(sweep: Sweep, log: Callable[[str], None] = lambda text: None) -> Non
             write_atomically(path, (json_files.dumps(tree, indent=2) + "\n").encode())
             # One tokenizer for all families: with a mask token where one of them needs it.
             config = max(sweep.runs, key=lambda run: FAMILIES[run.objective].masks).config
-            data = _replaced(config, tokenizer=sweep.base["data"]["tokenizer"] and config.data.tokenizer)
-            tokenizer = tokenizer_for(sweep.directory, data, log)
+            given = config.data.tokenizer if sweep.base["data"]["tokenizer"] else None
+            data = dataclasses.replace(config.data, tokenizer=given)
+            tokenizer = tokenizer_for(sweep.directory, dataclasses.replace(config, data=data), log)
             corpus = corpus_for(sweep.directory, config, tokenizer, log=log)
         check_epochs(sweep.runs, sweep.config, corpus.metadata.train_tokens)
     except UserError:
@@ -269,12 +270,6 @@ def _is_stale(sweep: Sweep) -> bool:
         return tree["model"]["vocab_size"], {**tree["data"], "unique_tokens": None}
 
     return values(read(sweep.directory)[0]) != values(sweep.base)
-
-
-def _replaced(config: Config, **data) -> Config:
-    tree = config_lib.to_dict(config)
-    tree["data"].update(data)
-    return config_lib.from_config_dict(tree)
 
 
 def corpus_metadata(sweep: Sweep) -> Metadata | None:
