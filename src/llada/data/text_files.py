@@ -150,15 +150,12 @@ def _characters(file, path: Path) -> Iterator[str]:
     while chunk := following:
         following = file.read(_CHUNK_BYTES)
         bad = NotText if offset == 0 else UserError
-        zero = chunk.find(b"\0")
-        if zero >= 0:
-            raise bad(f"{path} is binary: NUL at byte {offset + zero}; --config.data.source takes UTF-8 text only")
+        _refuse_binary(chunk, path, offset, bad)
         waiting = len(decoder.getstate()[0])
         try:
             piece = decoder.decode(chunk, final=not following)
         except UnicodeDecodeError as error:
-            at = offset - waiting + error.start
-            raise bad(f"{path} is not UTF-8: bad byte at {at}; --config.data.source takes UTF-8 text only") from error
+            raise bad(_not_utf8(path, offset - waiting + error.start)) from error
         yield piece
         offset += len(chunk)
 
@@ -199,8 +196,7 @@ def _read_json_lines(file, path: Path, text_key: str) -> Iterator[str]:
     for number, raw in enumerate(_lines(file, path), start=1):
         line = _decode(raw, path, offset)
         offset += len(raw)
-        if line.strip():
-            yield _text_field(_parse(line, f"{path} line {number}"), f"{path} line {number}", text_key)
+        yield from _record_of(line, f"{path} line {number}", text_key)
 
 
 def _read_json(file, path: Path, text_key: str) -> Iterator[str]:
@@ -213,16 +209,13 @@ def _read_json(file, path: Path, text_key: str) -> Iterator[str]:
         return
     try:
         value = json.loads(text.removeprefix("\ufeff"))
-    except json.JSONDecodeError as error:
-        if not error.msg.startswith("Extra data"):
+    except (ValueError, RecursionError) as error:
+        if not (isinstance(error, json.JSONDecodeError) and error.msg.startswith("Extra data")):
             raise UserError(_not_json(str(path), error)) from error
         value = None
-    except (ValueError, RecursionError) as error:
-        raise UserError(_not_json(str(path), error)) from error
     if value is None and text.lstrip()[0] == "{":
         for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield _text_field(_parse(line, f"{path} line {number}"), f"{path} line {number}", text_key)
+            yield from _record_of(line, f"{path} line {number}", text_key)
         return
     for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
         yield _text_field(record, f"{path} record {number}", text_key)
@@ -264,11 +257,15 @@ def _string_kinds():
     return [getattr(types, n) for n in ("is_string", "is_large_string", "is_string_view") if hasattr(types, n)]
 
 
-def _parse(line: str, where: str):
+def _record_of(line: str, where: str, text_key: str) -> Iterator[str]:
+    """The text of the record on a line; none on a blank one."""
+    if not line.strip():
+        return
     try:
-        return json.loads(line.removeprefix("\ufeff"))  # Windows begins files so
+        record = json.loads(line.removeprefix("\ufeff"))  # Windows begins files so
     except (ValueError, RecursionError) as error:
         raise UserError(_not_json(where, error)) from error
+    yield _text_field(record, where, text_key)
 
 
 def _not_json(where: str, error: Exception) -> str:
@@ -291,11 +288,17 @@ def _text_field(record, where: str, text_key: str) -> str:
 
 def _decode(raw: bytes, path: Path, offset: int) -> str:
     """Decode bytes found at `offset` of a file; NUL marks a binary file even where it is valid UTF-8."""
-    zero = raw.find(b"\0")
-    if zero >= 0:
-        raise UserError(f"{path} is binary: NUL at byte {offset + zero}; --config.data.source takes UTF-8 text only")
+    _refuse_binary(raw, path, offset, UserError)
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        at = offset + error.start
-        raise UserError(f"{path} is not UTF-8: bad byte at {at}; --config.data.source takes UTF-8 text only") from error
+        raise UserError(_not_utf8(path, offset + error.start)) from error
+
+
+def _refuse_binary(raw: bytes, path: Path, offset: int, kind: type[UserError]) -> None:
+    if (zero := raw.find(b"\0")) >= 0:
+        raise kind(f"{path} is binary: NUL at byte {offset + zero}; --config.data.source takes UTF-8 text only")
+
+
+def _not_utf8(path: Path, at: int) -> str:
+    return f"{path} is not UTF-8: bad byte at {at}; --config.data.source takes UTF-8 text only"
