@@ -167,10 +167,10 @@ def test_repetition_names_the_crossover(said):
 def test_crossovers_of_hand_made_curves():
     (x,) = crossovers(repeated_readings({"diffusion": FALLING, "autoregressive": OVERFITTED}))
     assert (x.same_epochs, x.below_best, x.until) == (4, 8, 8)
-    assert x.best == (8, 2.6) and x.reference_best == (2, 2.8) and x.still_falling
+    assert x.curve.best == (8, 2.6) and x.reference_curve.best == (2, 2.8) and x.curve.still_falling
     # Below the ARM that overfits, never below its best.
     (x,) = crossovers(repeated_readings({"diffusion": [4.0, 3.5, 3.2, 3.3], "autoregressive": OVERFITTED}))
-    assert (x.same_epochs, x.below_best, x.still_falling) == (8, None, False)
+    assert (x.same_epochs, x.below_best, x.curve.still_falling) == (8, None, False)
     # Readings at other epochs: at 3 the ARM is between its 2.8 at 2 and 3.1 at 4.
     arm = repeated_readings({"autoregressive": OVERFITTED})
     (x,) = crossovers([*arm, *repeated_readings({"diffusion": [3.5, 2.9, 2.7]}, epochs=[1, 3, 16])])

@@ -50,30 +50,30 @@ class Curve(NamedTuple):
 class Crossover(NamedTuple):
     """Where `family` overtakes the reference of its size on the same unique tokens: epochs of the first such reading.
 
-    `same_epochs`: its bound is below the reference's loss after equally many epochs. `below_best`: it is below the
-    lowest loss that the reference reaches at all. None: not up to `until` epochs, where the shorter of the two curves
-    ends (`below_best` looks at all of the family's readings). `best`, `reference_best`: epochs and loss.
+    `same_epochs`: its bound is below the reference's loss after equally many epochs, up to `until`. `below_best`: it is
+    below the lowest loss that the reference reaches at all. None: at no reading.
     """
 
     family: Family
     reference: Family
-    size: str
-    parameters: int
-    unique_tokens: int
+    curve: Curve
+    reference_curve: Curve
     same_epochs: float | None
     below_best: float | None
-    until: float
-    best: tuple[float, float]
-    reference_best: tuple[float, float]
-    still_falling: bool
+
+    @property
+    def until(self) -> float:
+        """Epochs at which the shorter of the two curves ends."""
+        return min(self.curve.epochs[-1], self.reference_curve.epochs[-1])
 
     def to_json(self) -> dict[str, Any]:
         """For fits.json."""
-        same = ("size", "parameters", "unique_tokens", "same_epochs", "below_best", "until")
-        return {key: getattr(self, key) for key in same} | {
-            f"{self.family.name}_best": self.best,
-            f"{self.reference.name}_best": self.reference_best,
-            f"{self.family.name}_still_falling": self.still_falling,
+        return {
+            **{key: getattr(self.curve, key) for key in ("size", "parameters", "unique_tokens")},
+            **{key: getattr(self, key) for key in ("same_epochs", "below_best", "until")},
+            f"{self.family.name}_best": self.curve.best,
+            f"{self.reference.name}_best": self.reference_curve.best,
+            f"{self.family.name}_still_falling": self.curve.still_falling,
         }
 
 
@@ -118,23 +118,12 @@ def crossovers(results: Sequence[Result]) -> list[Crossover]:
     ]
 
 
-def _crossover(family: Family, reference: Family, own: Curve, arm: Curve) -> Crossover:
-    until = min(own.epochs[-1], arm.epochs[-1])
-    readings = list(zip(own.epochs, own.loss, strict=True))
-    both = [(e, loss) for e, loss in readings if arm.epochs[0] <= e <= until]
-    return Crossover(
-        family=family,
-        reference=reference,
-        size=own.size,
-        parameters=own.parameters,
-        unique_tokens=own.unique_tokens,
-        same_epochs=next((e for e, loss in both if loss < arm.at(e)), None),
-        below_best=next((e for e, loss in readings if loss < arm.best[1]), None),
-        until=until,
-        best=own.best,
-        reference_best=arm.best,
-        still_falling=own.still_falling,
-    )
+def _crossover(family: Family, reference: Family, curve: Curve, rival: Curve) -> Crossover:
+    readings = list(zip(curve.epochs, curve.loss, strict=True))
+    both = [(e, loss) for e, loss in readings if rival.epochs[0] <= e <= rival.epochs[-1]]
+    same_epochs = next((e for e, loss in both if loss < rival.at(e)), None)
+    below_best = next((e for e, loss in readings if loss < rival.best[1]), None)
+    return Crossover(family, reference, curve, rival, same_epochs, below_best)
 
 
 # --- picture
@@ -152,22 +141,14 @@ def picture(results: Sequence[Result]) -> bytes:
     )
     fig, axes = figure.panels(max(len(corpora), 1), _repeat_title(crossed), caption, sharex=True, sharey=True)
     shades = {
-        (family, size): shade
-        for family, colour in figure.COLOURS.items()
+        (name, size): shade
+        for name, colour in figure.COLOURS.items()
         for size, shade in zip(sizes, figure.shades(colour, len(sizes)), strict=True)
     }
     for ax, corpus in zip(axes, corpora, strict=False):
-        of_corpus = {(c.objective, c.size): c for c in drawn if c.unique_tokens == corpus}
-        overtakes = [x for x in crossed if x.unique_tokens == corpus]
-        ax.set(xscale="log", xlabel="epochs")
+        overtakes = [x for x in crossed if x.curve.unique_tokens == corpus]
         ax.set_title("\n".join([f"{short(corpus)} unique tokens", *map(_crossing_text, overtakes)]), fontsize=10)
-        for curve in of_corpus.values():
-            _draw(ax, curve, shades[curve.objective, curve.parameters])
-        ring = dict(markersize=13, markeredgecolor="black", markerfacecolor="none", markeredgewidth=1.2, zorder=5)
-        for x in overtakes:
-            for epochs, marker in ((x.same_epochs, "s"), (x.below_best, "o")):
-                if epochs is not None:
-                    ax.plot(epochs, of_corpus[x.family.name, x.size].at(epochs), marker, **ring)
+        _panel(ax, [c for c in drawn if c.unique_tokens == corpus], overtakes, shades)
     axes[0].set_ylabel("held-out nats per token")
     if cut:
         axes[0].set_ylim(*cut)
@@ -183,6 +164,21 @@ def picture(results: Sequence[Result]) -> bytes:
     return figure.png(fig)
 
 
+def _panel(ax, drawn: list[Curve], crossed: list[Crossover], shades: dict[tuple[str, int], np.ndarray]) -> None:
+    """The curves of one amount of unique tokens."""
+    ax.set(xscale="log", xlabel="epochs")
+    line = dict(marker="o", markersize=4, capsize=2, linewidth=1.4, zorder=3)
+    ring = dict(markersize=13, markeredgecolor="black", markerfacecolor="none", markeredgewidth=1.2, zorder=5)
+    for c in drawn:
+        shade = shades[c.objective, c.parameters]
+        ax.errorbar(c.epochs, c.loss, [2 * e for e in c.stderr], color=shade, **line)
+        ax.plot(*c.best, "*", color=shade, markersize=14, markeredgecolor="white", zorder=4)
+    for x in crossed:
+        for epochs, marker in ((x.same_epochs, "s"), (x.below_best, "o")):
+            if epochs is not None:
+                ax.plot(epochs, x.curve.at(epochs), marker, **ring)
+
+
 def _cut(drawn: Sequence[Curve]) -> tuple[float, float] | None:
     """Ends of the loss axis where an ARM that learned its corpus by heart would press all else into a flat line."""
     low = min((min(c.loss) for c in drawn), default=0.0)
@@ -191,14 +187,9 @@ def _cut(drawn: Sequence[Curve]) -> tuple[float, float] | None:
     return (low - 0.05 * (top - low), top) if low < seen and top < max(max(c.loss) for c in drawn) else None
 
 
-def _draw(ax, curve: Curve, shade: np.ndarray) -> None:
-    style = dict(color=shade, marker="o", markersize=4, capsize=2, linewidth=1.4, zorder=3)
-    ax.errorbar(curve.epochs, curve.loss, [2 * e for e in curve.stderr], **style)
-    ax.plot(*curve.best, "*", color=shade, markersize=14, markeredgecolor="white", zorder=4)
-
-
 def _crossing_text(x: Crossover) -> str:
-    size = f"{short(x.parameters)}: " if len(PAIRS) == 1 else f"{x.family.title} {short(x.parameters)}: "
+    size = f"{short(x.curve.parameters)}: "
+    size = size if len(PAIRS) == 1 else f"{x.family.title} {size}"
     if x.same_epochs is None and x.below_best is None:
         return f"{size}no crossover up to {short(x.until)} epochs"
     crossed = [f"crossover at {short(x.same_epochs)} epochs"] if x.same_epochs is not None else []
@@ -257,8 +248,8 @@ def summary(results: Sequence[Result]) -> list[str]:
         epochs, first = min(won, key=lambda pair: pair[0])
         texts += [
             f"{text}, up to {last} epochs.",
-            f"The earliest crossover is at {three(epochs)} epochs ({count(first.parameters)} parameters, "
-            f"{count(first.unique_tokens)} unique tokens).",
+            f"The earliest crossover is at {three(epochs)} epochs ({count(first.curve.parameters)} parameters, "
+            f"{count(first.curve.unique_tokens)} unique tokens).",
         ]
     return texts
 
@@ -285,7 +276,7 @@ def _table(family: Family, reference: Family, crossed: Sequence[Crossover]) -> s
     for x in crossed:
         none = f"no crossover up to {three(x.until)} epochs"
         at = [none if e is None else f"at {three(e)} epochs" for e in (x.same_epochs, x.below_best)]
-        bests = [f"{loss:.4f} at {three(e)} epochs" for e, loss in (x.best, x.reference_best)]
-        bests[0] += " (still falling)" if x.still_falling else ""
-        cells.append([count(x.unique_tokens), count(x.parameters), *at, *bests])
+        bests = [f"{loss:.4f} at {three(e)} epochs" for e, loss in (x.curve.best, x.reference_curve.best)]
+        bests[0] += " (still falling)" if x.curve.still_falling else ""
+        cells.append([count(x.curve.unique_tokens), count(x.curve.parameters), *at, *bests])
     return markdown_table(cells)
