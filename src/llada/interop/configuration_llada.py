@@ -102,7 +102,7 @@ class LLaDAConfig(PretrainedConfig):
             setattr(self, name, fields.pop(name, default))
         if tied is not None and tied != self.weight_tying:
             raise ValueError(f"tie_word_embeddings={tied} contradicts weight_tying={self.weight_tying}; set the latter")
-        # Passed on is what some version's base class would set to a default of its own; the rest is its business.
+        # Passed on is what the base class of some version would set to a default of its own.
         ids = {"eos_token_id": self.eos_token_id, "pad_token_id": self.pad_token_id}
         super().__init__(tie_word_embeddings=self.weight_tying, **ids, **fields)
         if self.n_kv_heads is None:
@@ -245,6 +245,7 @@ class LLaDAOptions:
         self.ends = options.get("eos_token_id", getattr(config, "eos_token_id", None))
 
     def _is_known(self, name, value):
+        """Whether an option means something here, or asks for nothing."""
         if name in LLaDASampling.NAMES or name in ("do_sample", "eos_token_id", "max_length", "max_new_tokens"):
             return True
         return value is None or value is False or (value is not True and value in self.NOTHING.get(name, ()))

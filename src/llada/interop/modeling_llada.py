@@ -3,10 +3,9 @@
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
     tokens = model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), gen_length=128, block_length=32)
 
-Self-contained: torch, transformers and the configuration beside this file. Parameter names are those of the released
-LLaDA-8B checkpoints.
+Needs torch, transformers and the configuration beside this file. Parameters are named as in the released LLaDA-8B.
 Shapes: B sequences, L positions given, S positions seen (past ones and those given), D width, H query heads,
-K key/value heads, C channels per head, V vocabulary; in the reverse process L is the whole canvas, N positions of it.
+K key/value heads, C channels per head, V vocabulary; in the reverse process L is the canvas, N positions of it.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ class LLaDARMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        """`x`, normalised over its last axis."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         return (wide * self.weight.float()).to(x.dtype)
@@ -83,7 +83,7 @@ class LLaDABlock(nn.Module):
 
 def _angles(position_BL, channels, theta):
     """Cosine and sine (B, 1, L, C) in float32."""
-    # Made anew in every forward: on the meta device, where transformers builds models, buffers would get no values.
+    # Computed in every forward: on the meta device, where transformers builds models, buffers would get no values.
     exponent = -torch.arange(0, channels, 2, dtype=torch.float32, device=position_BL.device) / channels
     angle = position_BL.float()[:, None, :, None] * (theta**exponent)
     angle = torch.cat([angle, angle], dim=-1)
@@ -116,7 +116,7 @@ class LLaDATransformer(nn.Module):
     def forward(
         self, input_ids=None, mask=None, position_ids=None, past=None, embeds_BLD=None, use_cache=False, keep=False
     ):
-        """(hidden_BLD, cache, states): arguments as in LLaDAModelLM.forward; `states`, of all depths, where kept."""
+        """(hidden_BLD, cache, states): arguments as in LLaDAModelLM.forward; `states` of all depths with `keep`."""
         if (input_ids is None) == (embeds_BLD is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x_BLD = self.transformer.wte(input_ids) if embeds_BLD is None else embeds_BLD
@@ -183,16 +183,20 @@ class LLaDAModelLM(LLaDAPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self):
+        """The module of the embedding."""
         return self.model.transformer.wte
 
     def set_input_embeddings(self, value):
+        """Replace it, and update the number of its rows in the config: transformers updates vocab_size only."""
         self.model.transformer.wte = value
-        self.config.embedding_size = len(value.weight)  # transformers only keeps vocab_size up to date
+        self.config.embedding_size = len(value.weight)
 
     def get_output_embeddings(self):
+        """The module of the head, which is the embedding where they are tied."""
         return self.model.transformer.wte if self.config.weight_tying else self.model.transformer.ff_out
 
     def set_output_embeddings(self, value):
+        """Replace it."""
         self.model.transformer["wte" if self.config.weight_tying else "ff_out"] = value
 
     def forward(
@@ -210,8 +214,7 @@ class LLaDAModelLM(LLaDAPreTrainedModel, GenerationMixin):
     ):
         """CausalLMOutputWithPast with logits (B, L, V): position i predicts token i, not the next one.
 
-        attention_mask   (B, past and given positions): 0 where nobody may look, wherever that is; None: all are seen.
-                         One of four dimensions goes to attention as it is
+        attention_mask   (B, past and given positions): 0 where none may look, None: all are seen; 4-D: used as it is
         position_ids     (L,) or (B, L); None: counted on from the past, padding included, as only differences matter
         past_key_values  keys and values of earlier positions, for the positions given to see. A mask predictor's states
                          depend on all tokens: exact if the rest of the canvas was the same, else an approximation
@@ -236,16 +239,14 @@ class LLaDAModelLM(LLaDAPreTrainedModel, GenerationMixin):
         """Tokens (B, L + gen_length): the prompts and what the reverse process writes behind them.
 
         attention_mask  (B, L): 0 where a prompt is padding, on whichever side
-        gen_length      tokens to write, all of them; None: what the context leaves, at most 64. max_new_tokens is the
-                        same, and max_length counts the prompt too
+        gen_length      tokens to write (max_new_tokens; max_length with the prompt); None: as many as fit, at most 64
         steps           over all blocks, a multiple of their number; None: one per token
         block_length    blocks are filled from left to right, later ones in view as masks; None: one block
         temperature     0: the most likely tokens; else draws from softmax(logits / temperature)
         cfg_scale       w of classifier-free guidance without labels; 0 is off
         remasking       low_confidence: a step keeps its most probable predictions; random: any of them
         eos             keep; no_logits: end tokens are never written; no_confidence: they are kept last in their block
-        cache           none; prefix: in a block, earlier positions keep the keys and values of the block's first pass
-                        (Fast-dLLM), which is faster and approximate
+        cache           none; prefix (Fast-dLLM): earlier positions keep a block's first keys and values, approximate
         generator       a torch.Generator of all random numbers
         Neither the mask token nor ids in `generation_config.suppress_tokens` are ever written. LLaDAOptions reads the
         other options that transformers has.
@@ -274,7 +275,7 @@ class _ReverseProcess:
 
     def __init__(self, model, settings, input_ids, ends=None):
         config, generation, self.device = model.config, model.generation_config, model.device
-        if self.device.type == "meta":  # offloaded: accelerate brings weights in module by module
+        if self.device.type == "meta":  # offloaded: accelerate loads weights module by module
             self.device = torch.as_tensor(input_ids).device
         if config.mask_token_id is None:
             raise ValueError("config.mask_token_id is missing; without it there is nothing to fill")
@@ -364,14 +365,14 @@ class _ReverseProcess:
         chosen = [self.choose(rows) for rows in hidden_BND.flatten(0, 1).split(ROWS)]
         token_BN, confidence_BN = (torch.cat([pair[i] for pair in chosen]).view(at_BN.shape) for i in (0, 1))
         if self.settings.temperature == 0:
-            # Where a row shows no token all positions have one law, and only rounding would rank them: leftmost first.
+            # Where a row shows no token all distributions are equal, and only rounding would rank them: leftmost first.
             seen_BL = canvas_BL != self.mask_id
             seen_BL = seen_BL if self.mask_B11L is None else seen_BL & self.mask_B11L[: len(seen_BL), 0, 0]
             confidence_BN = torch.where(seen_BL.any(dim=1, keepdim=True), confidence_BN, confidence_BN[:, :1])
         return token_BN, confidence_BN, fresh
 
     def choose(self, hidden_RD):
-        """Tokens, and log p of each under the clean law: without temperature and without noise."""
+        """Tokens, and log p of each under the clean distribution: without temperature and noise."""
         logits_RV = self.model.model.unembed(hidden_RD).to(self.device, torch.float32)
         noised_RV = logits_RV = logits_RV.masked_fill(self.forbidden_V, -torch.inf)
         if self.settings.temperature > 0:
