@@ -4,8 +4,8 @@ Trains a grid of runs (budgets x sizes x families), fits scaling laws through th
 fits.json, isoflop.png, frontier.png, allocation.png (repeat.png in the data-limited mode) and report.md. Every run is
 an ordinary workdir under DIR/runs. Called again it goes on where it stopped; finished runs are never repeated, and
 failed ones with --retry_failed, or at a lower learning rate with --retry_rate=0.5. N jobs share a directory with
---only=1/N ... --only=N/N; whichever ends last writes the whole. Without --config the grid is the one DIR holds; with
---results alone, readings of other sweeps are fitted and nothing is trained.
+--only=1/N ... --only=N/N; whichever ends last writes the results of all. Without --config the grid is the one DIR
+holds; with --results alone, readings of other sweeps are fitted and nothing is trained.
 """
 
 import shlex
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # at run time these would import JAX, before the flags are pa
     from llada.scaling.results import Result
 
 FLAGS = CommandFlags(experiment.FLAGS)
-WORKDIR = FLAGS.define_string("workdir", None, "directory of the sweep; made if missing, continued if it holds one")
+WORKDIR = FLAGS.define_string("workdir", None, "directory of the sweep; created if missing, continued if it holds one")
 ONLY = FLAGS.define_string("only", None, "I/N: train only the I-th of N shares of the runs, equal in FLOPs")
 DRY_RUN = FLAGS.define_bool("dry_run", False, "print the planning table and stop; nothing is written")
 RETRY_FAILED = FLAGS.define_bool("retry_failed", False, "train failed runs again, from their last good checkpoint")

@@ -130,9 +130,9 @@ def check_twins(runs: list[RunRecord]) -> None:
     facts = []
     for run in runs:
         if run.figures.nats_per_token is None:
-            raise UserError(f"{run.workdir} has no held-out figure (it is null); llada evaluate tells why")
-        own = run.config.objective.block_cross_document_attention
-        known = {"block_cross_document_attention": own, "eval_rows_digest": run.figures.rows_digest}
+            raise UserError(f"{run.workdir} has no held-out figure (it is null); llada evaluate shows why")
+        blocked = run.config.objective.block_cross_document_attention
+        known = {"block_cross_document_attention": blocked, "eval_rows_digest": run.figures.rows_digest}
         facts.append((str(run.workdir), run.summary | known))
     held_out.require_same(facts, _SAME, "train, or evaluate, both alike")
 

@@ -15,7 +15,7 @@ from llada.scaling.results import PAIRS, REFERENCE, Result
 from llada.scaling.study import Study
 
 SMALL = 50e6  # parameters without embeddings: near the smallest models that the published laws were fitted to
-BUDGETS_FOR_E = 4  # fewer cannot tell an irreducible loss: laws.offset_power_law
+BUDGETS_FOR_E = 4  # fewer do not determine an irreducible loss: laws.offset_power_law
 
 
 class Gap(NamedTuple):
@@ -108,8 +108,8 @@ def _of_comparison(measured: Sequence[Result]) -> Iterator[str]:
         yield f"{bounds}{exact if REFERENCE in present else ''}."
     ratios = []
     for family in present:
-        own = [r.flops_exact / r.flops_6nd for r in measured if r.family is family]
-        ratios.append(f"{sum(own) / len(own):.2f} for {family.title}")
+        counts = [r.flops_exact / r.flops_6nd for r in measured if r.family is family]
+        ratios.append(f"{sum(counts) / len(counts):.2f} for {family.title}")
     matched = measured[0].matched
     opening, end = f"Budgets are matched in {matched}.", "; matched by the other count, the gap would be another"
     if repeated:

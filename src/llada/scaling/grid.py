@@ -107,8 +107,8 @@ def plan(base: dict[str, Any], sweep: SweepConfig, directory: Path) -> list[Plan
     base = config_lib.to_dict(knobs.build(Config, base, "config"))
     directory, given = directory.absolute(), base["data"]["tokenizer"]
     base["data"]["directory"] = str(directory / "data")
-    own = directory / SentencePieceTokenizer.file_name  # trained once, before the runs
-    base["data"]["tokenizer"] = str(user_path(given, "--config.data.tokenizer").absolute() if given else own)
+    trained = directory / SentencePieceTokenizer.file_name  # once, before the runs
+    base["data"]["tokenizer"] = str(user_path(given, "--config.data.tokenizer").absolute() if given else trained)
     # Every size has a run for each of these: a budget, an amount of unique data, or (None) all budgets together.
     axis = {"isoflop": sweep.budgets, "checkpoints": (None,), "repeat": sweep.unique_tokens}[sweep.mode]
     runs: list[PlannedRun] = []
@@ -203,10 +203,10 @@ def check_used(
         if key.name == "optimizer.peak_learning_rate" and not own_rates:
             continue
         planned = [_at(tree, key.name) for tree in trees]
-        # Some sizes, or a family, may have their own; the rest have what was given.
+        # Some sizes, or a family, may set it themselves; the rest have the user's value.
         of_sizes = key.name.startswith("model.") and all(key.name.removeprefix("model.") in s for s in sweep.sizes)
         changed = any if key.name in RULED or of_sizes else all
-        if changed(own != value for own in planned):
+        if changed(other != value for other in planned):
             instead = RULED.get(key.name) or (
                 "the sizes have their own" if key.name.startswith(("model.", "optimizer.")) else "no run would have it"
             )

@@ -35,8 +35,8 @@ def isoflop(results: Sequence[Result], study: Study, *, annealing_gain: float = 
     for family, ax in zip(families, axes, strict=True):
         ax.set(xscale="log", xlabel="parameters without embeddings N", title=family.title)
         ax.set_ylabel(f"held-out nats per token{_bound(family)}")
-        own = [r for r in results if r.family is family]
-        _profiles(ax, family, own, by_family.get(family.name, []), study.of(family.name))
+        of_family = [r for r in results if r.family is family]
+        _profiles(ax, family, of_family, by_family.get(family.name, []), study.of(family.name))
     figure.log_ticks(axes[0].xaxis, short)
     return figure.png(fig)
 
@@ -129,8 +129,8 @@ def frontier(
     shown = [r.loss for r in results if r.measured and not r.annealed]
     for family in FAMILIES.values():
         colour, fitted = COLOURS[family.name], study.of(family.name)
-        own = [r for r in results if r.family is family and r.measured]
-        _checkpoints(ax, own, colour, annealing_gain)
+        measured = [r for r in results if r.family is family and r.measured]
+        _checkpoints(ax, measured, colour, annealing_gain)
         for m in fitted.minima:
             ax.errorbar(m.budget, m.loss, 2 * m.loss_stderr, linestyle="", **_mark(m, colour))
             shown += [m.loss - 2 * m.loss_stderr, m.loss + 2 * m.loss_stderr]
@@ -141,7 +141,7 @@ def frontier(
                 _prediction(ax, study, law, predict, family)
             labels.append((reach, float(law.best(reach)), f"{family.title}{_bound(family)}", colour))
             shown += [float(law.best(budget)) for budget in (min(fitted.budgets), reach)]
-        elif fitted.minima or own:
+        elif fitted.minima or measured:
             ax.plot([], [], " ", color=colour, label=f"{family.title}, no law")
     if predict and labels:
         label = f"{flops(predict)} FLOPs, {times(predict / largest)} the largest budget"
@@ -301,9 +301,9 @@ def _published(ax, quantity: str, low: float, high: float) -> list[tuple[float, 
             continue
         grey = "0.6" if paper.causal else "0.45"
         ax.plot([low, high], law([low, high]), ":", color=grey, linewidth=1, zorder=1)
-        own = max(low, paper.budgets[0]), min(high, paper.budgets[-1])
-        if own[0] < own[1]:
-            ax.plot(own, law(own), color=grey, linewidth=1.3, zorder=1)
+        fitted = max(low, paper.budgets[0]), min(high, paper.budgets[-1])
+        if fitted[0] < fitted[1]:
+            ax.plot(fitted, law(fitted), color=grey, linewidth=1.3, zorder=1)
         labels.append((high, float(law(high)), paper.name, grey))
     return labels
 

@@ -25,7 +25,7 @@ UNUSED = {
     "checkpoints": ("unique_tokens", "epochs", "decay"),
     "repeat": ("budgets", "tokens_per_parameter", "sizes_per_budget", "max_epochs", "decay", "annealing_gain"),
 }
-# What a size may hold beside keys of the model, and keys of the model that are not a size's to say.
+# What a size may hold beside keys of the model, and keys of the model that a size may not set.
 OF_A_SIZE = ("name", "objective", "peak_learning_rate")
 NOT_OF_A_SIZE = {
     "causal": "give objective='autoregressive' instead",
@@ -90,16 +90,16 @@ def parse(values: dict[str, Any]) -> SweepConfig:
     require(
         sweep.objectives and known and _differ(sweep.objectives), "objectives", f"name some of {families}, each once"
     )
-    whole = all(type(seed) is int and 0 <= seed < 2**31 for seed in sweep.seeds)
-    require(sweep.seeds and whole and _differ(sweep.seeds), "seeds", "give whole numbers in [0, 2**31), each once")
+    integers = all(type(seed) is int and 0 <= seed < 2**31 for seed in sweep.seeds)
+    require(sweep.seeds and integers and _differ(sweep.seeds), "seeds", "give whole numbers in [0, 2**31), each once")
     _check_sizes(sweep)
     for key in ("unique_tokens", "epochs") if sweep.mode == "repeat" else ("budgets",):
         axis = getattr(sweep, key)
         needed = f"mode {sweep.mode} needs one or more numbers above 0, up to {MOST:g}"
         require(axis and all(_is_number(v) and 0 < v <= MOST for v in axis), key, needed)
         require(all(a < b for a, b in itertools.pairwise(axis)), key, "they must rise, each given once")
-    whole = sweep.mode != "repeat" or all(tokens == int(tokens) for tokens in sweep.unique_tokens)
-    require(whole, "unique_tokens", "they must be whole numbers of tokens")
+    integers = sweep.mode != "repeat" or all(tokens == int(tokens) for tokens in sweep.unique_tokens)
+    require(integers, "unique_tokens", "they must be whole numbers of tokens")
     windows = all(name in FAMILIES and _is_window(window) for name, window in sweep.tokens_per_parameter.items())
     require(windows, "tokens_per_parameter", f"it must be a dict of (least, most), finite, by {families}")
     few = sweep.mode == "isoflop" and sweep.sizes_per_budget is not None and sweep.sizes_per_budget < LEAST_SIZES

@@ -219,10 +219,10 @@ def _exponents(study: Study) -> str:
     titles = (family.title for family in FAMILIES.values())
     cells = [["exponent of C", *titles, *(f"{paper.name} ({paper.arxiv})" for paper in PUBLISHED)]]
     for name, label in _EXPONENTS.items():
-        own = [interval(study.constants(laws[name])["exponent"]) if name in laws else "-" for laws in known]
+        ours = [interval(study.constants(laws[name])["exponent"]) if name in laws else "-" for laws in known]
         theirs = [or_dash(paper.exponents.get(name), ".3g") for paper in PUBLISHED]
-        if {*own, *theirs} != {"-"}:
-            cells.append([label, *own, *theirs])
+        if {*ours, *theirs} != {"-"}:
+            cells.append([label, *ours, *theirs])
     ranges = [f"{p.name} {flops(p.budgets[0])} to {flops(p.budgets[-1])}" for p in PUBLISHED if p.budgets]
     text = f"In brackets: {study.level:.0%} intervals. Published laws were fitted at other FLOPs: {', '.join(ranges)}."
     return f"{markdown_table(cells)}\n\n{text} A published exponent need not hold at the budgets of this sweep."
