@@ -71,7 +71,7 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def command() -> str:
-    """This process's command line, as code, without the flags of this module."""
+    """The command line, as code, without the flags of this module."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_flags(parser)
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
