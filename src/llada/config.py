@@ -19,8 +19,8 @@ from llada import json_files, knobs
 from llada.errors import UserError
 from llada.knobs import build, knob
 
-# Generous, and there so that a slip of the keyboard, or a hostile file, does not ask for what no machine has: counts of
-# things that are allocated or walked through, and counts that are only compared.
+# Generous limits, so that a typing error or a hostile file cannot ask for more than any machine has: counts of things
+# that are allocated or iterated over, and (_FAR) counts that are only compared.
 _LAYERS, _WIDTH, _ROWS, _STEPS, _FAR = 10_000, 2**17, 2**24, 2**31 - 1, 10**15
 
 # The families by name, and whether attention is to the left only; what else a family is: objectives/families.py.

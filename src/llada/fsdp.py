@@ -1,7 +1,7 @@
 """Fully sharded data parallelism, spelt out: each device computes on its own sequences, from shards of the parameters.
 
 A parameter is all-gathered along `fsdp` where it is used; the transpose of that is a reduce-scatter, so gradients come
-back as shards. Left to the compiler, gradients are summed whole on every device first: twice the bytes on the wires.
+back as shards. Left to the compiler, an all-reduce sums full gradients on every device first: twice the bytes sent.
 What is replicated along `data` is summed once a step, whatever the number of microbatches.
 """
 
@@ -32,7 +32,7 @@ TPU_OPTIONS = {
 }
 
 # MiB of on-chip memory that a product may use on chips that have 64 or more (a v4 has 16). With the default of 16 a
-# large product takes up to twice as long; more than this takes longer to compile, for less and less.
+# large product takes up to twice as long; more than this takes longer to compile and gains little.
 VMEM = {"TPU v5": 48, "TPU v5 lite": 32, "TPU v6 lite": 48, "TPU7x": 56}
 
 
@@ -121,7 +121,7 @@ def _gradient_by_rows(gathered: jax.Array) -> jax.Array:
     """`gathered`, whose gradient is written row by row before it is scattered, on TPU.
 
     Left to itself the compiler writes gradients of heads of 64 channels across registers of 128 lanes, and transposes
-    the vocabulary's by copies. What is gathered it lays out better itself.
+    the vocabulary's by copies. The layout of what is gathered is best left to it.
     """
     return gathered
 

@@ -1,4 +1,4 @@
-"""How far something long is, on standard error: drawn on a terminal, else a plain line now and then."""
+"""Progress of long work on standard error: a bar on a terminal, else a plain line now and then."""
 
 import contextlib
 import os

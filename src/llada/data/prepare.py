@@ -33,7 +33,7 @@ def prepare(
 
     metadata.json is written last: without it nothing here counts, and an interrupted call starts again. Of several
     processes that share a directory one prepares, and the others wait for it. `log` is called with what is left out,
-    and about once a second with how far it is; `check` as often, and may raise to end the call.
+    and about once a second with the progress; `check` is called as often and may raise to end the call.
     UserError if the directory holds another corpus or cannot be written, if the source is bad (see sources.py), or if
     either side has too little text for one row; DataError for damaged rows; DiskError where there is no room.
     """

@@ -93,7 +93,7 @@ def open_matching(directory: Path, data: DataConfig, tokenizer_sha256: str | Non
 
 
 def differences(metadata: Metadata, data: DataConfig, tokenizer_sha256: str | None = None) -> list[str]:
-    """What rows that `data` and the tokenizer ask for would be prepared by, and these were not."""
+    """Names of the settings in which these rows differ from those that `data` and the tokenizer ask for."""
     names = ("source", "sequence_length", "holdout_fraction", "text_key", "holdout_source")
     asked = {name: getattr(data, name) for name in names} | {"tokenizer_sha256": tokenizer_sha256}
     if tokenizer_sha256 is None:
@@ -141,7 +141,7 @@ def open_rows(path: Path) -> np.ndarray:
 def require_known(rows_NL: np.ndarray, vocab_size: int, row_N: np.ndarray) -> None:
     """DataError unless all ids of these rows are below `vocab_size`; `row_N` are their numbers in the file.
 
-    JAX takes the last row of a table for what lies beyond it, and would train on damaged rows without a word.
+    JAX clamps indices that are out of bounds: it would silently train on damaged rows.
     """
     if rows_NL.size and rows_NL.max() >= vocab_size:
         bad = int(np.argmax((rows_NL >= vocab_size).any(axis=1)))

@@ -1,13 +1,13 @@
-"""How far a long piece of work is, for whoever waits for it."""
+"""Progress lines of long preparations."""
 
 import time
 from collections.abc import Callable
 
 
 class Report:
-    """Logs how far the work is: after a second, then less and less often, each minute at last.
+    """Logs progress: after a second, then at growing intervals of at most a minute.
 
-    Whoever wants the work to end raises from `check`, which every call calls.
+    Every call calls `check`, which may raise to end the work.
     """
 
     def __init__(self, log: Callable[[str], None], check: Callable[[], None]):

@@ -1,4 +1,4 @@
-"""Softmax attention: by the platform's kernel where there is one, else with as many scores in memory as are harmless.
+"""Softmax attention: by the platform's kernel where there is one, else in blocks that bound the scores in memory.
 
 Where no kernel serves (CPU; float32 on GPU; causal queries at given positions) long sequences go by blocks of queries
 and short ones hold all scores at once: only these ever hold L x L numbers, forward or backward. Softmax is float32 in

@@ -28,7 +28,7 @@ class Allowed(NamedTuple):
 
     causal       the key's position is not after the query's
     lengths_B    the key's position is less than its sequence's length (>= 1)
-    position_BQ  where the queries stand; None: at 0..Q-1. At L or beyond they are padding: finite, without meaning
+    position_BQ  positions of the queries; None: 0..Q-1. At L or beyond they are padding: finite, without meaning
     segments_BQ  the key is of the query's segment (int32 >= 0, a document each); both None: one segment
     segments_BL  segments of the keys
     """

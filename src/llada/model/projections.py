@@ -1,4 +1,4 @@
-"""What the model's row-wise work looks like on each platform: the same mathematics, in the form XLA runs fastest.
+"""Platform forms of the model's row-wise work: the same mathematics, in the form that XLA runs fastest.
 
 Every choice of the model by platform is here, except attention's kernel (`attention_kernels.py`).
 Shapes: B sequences, L tokens, D width, H heads, C channels per head.
@@ -83,7 +83,7 @@ def recompute_for_gradient(f: Callable, *inputs: jax.Array) -> jax.Array:
 def table_library() -> ModuleType:
     """NumPy on CPU, `jax.numpy` elsewhere: what tables of angles are made with, at trace time or in the program.
 
-    XLA's CPU compiler fuses the making of a table into its uses, once for every head of every sequence.
+    XLA's CPU compiler fuses the computation of a table into its uses, once for every head of every sequence.
     """
     return np if platform() == "cpu" else jnp
 

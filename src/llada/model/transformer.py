@@ -58,7 +58,7 @@ class Block(nn.Module):
         lengths_B: jax.Array | None,
         segments_BL: jax.Array | None,
     ) -> tuple[jax.Array, None]:
-        """Map the residual stream to itself; the second value is what `nn.scan` stacks: nothing."""
+        """Map the residual stream to itself; the second value, which `nn.scan` would stack, is None."""
         c = self.config
         weights = {name: self.param(name, *declared) for name, declared in _block_parameters(c).items()}
         if c.remat == "offload":
@@ -133,7 +133,7 @@ def block_end(
     mixed: jax.Array,
     pin: Callable[[jax.Array, str], jax.Array] = lambda x, name: x,
 ) -> jax.Array:
-    """What a block does row by row, `x_ND`: output projection of the `mixed` values of all heads, then SwiGLU.
+    """`x_ND`, the row-wise second half of a block: output projection of the `mixed` values of all heads, then SwiGLU.
 
     `x` is BLD with `mixed` BLHC, or ND with NHC. `weights` are the block's own, those of the products in any dtype;
     `pin` is `mesh.constrain`, or nothing where rows are those of one device.
@@ -231,7 +231,7 @@ def up_to_last_attention(
     segments_BL: jax.Array | None = None,
     embedding_VD: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, jax.Array], Callable, Parameters]:
-    """`(rows, finish, weights)`: `hidden` but for its last row-wise work, which only rows with a target need.
+    """`(rows, finish, weights)`: `hidden` up to its last row-wise part, which only rows with a target need.
 
       embedding > layer 1 > ... > layer n: attention | output projection > SwiGLU > final norm
       '-- every position: `rows`, here ------------' '-- `finish(weights, rows)`, any flat rows -'

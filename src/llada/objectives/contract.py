@@ -10,7 +10,7 @@ from llada.config import ObjectiveConfig
 
 
 class Unfinished(NamedTuple):
-    """Hidden states but for the last of their row-wise work, which is then done for the rows that are needed.
+    """What hidden states are computed from, row by row, so that an objective computes them for the rows it needs only.
 
     rows     tree of arrays (B, L, ...)
     finish   (weights, rows with flat axes (R, ...)) -> hidden_RD
@@ -29,7 +29,7 @@ Predictor = Callable[[jax.Array, jax.Array | None], jax.Array | Unfinished]
 class SpecialTokens(NamedTuple):
     """Ids that objectives and samplers need from the tokenizer, None where there is no such token.
 
-    mask  what the diffusion objective hides tokens by; an ARM needs none
+    mask  replaces masked tokens in the diffusion objective; an ARM needs none
     eot   ends a turn of a dialogue
     bos   what texts of an imported ARM begin with; the models trained here begin with `eos`
     """

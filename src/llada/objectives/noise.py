@@ -63,8 +63,8 @@ def times(noise: Noise, sampling: str) -> jax.Array:
     """t_B in [0, 1): `iid`, or `stratified` over the global batch by one shared shift of an even grid.
 
     Each t is uniform either way; stratified ones are negatively dependent (VDM appendix I.1), which lowers the variance
-    of the batch loss. Both are dealt so that neighbouring sequences get far-apart times: each device and microbatch
-    takes neighbouring sequences, so all have about the same number of masked rows.
+    of the batch loss. Either way neighbouring sequences get times that are far apart: each device and microbatch takes
+    neighbouring sequences, so all have about the same number of masked rows.
     """
     n = noise.batch_size
     shift_key, draw_key = step_key(noise.seed, noise.step, TIME), step_key(noise.seed, noise.step, TIME_DRAW)

@@ -1,9 +1,9 @@
 """From hidden states to per-token nats without storing logits.
 
 Only rows with a non-zero weight are multiplied with the vocabulary matrix: for masked diffusion about half of them.
-Used rows are moved to the front, then loops of as many blocks as the used rows fill form `R x V` logits at a time and,
-when differentiated, all gradients in the same pass, so nothing is recomputed. Exact for any weights. The row-wise work
-that the model left `Unfinished` is done in the same loops, and so for the same rows only.
+Used rows are moved to the front, and a loop over blocks of R rows computes `R x V` logits at a time, with a trip count
+that follows from the number of used rows. Under differentiation the same iteration computes all gradients, so nothing
+is recomputed. Exact for any weights. The row-wise work that the model left `Unfinished` is done in the same loop.
 
     weights_N      .  2  .  .  5  1  .  3  4  .  .  2     a device's N = 12 rows, six of them used
     order_N        1  4  5  7  8 11  0  2  3  6  9 10     used rows first, each kind in its own order
@@ -26,13 +26,13 @@ from llada.objectives.contract import Unfinished
 
 Finish = Callable[[Any, Any], jax.Array]
 
-# Rows of a block where the config says none. Each block reads and writes the whole float32 gradient of the vocabulary
-# matrix, 8 bytes for 2 FLOPs a row, and the data sheets of accelerators have 166 to 560 FLOPs for a byte.
+# Rows of a block by platform, where objective.head_rows is None. Each block reads and writes the float32 gradient of the
+# vocabulary matrix, 8 bytes an entry for 2 FLOPs a row; accelerators do 166 to 560 FLOPs per byte (data sheets).
 ROWS = {"cpu": 384, "gpu": 1024, "tpu": 2048}
 
-# On CPU gradients take so many entries of the vocabulary at a time: XLA writes a product before it adds it to a sum,
-# and what is small is still in the caches then. Elsewhere the sum is part of the product. Not a power of two: rows of
-# 4,096 bytes would all begin in the same lines of a cache. 104 pieces are LLaDA's vocabulary.
+# Vocabulary entries per piece of the gradient on CPU, where XLA writes a product to memory before it adds it to a sum:
+# a small one is still in cache by then. Elsewhere the sum is fused into the product. Not a power of two: rows of 4,096
+# bytes would all map to the same cache sets. LLaDA's vocabulary is 104 pieces.
 PIECE = 1216
 
 # Names of the two loops in a compiled program: `llada plan` tells them apart by these.

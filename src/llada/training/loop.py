@@ -208,7 +208,7 @@ class TrainingRun:
         )
 
     def flush(self) -> None:
-        """Catch up with the device, and leave what follows out of the speed."""
+        """Wait for the dispatched step, log its metrics, and stop the throughput clock for what follows."""
         self.meter.pause()
         self.log_pending()
         self.meter.pause()

@@ -201,7 +201,7 @@ class Writer:
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`, null being NaN no more than absent; damaged ones are left out."""
+    """The lines of a `metrics.jsonl` without damaged ones; a value of null (NaN, infinity) is None."""
     return _parsed(json_files.read_bytes(path))[0] if path.exists() else []
 
 

@@ -32,7 +32,7 @@ def init_state(config: Config) -> TrainState:
 
 
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a TrainState; optimizer moments lie where their parameters do."""
+    """Shapes, dtypes and shardings of a TrainState; optimizer moments are sharded as their parameters are."""
     state = jax.eval_shape(functools.partial(init_state, config))
     return jax.tree.map(lambda x, s: x.update(sharding=s), state, mesh_lib.parameter_shardings(mesh, state))
 
@@ -97,7 +97,7 @@ def gradients_of_batch(
 
     if G == 1:
         return gradient(tokens_BL, sequence_B)
-    # Neighbours stay together: their times are dealt so that each such microbatch has as many masked rows.
+    # Neighbours stay together: their times give all microbatches about the same number of masked rows.
     split_GBL, split_GB = tokens_BL.reshape(G, B // G, L), sequence_B.reshape(G, B // G)
 
     def accumulate(sums, microbatch):
@@ -129,7 +129,7 @@ def loss(
 
 
 def compile_step(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh):
-    """The jitted step: state donated, every input and output placed by the table in `mesh.py`."""
+    """The jitted step: state donated, shardings of inputs and outputs from the table in `mesh.py`."""
     shardings = state_shardings(config, mesh)
     replicated = mesh_lib.sharding(mesh, "replicated")
     return jax.jit(
