@@ -26,8 +26,8 @@ from llada.objectives.contract import Unfinished
 
 Finish = Callable[[Any, Any], jax.Array]
 
-# Rows of a block by platform, where objective.head_rows is None. Each block reads and writes the float32 gradient of the
-# vocabulary matrix, 8 bytes an entry for 2 FLOPs a row; accelerators do 166 to 560 FLOPs per byte (data sheets).
+# Rows of a block by platform, where objective.head_rows is None. Each block reads and writes the vocabulary matrix's
+# float32 gradient, 8 bytes an entry for 2 FLOPs a row; accelerators have 166 to 560 FLOPs per byte.
 ROWS = {"cpu": 384, "gpu": 1024, "tpu": 2048}
 
 # Vocabulary entries per piece of the gradient on CPU, where XLA writes a product to memory before it adds it to a sum:
