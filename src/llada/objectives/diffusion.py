@@ -27,6 +27,7 @@ class Corruption(NamedTuple):
     weight_B: jax.Array
 
 
+@jax.named_scope("forward_process")
 def forward_process(
     x0_BL: jax.Array, t_B: jax.Array, uniform_BL: jax.Array, maskable_BL: jax.Array, mask_id: int, eps: float
 ) -> Corruption:
@@ -40,6 +41,7 @@ def forward_process(
     return Corruption(jnp.where(masked_BL, mask_id, x0_BL), masked_BL, 1 / p_B)
 
 
+@jax.named_scope("forward_process")
 def mask_exactly(
     x0_BL: jax.Array, count_B: jax.Array, uniform_BL: jax.Array, maskable_BL: jax.Array, mask_id: int
 ) -> Corruption:
