@@ -1,8 +1,8 @@
 """`diffusion.loss` with logits of all positions, as in published code: what the vocabulary head is compared with.
 
-Importing this file adds objectives to the training step's, DENSE and CHUNKED. Both give the loss and gradients of
-`diffusion` where no sequence is cut short. So does STATIC where no more than CAPACITY of the rows are masked: it is the
-vocabulary head itself, with loops whose trip count does not depend on the masks.
+`register` adds them to the families as DENSE and CHUNKED. Both give the loss and gradients of `diffusion` where no
+sequence is cut short. So does STATIC where no more than CAPACITY of the rows are masked: it is the vocabulary head
+itself, with loops whose trip count does not depend on the masks.
 """
 
 import dataclasses
@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llada.objectives import diffusion, vocabulary_head
+from llada.objectives import diffusion, families, vocabulary_head
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import LossTerms
-from llada.objectives.families import DIFFUSION, FAMILIES
 
 DENSE = "dense"  # all logits at once, saved for the backward pass
 CHUNKED = "chunked"  # of CHUNK positions, recomputed in the backward pass: 8 V d FLOPs a position instead of 6
@@ -65,9 +64,8 @@ def _static(*arguments) -> LossTerms:
         return diffusion.loss(*arguments)
 
 
-for _name, _rival in (
-    (STATIC, _static),
-    (DENSE, functools.partial(_loss, _nats)),
-    (CHUNKED, functools.partial(_loss, _nats_in_chunks)),
-):
-    FAMILIES[_name] = dataclasses.replace(DIFFUSION, loss=_rival)
+def register() -> None:
+    """Let a config's `objective.name` be one of these, in this process."""
+    dense, chunked = functools.partial(_loss, _nats), functools.partial(_loss, _nats_in_chunks)
+    for name, loss in ((STATIC, _static), (DENSE, dense), (CHUNKED, chunked)):
+        families.FAMILIES[name] = dataclasses.replace(families.DIFFUSION, loss=loss)

@@ -47,6 +47,7 @@ def main():
     record.add_flags(parser)
     rest, overrides = experiment.take_overrides(sys.argv[1:])
     options = parser.parse_args(rest, argparse.Namespace(overrides=overrides))
+    dense_losses.register()
     names = {"ours": "diffusion", "all logits": dense_losses.DENSE, "in chunks": dense_losses.CHUNKED}
     if options.static:
         names = {"ours": "diffusion", "static": dense_losses.STATIC}

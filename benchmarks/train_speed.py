@@ -150,6 +150,7 @@ class Dense(Ours):
     """Our own step with another loss of `dense_losses`, with the interface of `Torch`."""
 
     def __init__(self, c: config.Config, special: SpecialTokens, x0_BL: np.ndarray, objective: str):
+        dense_losses.register()
         objective = dataclasses.replace(c.objective, name=objective)
         super().__init__(dataclasses.replace(c, objective=objective), special, x0_BL)
 

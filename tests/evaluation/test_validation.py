@@ -175,7 +175,7 @@ def test_the_command_prints_before_it_keeps(trained, tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(30, "Read-only file system", str(path))
 
-    monkeypatch.setattr("llada.files.write_atomically", full)
+    monkeypatch.setattr("llada.commands.evaluate.write_atomically", full)
     done = in_process.llada("evaluate", f"--workdir={workdir}", "--batches=10000", "--draws=1", "--microbatches=2")
     assert done.returncode == 0
     found = json.loads(done.stdout, parse_constant=lambda word: pytest.fail(word))

@@ -169,7 +169,7 @@ def test_mask_exactly_masks_l_of_the_valid_tokens_and_every_set_equally_often():
     for uniform_BL in (drawn_BL, jnp.zeros((B, L)), jnp.round(drawn_BL)):
         corruption = diffusion.mask_exactly(x0_BL, count_B, uniform_BL, is_valid(x0_BL, length_B), MASK_ID)
         np.testing.assert_array_equal(corruption.masked_BL.sum(axis=1), count_B)
-        assert not np.any(corruption.masked_BL & (np.arange(L) >= length_B[:, None]))
+        assert not np.any(corruption.masked_BL & (np.arange(L)[None] >= length_B[:, None]))
         np.testing.assert_array_equal(corruption.xt_BL, np.where(corruption.masked_BL, MASK_ID, x0_BL))
         np.testing.assert_allclose(corruption.weight_B, length_B / count_B, rtol=1e-6)
 
