@@ -126,7 +126,7 @@ def test_files_and_functions_stay_readable():
         assert len((SOURCE / f"{name}.py").read_text().splitlines()) <= 400, name
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 80, f"{name}.{node.name}"
+                assert node.end_lineno - node.lineno < 60, f"{name}.{node.name}"
 
 
 def test_every_config_field_has_a_reader():
