@@ -31,7 +31,7 @@ from llada.objectives.vocabulary_head import scoring_rows, scoring_tokens, weigh
 
 ESTIMATORS = (*diffusion.ESTIMATORS, "chain_rule", "confidence_ordered")
 MOST_DRAWS = 65_536  # of an answer as long as a context, their masks are some gigabytes
-Progress = Callable[[int, int], None]  # (rows done, of so many)
+OnRows = Callable[[int, int], None]  # (rows done, of so many)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def log_likelihoods(
     pairs: Sequence[Pair],
     special: SpecialTokens,
     settings: LikelihoodConfig = LikelihoodConfig(),
-    progress: Progress | None = None,
+    progress: OnRows | None = None,
 ) -> list[LogLikelihood]:
     """`log p(answer | prompt)` of every pair, in their order. UserError for one that cannot be, before any is scored.
 
@@ -144,7 +144,7 @@ def rolling(
     special: SpecialTokens,
     settings: LikelihoodConfig = LikelihoodConfig(),
     window: int | None = None,
-    progress: Progress | None = None,
+    progress: OnRows | None = None,
 ) -> LogLikelihood:
     """`log p` of a text of any length, as the sum over windows of `window` tokens (default: half the context).
 
@@ -218,7 +218,7 @@ def _plan(config: ModelConfig, pair: Pair, special: SpecialTokens, settings: Lik
     return make_plan(pair, settings.estimator, settings.draws, special.mask_id)
 
 
-def _nats_of_rows(program: Callable, rows: list[_Row], batch_tokens: int, progress: Progress | None) -> np.ndarray:
+def _nats_of_rows(program: Callable, rows: list[_Row], batch_tokens: int, progress: OnRows | None) -> np.ndarray:
     """Nats of every row, by `program(tokens_BL, Rows)` on batches of rows."""
     nats, done = np.zeros(len(rows)), 0
     lengths = np.array([len(row.pair.prompt) + len(row.pair.answer) for row in rows])
