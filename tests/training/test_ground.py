@@ -293,3 +293,13 @@ def test_jaxs_default_generator_does_not_change_initial_parameters(tiny, monkeyp
         step_lib.init_state(tiny("llada"))
     assert (jax.random.key_data(keys[0]) == jax.random.key_data(jax.random.key(0, impl="threefry2x32"))).all()
     assert keys[0].dtype == jax.random.key(0, impl="threefry2x32").dtype
+
+
+def test_tensorboard_is_not_given_figures_that_do_not_exist(tmp_path, caplog):
+    """One draw has no Monte Carlo error: null in metrics.jsonl, and no warning of tensorboardX in the terminal."""
+    values = {"eval/nats_per_token": 1.5, "eval/monte_carlo_stderr": float("nan")}
+    metrics.Writer(tmp_path, 0).write(1, values)
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    assert not caplog.records
+    assert b"eval/nats_per_token" in path.read_bytes() and b"monte_carlo" not in path.read_bytes()
+    assert metrics.read(tmp_path / "metrics.jsonl")[0]["eval/monte_carlo_stderr"] is None

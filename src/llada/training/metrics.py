@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import math
 import sys
 import time
 from collections import deque
@@ -150,6 +151,8 @@ class _Board:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
+            if not math.isfinite(value):  # such as the error of a single draw; tensorboardX would print a warning
+                continue
             summary = self._scalar(name, value)
             self._file.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
         self._file.flush()
