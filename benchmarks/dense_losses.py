@@ -16,6 +16,7 @@ import optax
 from llada.objectives import diffusion, families, vocabulary_head
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import LossTerms
+from llada.objectives.corruption import forward_process
 
 DENSE = "dense"  # all logits at once, saved for the backward pass
 CHUNKED = "chunked"  # of CHUNK positions, recomputed in the backward pass: 8 V d FLOPs a position instead of 6
@@ -41,7 +42,7 @@ def _loss(nats_of, predict, head_VD, x0_BL, noise, special, objective) -> LossTe
     B, L = x0_BL.shape
     t_B = noise_lib.times(noise, objective.time_sampling)
     uniform_BL = noise_lib.uniform(noise, noise_lib.MASK, (L,))
-    corrupted = diffusion.forward_process(x0_BL, t_B, uniform_BL, jnp.ones((B, L), bool), special.mask, objective.eps)
+    corrupted = forward_process(x0_BL, t_B, uniform_BL, jnp.ones((B, L), bool), special.mask, objective.eps)
     rows, finish, weights = predict(corrupted.xt_BL, None)
     flat = jax.tree.map(lambda x: x.reshape(B * L, -1), rows)
     # Of all rows: here the last layer skips nothing either.

@@ -32,7 +32,7 @@ from llada.interop import export as export_lib
 from llada.interop import importing, layout, schema
 from llada.training import run as run_lib
 from llada.training.checkpoint import Checkpoints
-from llada.training.leaves import create, open_parameters
+from llada.training.leaves import create, finish, open_parameters
 
 MATRIX = 2048 * 8192
 TOY = dict(layers=1, width=64, heads=1, ffn=64, vocab_size=512)
@@ -53,11 +53,13 @@ def make_workdir(workdir: Path, shape: dict) -> None:
     text = "the quick brown fox jumps over the lazy dog\n" * 50
     tokenizer = train_tokenizer([text], 320, workdir / "tokenizer.model")
     rng = np.random.default_rng(0)
-    for leaf in create(workdir, config, tokenizer.content).values():
+    leaves = create(workdir, config, tokenizer.content)
+    for leaf in leaves.values():
         for start in range(0, len(leaf), leaf.chunk_rows):
             rows = min(leaf.chunk_rows, len(leaf) - start)
             values = rng.standard_normal((rows, *leaf.shape[1:]), np.float32)
             leaf.write(values, slice(start, start + rows)).result()
+    finish(workdir, leaves)
     (workdir / "config.json").write_text(json.dumps(to_dict(config)), encoding="utf-8")
 
 

@@ -26,6 +26,7 @@ import llada
 from llada.errors import UserError
 from llada.model import transformer
 from llada.objectives import diffusion, noise
+from llada.objectives.corruption import forward_process
 from llada.training import corpus as corpus_lib
 
 STEPS = 200
@@ -60,7 +61,7 @@ def draws_of_the_loss(run, x0_RL, slices: int, draws: int) -> np.ndarray:
         time_key, mask_key = jax.random.split(jax.random.fold_in(jax.random.key(0), index))
         t_R = (index // draws + jax.random.uniform(time_key, (R,))) / slices
         uniform_RL = jax.random.uniform(mask_key, (R, L))
-        corruption = diffusion.forward_process(
+        corruption = forward_process(
             x0_RL, t_R, uniform_RL, jnp.ones(x0_RL.shape, bool), run.tokenizer.mask_id, objective.eps
         )
         _, nats_RL = diffusion.bound_terms(predict, head_VD, x0_RL, None, corruption, objective.head_rows)

@@ -40,9 +40,9 @@ import torch_training
 from llada import accounting, config
 from llada import mesh as mesh_lib
 from llada.commands import environment
-from llada.objectives import diffusion
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import SpecialTokens
+from llada.objectives.corruption import forward_process
 from llada.training import step as step_lib
 
 RUNS = 3  # timed steps of a turn: a step's time follows the number of masked positions
@@ -87,7 +87,7 @@ def corrupt(c: config.Config, special: SpecialTokens, x0_BL: jax.Array, step: ja
     t_B = noise_lib.times(noise, c.objective.time_sampling)
     uniform_BL = noise_lib.uniform(noise, noise_lib.MASK, (L,))
     maskable_BL = jnp.ones((B, L), bool)
-    corrupted = diffusion.forward_process(x0_BL, t_B, uniform_BL, maskable_BL, special.mask, c.objective.eps)
+    corrupted = forward_process(x0_BL, t_B, uniform_BL, maskable_BL, special.mask, c.objective.eps)
     return corrupted.xt_BL, corrupted.masked_BL, 1 / corrupted.weight_B
 
 

@@ -11,21 +11,36 @@ words=()     # set by take_options
 status=0     # set by wait_for
 signalled="" # set by a trap during wait_for
 
-# Exit statuses of llada (src/llada/errors.py) after which the same command would fail again: it is not repeated.
+# Exit statuses of llada train (src/llada/errors.py) after which the same command would fail again: it is not repeated.
 final_statuses=(2 3 4)
-disk=5                                     # worth another try later, when there may be room
-disk_pause="${DISK_PAUSE_SECONDS:-600}"
-disk_patience=6                            # attempts without a new checkpoint before giving up
+# Worth another try: a full disk later, when there may be room; a dead or hung peer, like a crash, soon.
+disk=5 peer=6
+pause="${PAUSE_SECONDS:-10}" disk_pause="${DISK_PAUSE_SECONDS:-600}"
+crash_patience=5 disk_patience=6 # attempts without a new checkpoint before giving up
 
-# Describes a status.
-describe() {
+# Prints the kind of a status in one word, and its description in more.
+kind_of() {
   case "$1" in
     0) echo "done" ;;
-    2) echo "a mistake in flags, config or files" ;;
-    3) echo "training diverged" ;;
-    4) echo "data damaged, or not those that the run was trained on" ;;
-    5) echo "the disk is full or failing" ;;
-    129 | 130 | 143) echo "stopped by a signal" ;;
+    2) echo "mistake" ;;
+    3) echo "diverged" ;;
+    4) echo "data" ;;
+    5) echo "disk" ;;
+    6) echo "peer" ;;
+    129 | 143) echo "preempted" ;;
+    130) echo "interrupted" ;;
+    *) echo "crash" ;;
+  esac
+}
+describe() {
+  case "$(kind_of "$1")" in
+    done) echo "done" ;;
+    mistake) echo "a mistake in flags, config or files" ;;
+    diverged) echo "training diverged" ;;
+    data) echo "data damaged, or not those that the run was trained on" ;;
+    disk) echo "the disk is full or failing" ;;
+    peer) echo "another process died or hangs" ;;
+    preempted | interrupted) echo "stopped by a signal" ;;
     *) echo "it crashed" ;;
   esac
 }

@@ -52,10 +52,10 @@ chips_a_host=$((chips < 4 ? chips : 4))
 run_xpk() {
   local prefix="$generation"
   [ "$generation" != v5e ] || prefix=v5litepod
-  # exec: signals reach llada, which then saves. Restarted after 1 (a crash, or a dead peer) and 5 (a full disk).
+  # exec: signals reach llada, which then saves. Restarted after these and those above 126, which xpk adds.
   run xpk workload create --workload="$name" --cluster="$cluster" --zone="$zone" --tpu-type="$prefix-$topology" \
     --num-slices="$slices" --docker-image="$image" --command="exec llada train $(shell_quoted "$@")" \
-    --max-restarts="$restarts" --restart-on-exit-codes=1,"$disk" --termination-grace-period-seconds=120 \
+    --max-restarts="$restarts" --restart-on-exit-codes=1,"$disk,$peer" --termination-grace-period-seconds=120 \
     ${spot:+--spot} ${project:+--project="$project"} ${storage:+--storage="${storage%%:*}"}
 }
 

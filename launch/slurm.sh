@@ -8,8 +8,8 @@
 # Usage: bash launch/slurm.sh [--dry_run] [--sbatch='--partition=P --time=24:00:00'] NODES GPUS_A_NODE --config=... --workdir=/shared/run
 # GPUS_A_NODE 0: one task per node, on its CPU. Checkout and workdir must be on a file system that all nodes share. Prints
 # what it runs. Three minutes before the time limit the run saves and is requeued, as when it is preempted. After a crash it
-# is requeued only if it has saved since it started; after a full disk (5) also without, some minutes later; not where it
-# would fail again (2 a mistake, 3 diverged, 4 its data), nor after scancel.
+# is requeued only if it has saved since it started; after the loss of a peer (6) also without, and after a full disk (5),
+# some minutes later; not where it would fail again (2 a mistake, 3 diverged, 4 its data), nor after scancel.
 set -euo pipefail
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
@@ -57,6 +57,8 @@ if is_final "$status"; then
 elif [ "$status" -eq "$disk" ] && { [ -n "$saved" ] || [ "${SLURM_RESTART_COUNT:-0}" -lt "$disk_patience" ]; }; then
   echo "$(describe "$status"): requeued in $disk_pause seconds"
   sleep "$disk_pause"
+  again=yes
+elif [ "$status" -eq "$peer" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$crash_patience" ]; then
   again=yes
 elif [ "$status" -ne 143 ] && [ -n "$saved" ]; then
   again=yes

@@ -14,8 +14,9 @@ Written by `python tests/configuration.py` from `src/llada/config.py` and `src/l
 holds it to them. On the command line a key is `--config.KEY=VALUE`; in an experiment file it is a field of the
 `ConfigDict` that `get_config` returns. `llada train --help_config` prints the same in the terminal.
 
-`later`: a later call on the same workdir may give another value. All other keys are fixed with the first checkpoint,
-since they decide which model it is or what it sees at a given step.
+`later`: whether a later call on the same workdir may give another value. `yes`: at will; `recorded`: it holds from the
+next step on, and `changes` in config.json says from which ([running.md](running.md)). All other keys are fixed with the
+first checkpoint, since they decide which model it is or what it sees at a given step.
 """
 
 
@@ -36,7 +37,8 @@ def _tables(cls: type, prefix: str) -> str:
             lines += ["", "| key | kind | default | allowed | later | meaning |", "|---|---|---|---|---|---|"]
         limits = "" if key.knob.choices and key.knob.limits in key.knob.meaning else key.knob.limits
         default = f"`{key.default!r}`" if key.default != "" else "empty"
-        cells = [f"`{key.name}`", knobs.named(key.annotation), default, limits, "yes" if key.knob.changeable else ""]
+        cells = [f"`{key.name}`", knobs.named(key.annotation), default, limits]
+        cells.append("yes" if key.knob.changeable else "recorded" if key.knob.recorded else "")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (*cells, key.knob.meaning)) + " |")
     return "\n".join(lines) + "\n"
 

@@ -8,26 +8,25 @@ import gc
 import os
 import random
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+
+import quick_compilation
+
+# What is started by nohup, or in the background, ignores these, and so would all that tests start and send them to.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same step is built by many tests, and by processes that they start, and compiled by one: pytest's workers share
 # the place that the process which starts them has made.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llada-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-# Compiling is most of the time here, and what is compiled runs for milliseconds: without LLVM's optimisations it takes
-# half as long, and half of that with the emitters that XLA had for fused operations before those of MLIR. Its passes
-# are the usual ones. One run in tests/training/test_loop.py has everything as users have it.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
-)
-
-# Where in the source each operation of a program comes from: writing that down takes a twentieth of the time.
-os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+os.environ.update(quick_compilation.DEFAULTS | os.environ)
 
 import jax
 import pytest
@@ -59,6 +58,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slow")
     rank = {HERE / name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Signals are heard after a test as before it: what a later one starts would inherit that they are ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler and handler is not None:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module", autouse=True)

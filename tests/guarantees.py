@@ -25,6 +25,10 @@ GUARANTEES: dict[str, list[tuple[str, list[str]]]] = {
             ],
         ),
         (
+            "A workdir alone reproduces the bits that it ends with, however often the run was stopped",
+            ["training/test_reproduction.py::test_a_run_that_was_stopped_and_continued_is_reproduced"],
+        ),
+        (
             "Every mesh axis, alone and with others, gives the loss and parameters of one device",
             [
                 "test_sharding.py::test_three_steps_give_the_same_loss_and_parameters_on_every_mesh",
@@ -39,6 +43,21 @@ GUARANTEES: dict[str, list[tuple[str, list[str]]]] = {
             ],
         ),
         (
+            "A batch with a loss or gradient that is not finite is one skipped update; resumed runs skip the same ones",
+            [
+                "training/test_guard.py::test_a_bad_batch_is_one_skipped_update_and_nothing_more",
+                "training/test_guard.py::test_all_devices_decide_alike",
+                "training/test_guard.py::test_a_run_goes_on_past_bad_batches_and_resumes_between_them",
+            ],
+        ),
+        (
+            "A workdir of any older format is read with the bits that were saved, evaluated, continued and exported",
+            [
+                "training/test_old_checkpoints.py",
+                "commands/test_format_version.py",
+            ],
+        ),
+        (
             "JAX's environment (x64, another generator) changes no figure",
             [
                 "commands/test_surroundings.py::test_variables_that_would_change_figures_are_ignored_in_one_line_each",
@@ -49,11 +68,29 @@ GUARANTEES: dict[str, list[tuple[str, list[str]]]] = {
     ],
     "Nothing is wrong without a word": [
         (
+            "A reproduction with other bits says so, and what may be the cause is said before it trains",
+            [
+                "training/test_reproduction.py::"
+                "test_other_bits_and_metrics_are_noticed_and_differences_are_said_beforehand",
+                "training/test_reproduction.py::test_what_cannot_be_reproduced_is_refused_in_one_line",
+            ],
+        ),
+        (
             "A run continues, and is evaluated, on the rows it was trained on or not at all",
             [
                 "training/test_damage.py::test_a_run_goes_on_and_is_judged_with_the_rows_that_it_was_trained_on",
                 "data/test_rows.py::test_damage_is_noticed",
+                "data/test_rows.py::test_a_preparation_goes_on_where_it_was_stopped",
+            ],
+        ),
+        (
+            "A damaged row, example or id beyond the vocabulary is named before the step that would use it",
+            [
+                "data/test_rows.py::test_a_wrong_bit_names_file_row_and_byte_and_only_its_batch",
+                "data/test_rows.py::test_checksums_and_metadata_are_sealed_and_older_corpora_open_without",
                 "data/test_rows.py::test_ids_beyond_the_vocabulary_name_their_row",
+                "data/test_examples.py::test_damage_is_named_when_the_example_is_read_and_that_of_tables_at_once",
+                "training/test_damage.py::test_a_damaged_row_ends_the_run_before_the_step_that_would_use_it",
             ],
         ),
         (
@@ -61,6 +98,16 @@ GUARANTEES: dict[str, list[tuple[str, list[str]]]] = {
             [
                 "training/test_damage.py::test_one_line_says_what_is_wrong_and_nothing_is_written",
                 "interop/test_exports.py::test_a_config_that_is_not_the_checkpoints_is_refused_both_ways",
+            ],
+        ),
+        (
+            "A damaged checkpoint is noticed by training, readers and export, and the newest good one goes on",
+            [
+                "training/test_digests.py::test_damage_anywhere_is_noticed_or_harmless",
+                "training/test_digests.py::test_a_damaged_step_is_set_aside_and_the_one_before_it_ends_with_the_same_bits",
+                "training/test_digests.py::test_readers_name_the_leaf_and_leave_the_step_where_it_is",
+                "training/test_digests.py::test_export_and_import_publish_nothing_of_a_damaged_step",
+                "training/test_digests.py::test_verify_names_what_is_damaged",
             ],
         ),
         (
@@ -77,6 +124,18 @@ GUARANTEES: dict[str, list[tuple[str, list[str]]]] = {
                 "evaluation/test_validation.py",
                 "data/test_rows.py::test_bytes_are_the_documents_where_a_tokenizer_changes_text",
             ],
+        ),
+        (
+            "Another rate, schedule, clipping or guard holds from the next step on, recorded; it repeats to the bit",
+            [
+                "training/test_changes.py::test_a_change_holds_from_the_next_step_on_and_is_recorded",
+                "training/test_changes.py::test_values_that_a_run_left_behind_do_not_come_back_by_themselves",
+                "training/test_changes.py::test_reports_say_what_was_changed",
+            ],
+        ),
+        (
+            "A run that goes back to an earlier checkpoint does so once, and leaves out the batches since",
+            ["training/test_changes.py::test_a_run_goes_back_once_and_leaves_the_batches_since_out"],
         ),
         (
             "A longer run whose learning rate would jump is refused, with the rates, until it is allowed",
@@ -121,11 +180,31 @@ GUARANTEES: dict[str, list[tuple[str, list[str]]]] = {
             ],
         ),
         (
+            "What reads a workdir while training rotates its checkpoints takes the newest one there is",
+            [
+                "training/test_damage.py::test_every_reader_takes_the_newest_step_where_training_removes_the_one_it_reads",
+                "training/test_damage.py::test_a_step_taken_away_while_it_is_read_is_looked_for_again",
+            ],
+        ),
+        (
             "A full disk is one line and status 5; what was good stays good",
             [
                 "data/test_rows.py::test_a_disk_that_is_full_for_a_moment_leaves_nothing",
                 "training/test_ground.py::test_a_failed_save_ends_in_one_line_and_leaves_no_thread",
                 "training/test_ground.py::test_a_full_disk_takes_no_checkpoint_and_tensorboard_is_not_needed",
+            ],
+        ),
+        (
+            "A disk that fails, or has become read-only, is told like a full one, also where tensorstore meets it",
+            [
+                "test_files.py::test_errors_of_the_disk_are_known_by_their_numbers",
+                "test_files.py::test_errors_of_the_disk_are_known_in_the_words_of_tensorstore",
+            ],
+        ),
+        (
+            "Faults drawn by the hundred are counted as they come, and what is wrong is shown as it is",
+            [
+                "test_faults.py",
             ],
         ),
     ],
@@ -152,7 +231,16 @@ GUARANTEES: dict[str, list[tuple[str, list[str]]]] = {
                 "test_files.py::test_pipes_devices_and_huge_files_are_not_read",
                 "data/test_huggingface_tokenizer.py::test_hostile_files_get_one_line_at_once",
                 "data/test_tokenizer.py::test_damaged_models_are_refused_or_work",
+                "data/test_tokenizer.py::test_an_unknown_token_that_is_no_piece_is_refused",
                 "interop/test_bad_input.py",
+            ],
+        ),
+        (
+            "No file that is read runs code, and weights that are no numbers are taken only where that is asked for",
+            [
+                "test_security.py",
+                "interop/test_bad_input.py::test_code_in_the_directory_is_not_run",
+                "interop/test_bad_input.py::test_a_run_begins_from_numbers_that_are_none_only_where_that_is_asked_for",
             ],
         ),
         (
@@ -210,17 +298,33 @@ GUARANTEES: dict[str, list[tuple[str, list[str]]]] = {
             ],
         ),
         (
-            "Closed pipes, no terminal, no home, Ctrl-C while importing: one line, the right status",
+            "Closed pipes, no terminal, no home, signals while importing: one line, the right status",
             [
                 "commands/test_surroundings.py",
             ],
         ),
         (
-            "Signals save and end the run, also while it prepares",
+            "Signals save and end the run at any moment, also while it imports, prepares and compiles",
             [
+                "commands/test_endings.py::test_signals_at_any_moment_lose_nothing",
+                "commands/test_surroundings.py::test_a_signal_is_heard_once_and_ends_in_one_line",
                 "training/test_ground.py::test_a_signal_while_preparing_stops_at_the_next_document",
                 "training/test_ground.py::test_a_hangup_is_a_signal_to_stop_unless_it_is_ignored",
                 "test_multihost.py::test_a_signal_to_one_process_stops_all_after_saving_the_same_step",
+            ],
+        ),
+        (
+            "A process that dies or hangs ends the others soon, and a run that hangs says where",
+            [
+                "test_multihost.py::test_a_process_that_dies_or_hangs_ends_the_others_soon",
+                "commands/test_endings.py::test_a_process_that_hangs_says_where_and_ends",
+                "commands/test_endings.py::test_a_run_whose_steps_stop_ends_as_one_that_lost_a_peer",
+            ],
+        ),
+        (
+            "A checkpoint that finds no room is said at once and tried again",
+            [
+                "training/test_room.py",
             ],
         ),
         (

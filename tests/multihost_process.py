@@ -23,8 +23,9 @@ def masks() -> dict[str, str]:
     import numpy as np
 
     from llada import config, mesh
-    from llada.objectives import diffusion, noise
+    from llada.objectives import noise
     from llada.objectives.contract import is_valid
+    from llada.objectives.corruption import forward_process
 
     everything = mesh.make(config.MeshConfig())
 
@@ -33,7 +34,7 @@ def masks() -> dict[str, str]:
         n = noise.Noise(7, step, sequence_B, B)
         t_B, lengths_B = noise.times(n, "stratified"), noise.lengths(n, L, 0.5)
         uniform_BL = noise.uniform(n, noise.MASK, (L,))
-        corruption = diffusion.forward_process(x0_BL, t_B, uniform_BL, is_valid(x0_BL, lengths_B), 0, 1e-3)
+        corruption = forward_process(x0_BL, t_B, uniform_BL, is_valid(x0_BL, lengths_B), 0, 1e-3)
         bits_BK = [jax.lax.bitcast_convert_type(x, jnp.int32)[:, None] for x in (t_B, corruption.weight_B)]
         return jnp.concatenate([*bits_BK, lengths_B[:, None], corruption.masked_BL.astype(jnp.int32)], axis=1)
 

@@ -18,7 +18,7 @@ from llada.scaling.sweep_config import SweepConfig
 ROOT = Path(__file__).resolve().parents[1]
 # docs/isoflop, docs/plan and docs/repeat are reports, as commands wrote them.
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-WRITTEN = [path for path in DOCUMENTS if path.stem not in ("guarantees", "benchmarks", "CHANGELOG")]
+WRITTEN = [path for path in DOCUMENTS if path.stem not in ("guarantees", "reliability", "benchmarks", "CHANGELOG")]
 README_LINES = 200
 
 

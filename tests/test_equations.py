@@ -175,7 +175,7 @@ def training(params):
 
         def step(s):
             gradient, terms = jax.grad(loss, has_aux=True)(params, s)
-            return *terms, ravel_pytree(gradient)[0]
+            return *terms[:4], ravel_pytree(gradient)[0]
 
         out = jax.jit(lambda steps: jax.lax.map(step, steps))(jnp.arange(STEPS))
         return Training(*(np.asarray(a, np.float64) for a in out))

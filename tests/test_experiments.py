@@ -1,5 +1,6 @@
 """Every experiment file has exactly the parameters it claims, and its train step traces, with nothing allocated."""
 
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -31,7 +32,7 @@ def read(name, **overrides):
     return experiment.read(f"{FOLDER / name.partition(':')[0]}.py{name[len(name.partition(':')[0]) :]}", overrides)
 
 
-@pytest.mark.parametrize("name", [*COUNTS, "quickstart:llada", "quickstart:arm"])
+@pytest.mark.parametrize("name", [*COUNTS, "quickstart:llada", "quickstart:best", "quickstart:arm"])
 def test_parameter_counts_and_train_step(name):
     config = read(name)
     state = jax.eval_shape(functools.partial(init_state, config))
@@ -48,8 +49,10 @@ def test_parameter_counts_and_train_step(name):
 
 
 def test_the_files_are_all_tested():
-    """isoflop is in tests/scaling/test_grid.py."""
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*COUNTS, "quickstart", "isoflop"}
+    """isoflop in tests/scaling/test_grid.py; test_quickstart_sft.py, test_chitchat.py, test_objectives_study.py."""
+    elsewhere = {"isoflop", "quickstart_sft", "instruction_tasks", "chitchat", "chitchat_data", "chitchat_report"}
+    elsewhere |= {"objectives", "objectives_measure", "objectives_findings", "objectives_report"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*COUNTS, "quickstart", "sft"} | elsewhere
 
 
 def test_the_papers_odd_ffn_is_one_override_away():
@@ -65,6 +68,27 @@ def test_the_quickstart_twins_differ_in_objective_and_causality_only():
     assert accounting.parameters(llada.model) == accounting.parameters(arm.model)
     assert (llada.data, llada.train, llada.seed) == (arm.data, arm.train, arm.seed)
     assert transformer.abstract_parameters(llada.model) == transformer.abstract_parameters(arm.model)
+
+
+def test_the_best_objective_changes_the_objective_alone():
+    """Experiment files keep the paper's recipe; `:best` is what the study in docs/objectives ranks first."""
+    for name in ("llada_1b", "llada_8b", "quickstart:llada"):
+        plain, best = read(name), read(f"{name.partition(':')[0]}:best")
+        assert plain.objective.variant == "" and best.objective.variant == "time_law=logit_normal, weight=paper"
+        assert dataclasses.replace(best, objective=plain.objective) == plain
+
+
+def test_fine_tuning_has_the_papers_schedule():
+    """Section 2.3 and appendix B.1: 3 epochs of 4.5 M pairs; 50 steps of warm-up; the last tenth down to a tenth."""
+    config = read("sft")
+    assert config.fine_tunes and config.train.epochs == 3
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=None, steps=52_734))
+    rate = jax.jit(optimizer.learning_rate(config))
+    last = config.steps
+    wanted = {0: 2.5e-5 / 50, 24: 1.25e-5, 49: 2.5e-5, int(0.9 * last) - 1: 2.5e-5, last - 1: 2.5e-6}
+    for step, value in wanted.items():
+        assert float(rate(step)) == pytest.approx(value, rel=1e-3), step
+    assert float(rate(int(0.95 * last))) == pytest.approx(1.375e-5, rel=1e-2)
 
 
 def test_the_two_plateau_schedule_has_the_papers_values():

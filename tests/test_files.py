@@ -54,13 +54,21 @@ def test_what_a_killed_writer_left_is_cleared_and_nothing_of_the_users(tmp_path)
     assert all((path / "keep").exists() for path in mine)
 
 
-def test_kinds_of_errors_end_as_launchers_know_them():
-    """launch/keep_training.sh and the others go by these numbers."""
-    statuses = {name: kind.status for name, kind in errors.KINDS.items()}
-    assert statuses == {"UserError": 2, "Diverged": 3, "DataError": 4, "DiskError": 5}
+def test_errors_of_the_disk_are_known_by_their_numbers():
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         assert isinstance(errors.disk_error(OSError(number, "failed", "/x"), "saving"), errors.DiskError)
     assert errors.disk_error(OSError(errno.EACCES, "failed", "/x"), "saving") is None
+    assert errors.disk_error(OSError(errno.EROFS, "failed", "/x"), "saving") is None
+    assert "see to the disk" in str(errors.disk_error(OSError(errno.EROFS, "failed", "/x"), "saving", writable=True))
+
+
+def test_errors_of_the_disk_are_known_in_the_words_of_tensorstore():
+    words = "Failed to fsync directory: {} [os_error_code='{}']"
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+        error = ValueError(words.format(os.strerror(number), number))
+        line = f"{os.strerror(number)} while saving; "
+        assert str(errors.disk_error(error, "saving", writable=True)).startswith(line)
+    assert errors.disk_error(ValueError(words.format("Permission denied", errno.EACCES)), "saving") is None
 
 
 def test_what_another_process_is_writing_stays(tmp_path):

@@ -38,3 +38,12 @@ def test_clusters_answer_what_is_asked_of_them():
 def test_one_process_is_no_cluster(monkeypatch):
     monkeypatch.setattr(clusters.ClusterEnv, "_cluster_types", [])
     assert jax_internals.detect_cluster() == jax_internals.Cluster(1)
+
+
+def test_a_lost_connection_is_told_from_other_errors():
+    gone = ValueError("UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport] Connection closed by peer")
+    wrapped = RuntimeError("a step failed")
+    wrapped.__cause__ = gone
+    others = [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), OSError("Connection closed"), KeyError()]
+    assert jax_internals.is_lost_connection(gone) and jax_internals.is_lost_connection(wrapped)
+    assert not any(map(jax_internals.is_lost_connection, others))

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from launch_rules import XPK, check_jobset, read_gcloud, read_sbatch
 
-from llada.errors import DataError, DiskError, Diverged, UserError
+from llada.errors import ENDINGS, DataError, DiskError, Diverged, PeerLost, UserError
 from llada.planning import topology
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,10 +65,15 @@ def test_help_is_its_head(script):
 
 
 def test_launchers_know_the_statuses_of_the_program():
-    script = 'source launch/common.sh; echo "${final_statuses[@]} $disk"; '
-    script += "for s in 0 1 2 3 4 5 13 130 143; do is_final $s && echo $s; done"
+    """137 and 13 are crashes, as all that the program does not know."""
+    known = {status: ending.kind for status, ending in ENDINGS.items()} | {137: "crash", 13: "crash"}
+    script = 'source launch/common.sh; echo "${final_statuses[@]} $disk $peer"; '
+    script += f"for s in {' '.join(map(str, known))}; do echo $(kind_of $s) $(is_final $s && echo final); done"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.split() == [*map(str, NO_USE), str(DiskError.status), "0", *map(str, NO_USE), "130"]
+    first, *lines = done.stdout.splitlines()
+    assert first.split() == [*map(str, NO_USE), str(DiskError.status), str(PeerLost.status)]
+    final = {"done", "mistake", "diverged", "data", "interrupted"}
+    assert lines == [f"{kind} final" if kind in final else kind for kind in known.values()]
 
 
 def test_gke_has_the_slices_that_plans_are_made_for(programs):
@@ -183,7 +188,8 @@ def test_xpk_gets_what_it_understands(programs):
     assert (read.workload, read.tpu_type, read.num_slices, read.storage) == ("run", "v5p-4x4x8", "2", "filestore")
     assert read.docker_image == GKE[-1] and int(read.max_restarts) > 0 and read.spot
     assert shlex.split(read.command) == ["exec", "llada", "train", *TRAIN]
-    assert not set(map(str, NO_USE)) & set(read.restart_on_exit_codes.split(","))
+    # xpk adds 42 and all from 127 on: preemptions, and what SIGKILL leaves.
+    assert read.restart_on_exit_codes.split(",") == ["1", str(DiskError.status), str(PeerLost.status)]
     run("gke.sh", *options, *GKE, *TRAIN, path=programs)
     assert calls(programs) == [words]
     five_e = shown(run("gke.sh", "--dry_run", "a", "b", "c", "v5e:16x16", "i", *TRAIN, path=programs))[0]
@@ -363,6 +369,9 @@ def test_shellcheck_finds_nothing():
         ("gke.sh", ["--restarts=many", *GKE, *TRAIN]),
         ("slurm.sh", ["four", "8", *TRAIN]),
         ("slurm.sh", ["4", "8", "--config=x"]),
+        ("faults.sh", ["--goal=R1"]),
+        ("faults.sh", ["R1"]),
+        ("faults.sh", ["--out=somewhere"]),
     ],
 )
 def test_missing_arguments_get_one_line_and_status_2(programs, script, arguments):

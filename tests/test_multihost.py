@@ -23,8 +23,8 @@ import pytest
 from llada import jax_internals, processes
 from llada import mesh as mesh_lib
 from llada.config import load
-from llada.errors import UserError
-from llada.training import loop, metrics
+from llada.errors import PeerLost, UserError
+from llada.training import metrics, resuming
 from llada.training.checkpoint import Checkpoints
 
 PROCESS = Path(__file__).with_name("multihost_process.py")
@@ -133,7 +133,7 @@ def runs(experiment, tmp_path_factory):
 def state(workdir: Path, step: int):
     checkpoints = Checkpoints(workdir)
     mesh = mesh_lib.make(mesh_lib.MeshConfig())
-    restored, cursor = loop.restore_state(checkpoints, load(workdir / "config.json"), mesh, step)
+    restored, cursor = resuming.restore_state(checkpoints, load(workdir / "config.json"), mesh, step)
     checkpoints.close()
     return jax.tree.map(np.asarray, restored), cursor
 
@@ -173,7 +173,8 @@ def test_rows_and_masks_are_those_of_one_device_and_the_loss_agrees(runs, name):
     assert column(here, "head_fraction") == column(one, "head_fraction")  # how many tokens were masked, step by step
     assert len(column(here, "head_fraction")) == runs.steps
     losses, reference = (column(folder, "loss_nats_per_token") for folder in (here, one))
-    assert losses[:STEPS] == pytest.approx(reference[:STEPS], rel=1e-5)
+    assert losses[:20] == pytest.approx(reference[:20], rel=1e-5)
+    assert losses[:STEPS] == pytest.approx(reference[:STEPS], rel=5e-5)  # training amplifies what rounding begins
     assert summary["eval_nats_per_token"] == pytest.approx(expected["eval_nats_per_token"], rel=1e-4)
 
 
@@ -211,6 +212,28 @@ def test_another_number_of_processes_continues_from_what_was_saved(runs, experim
     assert f"continuing from step {runs.steps}" in said[0]
     assert len(column(workdir, "loss_nats_per_token")) == steps
     assert np.isfinite(column(workdir, "loss_nats_per_token")).all()
+
+
+@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_a_process_that_dies_or_hangs_ends_the_others_soon(experiment, tmp_path, victim, number):
+    """With a status of its own; and what a process that waits in C was doing is written down."""
+    flags = ("--config.train.steps=1000000", "--config.checkpoint.every=10")
+    pair = Launched(tmp_path / "pair", 2, 1, f"--config={experiment}", f"--workdir={tmp_path / 'run'}", *flags)
+    until = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "10").exists():
+        assert time.monotonic() < until and pair.processes[0].poll() is None, pair.said()
+        time.sleep(0.01)
+    pair.processes[victim].send_signal(number)
+    start = time.monotonic()
+    other = pair.processes[1 - victim]
+    try:
+        assert other.wait(60) == PeerLost.status, pair.said()
+    finally:
+        for process in pair.processes:
+            process.kill()
+    assert time.monotonic() - start < 15 + 5  # the machine may be busy
+    said = pair.said()[1 - victim]
+    assert "another process" in said or "(most recent call first)" in said, said
 
 
 @pytest.fixture(scope="module")
@@ -265,9 +288,7 @@ def test_nonsense_is_explained(arguments, words):
 
 def test_a_coordinator_that_is_not_there_is_explained(monkeypatch):
     monkeypatch.setattr(processes, "_CONNECT_SECONDS", 0.3)
-    with pytest.raises(
-        UserError, match="nobody listens at --coordinator=127.0.0.1:.*start --process_id=0 on that host"
-    ):
+    with pytest.raises(PeerLost, match="nobody listens at --coordinator=127.0.0.1:.*start --process_id=0 on that host"):
         processes.start(f"127.0.0.1:{free_port()}", 2, 1)
 
 

@@ -21,6 +21,8 @@ for word in "$@"; do case "$word" in --workdir=*) workdir="${word#--workdir=}" ;
 newest=$(ls "$workdir/checkpoints" 2> /dev/null | sort -n | tail -n 1)
 echo "$(basename "$0") $* from ${newest:-0}" >> "$STORY.told"
 trap 'echo TERM >> "$STORY.told"; exit 143' TERM
+trap 'echo INT >> "$STORY.told"; exit 130' INT
+trap 'echo HUP >> "$STORY.told"; exit 129' HUP
 read -r -a acts < "$STORY"
 sed -i 1d "$STORY"
 for act in "${acts[@]}"; do
@@ -82,6 +84,10 @@ def keep(tmp_path, workdir, story):
     [
         (["save 143", "0"], 0, 2),  # preempted, then done
         (["save 137", "save 1", "save 134", "0"], 0, 4),
+        (["129"] * 4 + ["143"] * 4 + ["0"], 0, 9),  # each time preempted before it had saved
+        (["save 6", "6", "6", "0"], 0, 4),  # a peer that died, or hangs
+        (["6"] * 9, 6, 5),  # one that never comes back
+        (["1", "143", "1", "6", "143", "1", "6", "0"], 6, 7),  # a preemption is no crash, and no way forward
         (["2", "0"], 2, 1),  # a mistake stays one
         (["save 3", "0"], 3, 1),  # it would diverge again
         (["4", "0"], 4, 1),  # so would damaged data be
@@ -103,13 +109,15 @@ def test_training_is_started_again_unless_that_is_no_use(tmp_path, workdir, call
     assert told == [f"trainer --config=x --workdir={workdir} from {10 * saved}" for saved in saves]
 
 
-def test_a_signal_to_the_group_reaches_training_once_and_ends_the_loop(tmp_path, workdir):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_group_reaches_training_once_and_ends_the_loop(tmp_path, workdir, number):
+    """A machine that shuts down, Ctrl-C in a terminal, a terminal that is closed."""
     story = Story(tmp_path, "wait", "0")
     loop = keep(tmp_path, workdir, story)
     until(story.waits)
-    os.killpg(loop.pid, signal.SIGTERM)
-    assert loop.wait(30) == 143
-    assert story.told()[1:] == ["TERM"]
+    os.killpg(loop.pid, number)
+    assert loop.wait(30) == 128 + number
+    assert story.told()[1:] == [number.name.removeprefix("SIG")]
 
 
 # describe: the next of the states in $CLOUD/states, the last for ever. NONE is an error, as gcloud has it.
@@ -276,6 +284,7 @@ def job(node, workdir, story):
     [
         *[("0", 0, False), ("2", 2, False), ("save 3", 3, False), ("save 4", 4, False), ("143", 143, False)],
         *[("save 1", 1, True), ("1", 1, False), ("save 5", 5, True), ("5", 5, False)],
+        *[("save 6", 6, True), ("6", 6, False), ("129", 129, False)],
     ],
 )
 def test_a_job_goes_back_to_the_queue_where_that_helps(tmp_path, node, workdir, call, status, requeued):
@@ -283,6 +292,13 @@ def test_a_job_goes_back_to_the_queue_where_that_helps(tmp_path, node, workdir, 
     assert job(node, workdir, story).wait(30) == status
     assert story.told() == [f"llada train --config=x --workdir={workdir} from 0"]
     assert (tmp_path / "scontrol").exists() == requeued
+
+
+def test_a_job_that_lost_a_peer_goes_back_to_the_queue_a_few_times(tmp_path, node, workdir):
+    story = Story(tmp_path, "6")
+    story.environment["SLURM_RESTART_COUNT"] = "4"
+    assert job(node, workdir, story).wait(30) == 6
+    assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
 
 
 def test_before_the_time_limit_a_job_saves_and_goes_back_to_the_queue(tmp_path, node, workdir):

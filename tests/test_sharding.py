@@ -24,6 +24,8 @@ MESHES = {  # name -> (data, fsdp, tensor, microbatches): each axis alone, in pa
 }
 LLADA = ("1 device", "8 data", "4 fsdp", "2 tensor", "2 fsdp x 2 tensor", "2 x 2 x 2")
 ARM = ("1 device", "2 tensor", "2 data x 2 fsdp", "2 data x 2 tensor")
+TUNED = {"LLaDA": ("1 device", "8 data", "4 fsdp", "2 tensor"), "ARM": ("1 device", "2 x 2 x 2")}
+DROPPED = {"LLaDA": ("1 device", "2 x 2 x 2"), "ARM": ("1 device", "2 x 2 x 2")}
 BEGUN = ("1 device", "8 data", "2 x 2 x 2")  # whose first state is made there, instead of brought there
 USED = ("1 device", "2 x 2 x 2")  # where texts are written and scored
 
@@ -59,6 +61,28 @@ def test_the_arm_is_sharded_as_well(verdicts, name):
     assert verdicts[f"ARM {name}"]["losses"] == pytest.approx(verdicts["ARM 1 device"]["losses"], rel=1e-5)
 
 
+@pytest.mark.parametrize("family", TUNED)
+def test_fine_tuning_gives_the_same_losses_on_every_mesh(verdicts, family):
+    """Examples that share rows, each with a time of its own, and the loss by time; microbatches too."""
+    reference, *others = (verdicts[f"{family} tuned on {name}"] for name in TUNED[family])
+    for here in others:
+        for name in ("losses", "grad_norms", "head_fractions"):
+            assert here[name] == pytest.approx(reference[name], rel=1e-4)
+        assert here["by_time"] == pytest.approx(reference["by_time"], rel=1e-4)
+    assert sum(reference["by_time"]) > 0 or family == "ARM"
+
+
+@pytest.mark.parametrize("family", DROPPED)
+def test_dropout_and_masked_inputs_are_the_same_on_every_mesh(verdicts, family):
+    """With half of all numbers dropped, one that is dropped on one mesh only would be seen; microbatches too."""
+    reference, *others = (verdicts[f"{family} dropped on {name}"] for name in DROPPED[family])
+    for here in others:
+        assert here["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+        assert here["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-4)
+    whole = verdicts["1 device" if family == "LLaDA" else "ARM 1 device"]["losses"]
+    assert all(abs(a - b) > 1e-3 * b for a, b in zip(reference["losses"], whole, strict=True))
+
+
 def test_texts_likelihoods_and_held_out_figures_are_the_same_on_every_mesh(verdicts):
     """Five requests over four parts of a mesh: rows are padded to it, and none depends on it."""
     reference, here = (verdicts[f"inference {name}"] for name in USED)
@@ -77,7 +101,7 @@ def test_parameters_lie_where_the_table_says(verdicts):
 
 
 def test_a_checkpoint_moves_between_meshes_unchanged(verdicts):
-    assert verdicts["moved"]
+    assert verdicts["moved"] and verdicts["digests"]
 
 
 def test_parameters_written_piece_by_piece_open_on_any_mesh(verdicts):
@@ -97,24 +121,30 @@ def main():
     from llada import config as config_lib
     from llada import mesh as mesh_lib
     from llada.objectives import noise as noise_lib
-    from llada.objectives.contract import SpecialTokens
-    from llada.training import loop
+    from llada.objectives.contract import Examples, SpecialTokens
+    from llada.training import resuming
     from llada.training import step as step_lib
     from llada.training.checkpoint import Checkpoints
+    from llada.training.digests import of_items
 
     jax.config.update("jax_default_matmul_precision", "highest")
     B, L, V = 8, 16, 64
     rng = np.random.default_rng(0)
     rows = rng.integers(4, V, (3, B, L)).astype(np.int32)
     documents = np.where(rng.random(rows.shape) < 0.1, 1, rows)  # with ends of text among them
+    role = np.tile([0, 0, 1, 1, 2, 0, 1, 1, 0, 0, 0, 1, 2, 2, 0, 0], (B, 1)).astype(np.int32)
+    example = np.tile([1] * 5 + [2] * 3 + [3] * 6 + [0] * 2, (B, 1)).astype(np.int32)
+    examples = [Examples(x_BL, example, role) for x_BL in rows]
 
-    def build(causal, data, fsdp, tensor, microbatches):
+    def build(causal, dropout, data, fsdp, tensor, microbatches):
         c = config_lib.default_config()
         c.model.update(dict(layers=2, width=16, heads=4, kv_heads=2, ffn=32, vocab_size=V, max_length=L))
-        c.model.update(dict(dtype="float32", causal=causal, init_std=0.2))
+        c.model.update(dict(dtype="float32", causal=causal, init_std=0.2, dropout=dropout))
         c.objective.update(dict(name="autoregressive" if causal else "diffusion", random_length_fraction=0.5))
+        c.model.scan_unroll = 1  # as on TPU; a body that is compiled once takes half the time
         c.objective.head_rows = 24  # not a divisor of anything
         c.objective.block_cross_document_attention = causal
+        c.objective.input_masking = dropout / 2 if causal else 0.0
         c.data.sequence_length = L
         c.train.update(dict(batch_size=B, microbatches=microbatches, steps=10))
         c.mesh.update(dict(data=data, fsdp=fsdp, tensor=tensor))
@@ -133,14 +163,15 @@ def main():
 
     begun = {}
 
-    def run(causal, name):
+    def run(causal, name, batches=None, dropout=0.0):
         sizes = MESHES[name]
-        config = build(causal, *sizes)
+        config = build(causal, dropout, *sizes)
+        batches = (documents if causal else rows) if batches is None else batches
         mesh = mesh_lib.make(config.mesh, jax.devices()[: sizes[0] * sizes[1] * sizes[2]])
         mesh_lib.check(config, mesh)
         with jax.set_mesh(mesh):
             places, out = step_lib.state_shardings(config, mesh), {}
-            if name in BEGUN and not causal:
+            if name in BEGUN and batches is rows and not dropout:
                 state = jax.jit(functools.partial(step_lib.init_state, config), out_shardings=places)()
                 begun[name] = jax.tree.map(np.asarray, state)
                 out["noise"] = bits(jax.jit(noise)())
@@ -149,12 +180,13 @@ def main():
                 state = jax.device_put(begun["1 device"], places)
             train_step = step_lib.compile_step(config, SpecialTokens(mask=3, eos=1), mesh)
             seen = []
-            for batch_BL in documents if causal else rows:
-                state, metrics = train_step(state, jax.device_put(batch_BL, mesh_lib.sharding(mesh, "BL")))
+            for batch in batches:
+                state, metrics = train_step(state, jax.device_put(batch, mesh_lib.sharding(mesh, "BL")))
                 seen.append(jax.tree.map(float, metrics))
         out["losses"] = [m["loss_nats_per_token"] for m in seen]
         out["grad_norms"] = [m["grad_norm"] for m in seen]
         out["head_fractions"] = [m["head_fraction"] for m in seen]
+        out["by_time"] = [value for name, value in seen[-1].items() if ":" in name]
         return out, state, config, mesh
 
     def apart(a, b):
@@ -167,6 +199,13 @@ def main():
         results[name]["parameters_apart"] = apart(mine, reference)
     for name in ARM:
         results[f"ARM {name}"] = run(True, name)[0]
+
+    for family, names in TUNED.items():
+        for name in names:
+            results[f"{family} tuned on {name}"] = run(family == "ARM", name, examples)[0]
+    for family, names in DROPPED.items():
+        for name in names:
+            results[f"{family} dropped on {name}"] = run(family == "ARM", name, dropout=0.5)[0]
 
     from llada.evaluation.validation import Validator
     from llada.inference import likelihood, sampler
@@ -209,23 +248,27 @@ def main():
     checkpoints.save(state, config, {"step": 3}, b"")
     checkpoints.wait()
     _, one_config, one_mesh = states["1 device"]
-    moved = loop.restore_state(checkpoints, one_config, one_mesh, 3)[0]
+    moved = resuming.restore_state(checkpoints, one_config, one_mesh, 3)[0]
     half = checkpoints.restore_parameters(config, mesh, 3, "bfloat16")
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(half)})
     results["opened in bfloat16"] = shares(half) | {"dtypes": dtypes}
+    digests = [of_items({"params": s.params, "optimizer_state": s.optimizer_state}) for s in (state, moved)]
+    results["digests"] = digests[0] == digests[1]
     results["moved"] = bits(moved) == bits(state) and len(moved.params["head"].sharding.device_set) == 1
     checkpoints.close()
 
-    from llada.training.leaves import create
+    from llada.training.leaves import create, finish
 
     writing = []
-    for name, leaf in create(folder / "pieces", config, b"").items():
+    leaves = create(folder / "pieces", config, b"")
+    for name, leaf in leaves.items():
         *group, last = name.split(".")
         values = np.asarray((state.params[group[0]] if group else state.params)[last])
         writing += [leaf.write(values[i], i) for i in range(len(leaf))] if group else [leaf.write(values)]
     for write in writing:
         write.result()
-    pieces = loop.restore_state(Checkpoints(folder / "pieces"), config, mesh, 0)[0]
+    finish(folder / "pieces", leaves)
+    pieces = resuming.restore_state(Checkpoints(folder / "pieces"), config, mesh, 0)[0]
     split = pieces.params["layers"]["query"].addressable_shards[0].data.size * 4 == state.params["layers"]["query"].size
     results["pieces"] = bits(pieces.params) == bits(state.params) and split and int(pieces.step) == 0
     print(json.dumps(results))

@@ -47,7 +47,7 @@ def flops_exact_per_token(config: Config, dense_head: bool = False) -> float:
 
 def head_fraction(config: Config) -> float:
     """Expected share of positions that meet the vocabulary head, by the config's family."""
-    return families.of(config).head_fraction(config.objective)
+    return families.of(config).head_fraction(config.objective, config.data.sequence_length)
 
 
 # Dense bf16 peak FLOP/s of one device, by the name JAX gives it (JAX's own table for TPUs; vendors' sheets for GPUs).

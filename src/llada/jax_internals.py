@@ -1,12 +1,20 @@
-"""Parts of JAX that are not public: the coordination service's store, and the detection of clusters.
+"""Parts of JAX that are not public: the coordination service's store, its end, and the detection of clusters.
 
 Private names may change with any release; tests/test_jax_internals.py lists the releases that have been checked.
 """
 
 import contextlib
+import ctypes
+import faulthandler
 import os
+import signal
 import warnings
 from typing import Any, NamedTuple
+
+from llada.errors import causes
+
+# In the errors of gloo (CPU), NCCL (GPU) and the coordination service where the other side has gone.
+_GONE = ("onnection closed", "onnection reset", "onnect timeout", "Broken pipe", "remote process", "UNAVAILABLE")
 
 
 class Cluster(NamedTuple):
@@ -27,6 +35,26 @@ def coordination_client() -> Any:
     from jax._src import distributed
 
     return distributed.global_state.client
+
+
+def abort_with_stacks() -> None:
+    """From now on SIGABRT writes the Python stacks and ends the process with its own number, PeerLost's status.
+
+    The coordination service's client aborts a process that has lost the others. Its callback for that cannot be in
+    Python (jaxlib ends in std::bad_cast). The handler is therefore C's `_exit`, which takes the signal's number for the
+    status; faulthandler writes the stacks and then calls it.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.signal(signal.SIGABRT, ctypes.cast(libc._exit, ctypes.c_void_p))
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # standard error may be no file
+        faulthandler.enable()
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective, or a call of the coordination service, failed because another process has gone."""
+    texts = [str(cause) for cause in causes(error) if isinstance(cause, RuntimeError | ValueError)]
+    return any(word in text for text in texts for word in _GONE)
 
 
 def detect_cluster() -> Cluster:

@@ -4,6 +4,7 @@ Input may be damaged or hostile: the file's kind and size are checked before it 
 name the file and the position. Output has null for NaN and infinity, which are not JSON.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -99,6 +100,12 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
+
+
+def sealed(tree: dict[str, Any]) -> dict[str, Any]:
+    """An object with the sha256 (hex) of all else in it, as JSON with sorted keys."""
+    tree = {key: value for key, value in tree.items() if key != "sha256"}
+    return tree | {"sha256": hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()}
 
 
 def dumps(value: Any, indent: int | None = None) -> str:

@@ -2,12 +2,16 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
 import types
 import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+import ml_collections
+from ml_collections import config_dict
 
 from llada.errors import UserError
 
@@ -17,6 +21,7 @@ class Knob(NamedTuple):
 
     changeable    a later call on the same workdir may give another value: it changes how long and how the run is
                   executed, not which model it is or what it sees at a given step
+    recorded      a later call may give another value, which holds from its first step on and is recorded (changes.py)
     """
 
     meaning: str = ""
@@ -26,6 +31,7 @@ class Knob(NamedTuple):
     most: float | None = None
     choices: tuple[str, ...] = ()
     changeable: bool = False
+    recorded: bool = False
 
     @property
     def limits(self) -> str:
@@ -105,13 +111,25 @@ def build(cls: type, values: dict, path: str, root: type | None = None) -> Any:
         kind = fields[key].type
         if (group := _group(kind)) is not None:
             if not isinstance(value, dict):
-                raise UserError(f"{path}.{key}={value!r} must be a group of keys, not one value")
+                raise UserError(f"{path}.{key}={value!r:.80} must be a group of keys, not one value")
             out[key] = build(group, value, f"{path}.{key}", root)
         elif isinstance(value, str) and scalar(kind) is not str:
             raise UserError(f"--{path}.{key}={_cut(value)!r} is a str; it must be {named(kind)}")
         else:
             out[key] = coerce(value, kind, f"--{path}.{key}")
     return cls(**out)
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+    """The values of a config dataclass as a ConfigDict; None becomes a placeholder of the key's type."""
+    out = ml_collections.ConfigDict()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            out[field.name] = to_config_dict(value)
+        else:
+            out[field.name] = config_dict.placeholder(scalar(field.type)) if value is None else value
+    return out
 
 
 def _suggestion(key: str, cls: type, path: str, root: type) -> str:
@@ -127,14 +145,16 @@ def _suggestion(key: str, cls: type, path: str, root: type) -> str:
     return f"did you mean {' or '.join(same)}? " if same else ""
 
 
+def value(config: Any, key: str) -> Any:
+    """The value of a dotted key."""
+    return functools.reduce(getattr, key.split("."), config)
+
+
 def check(config: Any, path: str) -> None:
     """UserError for the first value that breaks its knob's limits."""
     for key in keys(type(config)):
-        value = config
-        for part in key.name.split("."):
-            value = getattr(value, part)
-        if (rule := key.knob.broken(value)) is not None:
-            raise UserError(f"--{path}.{key.name}={_cut(str(value))}: {rule}")
+        if (rule := key.knob.broken(found := value(config, key.name))) is not None:
+            raise UserError(f"--{path}.{key.name}={_cut(str(found))}: {rule}")
 
 
 def scalar(annotation: Any) -> Any:

@@ -186,16 +186,22 @@ def local_positions(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
-def shard_batch(mesh: jax.sharding.Mesh, rows_RL: np.ndarray, positions_R: np.ndarray, batch_size: int) -> jax.Array:
-    """The global batch_BL, from this process's rows: those at `positions_R`, ascending, at least `local_positions`."""
+def shard_batch(mesh: jax.sharding.Mesh, rows: Any, positions_R: np.ndarray, batch_size: int) -> Any:
+    """The global batch_BL, from this process's rows: those at `positions_R`, ascending, at least `local_positions`.
 
-    def shard(index):
-        start, stop, _ = index[0].indices(batch_size)
-        first = np.searchsorted(positions_R, start)
-        return rows_RL[first : first + stop - start]
+    `rows` is one array (R, L) or a tuple of them.
+    """
+
+    def assemble(rows_RL):
+        def shard(index):
+            start, stop, _ = index[0].indices(batch_size)
+            first = np.searchsorted(positions_R, start)
+            return rows_RL[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *rows_RL.shape[1:]), sharding(mesh, "BL"), shard)
 
     with jax.transfer_guard("allow"):  # JAX takes it for a transfer that nobody asked for
-        return jax.make_array_from_callback((batch_size, *rows_RL.shape[1:]), sharding(mesh, "BL"), shard)
+        return jax.tree.map(assemble, rows)
 
 
 def on_host(tree: Any) -> Any:

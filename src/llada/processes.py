@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from llada import jax_internals
-from llada.errors import KINDS, Interrupted, UserError
+from llada.errors import KINDS, Interrupted, PeerLost, UserError
 
 # If none of these is set and there is no libtpu, no launcher that JAX knows has started this process.
 _LAUNCHERS = ("SLURM_", "OMPI_", "KUBERNETES_", "TPU_", "MEGASCALE_")
-_HEARTBEAT_SECONDS = 30  # a process silent for this long is taken for dead, which ends the others
+_HEARTBEAT_SECONDS = 10  # a process silent for this long is taken for dead, which ends the others
 _CONNECT_SECONDS = 300  # how long to try to reach process 0
 _SHUTDOWN_SECONDS = 60  # how long a process that has finished waits for the others to finish
 _POLL_MILLISECONDS = 5_000  # Python handles no signal during one poll
@@ -38,7 +38,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process_
     """Join the other processes, by these arguments or as JAX detects them (Slurm, TPU pod, ...).
 
     To be called before anything touches a device. Does nothing if there are no others or they are joined already.
-    UserError for impossible arguments, and if the others cannot be reached.
+    UserError for impossible arguments, PeerLost if the others cannot be reached.
     """
     explicit = _check(coordinator, processes, process_id)
     if processes == 1 or not (explicit or _may_have_launcher()):
@@ -55,6 +55,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process_
         return
     # JAX's C++ handler would catch SIGTERM before and after training, where ours must; see training/stopping.py.
     jax.config.update("jax_enable_preemption_service", False)
+    jax_internals.abort_with_stacks()
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator,
@@ -66,7 +67,8 @@ def start(coordinator: str | None = None, processes: int | None = None, process_
         )
     except (RuntimeError, ValueError) as error:
         arguments = f"--coordinator={coordinator} --processes={processes} --process_id={process_id}"
-        raise UserError(
+        kind = PeerLost if isinstance(error, RuntimeError) else UserError
+        raise kind(
             f"the processes of {arguments if explicit else 'the detected cluster'} did not connect ({error}); every "
             "process needs the same --coordinator (process 0 listens there) and --processes, and its own --process_id"
         ) from error
@@ -165,22 +167,24 @@ def ending_together(*agreed: type[Exception], advice: Callable[[], str] | None =
     """A block with collectives; `agreed` are the exceptions that all processes raise alike, and they pass through.
 
     Any other exception ends this process at once: the others wait for it in a collective, and only a broken connection
-    frees them; an orderly exit would itself wait for them. `advice()` is printed last, as what to do next.
+    frees them; an orderly exit would itself wait for them. `advice()` is printed last, as what to do next. A connection
+    that another process broke by ending is PeerLost.
     """
     try:
         yield
-    except agreed:
-        raise
     except BaseException as error:
-        if count() == 1:
+        if count() == 1 or (isinstance(error, agreed) and not isinstance(error, PeerLost)):
             raise
+        error = _peer_lost(error) or error
         status = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "status", 1)
-        if isinstance(error, UserError):
+        if isinstance(error, SystemExit):  # a signal, which has been reported
+            status = error.code
+        elif isinstance(error, UserError):
             _log(f"process {index()}: {error}")
         else:
             traceback.print_exc()
         _log(f"process {index()} of {count()} ends, and the others with it")
-        if advice is not None and not isinstance(error, UserError):
+        if advice is not None and (isinstance(error, PeerLost) or not isinstance(error, UserError)):
             _log(advice())
         os._exit(status)
 
@@ -207,7 +211,7 @@ def _check(coordinator: str | None, processes: int | None, process_id: int | Non
 
 
 def _wait_for_coordinator(coordinator: str) -> None:
-    """Return when process 0 listens. UserError after a while, where JAX would abort with a C++ stack trace."""
+    """Return when process 0 listens. PeerLost after a while, where JAX would abort with a C++ stack trace."""
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + _CONNECT_SECONDS
     while True:
@@ -216,7 +220,7 @@ def _wait_for_coordinator(coordinator: str) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise UserError(
+                raise PeerLost(
                     f"nobody listens at --coordinator={coordinator} after {_CONNECT_SECONDS} seconds ({error}); start "
                     "--process_id=0 on that host, and let the others reach it"
                 ) from error
@@ -248,6 +252,13 @@ def _detect() -> bool:
     return True
 
 
+def _peer_lost(error: BaseException) -> PeerLost | None:
+    """PeerLost for what a collective or the coordination service raises where another process has ended."""
+    if not jax_internals.is_lost_connection(error):
+        return None
+    return PeerLost(f"another process has ended or cannot be reached: {' '.join(str(error).split())[:300]}")
+
+
 def _log(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
@@ -267,8 +278,12 @@ def _wait_for_key(client: Any, key: str) -> str:
         try:
             return client.blocking_key_value_get(key, _POLL_MILLISECONDS)
         except _jax().errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
+            if "DEADLINE_EXCEEDED" in str(error):
+                continue
+            if lost := _peer_lost(error):
+                _log(f"process {index()}: {lost}")
+                os._exit(lost.status)  # an orderly exit would wait for the others
+            raise
 
 
 def _appears(path: Path) -> bool:

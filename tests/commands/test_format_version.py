@@ -6,7 +6,7 @@ import shutil
 import in_process
 import pytest
 
-from llada.training.run_item import FORMAT_VERSION
+from llada.training.run_item import FORMAT_VERSION, sealed
 
 COMMANDS = {
     "train": [],
@@ -24,7 +24,8 @@ def newer(trained, tmp_path_factory):
     run = tmp_path_factory.mktemp("newer") / "run"
     shutil.copytree(trained["llada"].workdir, run)
     for path in run.glob("checkpoints/*/run/metadata"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": FORMAT_VERSION + 1}))
+        tree = json.loads(path.read_text()) | {"format_version": FORMAT_VERSION + 1}
+        path.write_text(json.dumps(sealed(tree)))
     return run
 
 

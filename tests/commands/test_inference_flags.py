@@ -81,7 +81,7 @@ def runs_nothing(trained, monkeypatch):
         raise Ran
 
     monkeypatch.setattr(run_lib, "load", load)
-    monkeypatch.setattr(generation, "_run_batch", ran)
+    monkeypatch.setattr(generation, "_sample", ran)
     monkeypatch.setattr(likelihood, "_batches", ran)
 
 

@@ -49,16 +49,22 @@ def test_it_ends_as_it_should_wherever_it_stands(name, tmp_path):
 
 INTERRUPTED = {
     "an import": "import slow",
-    "a callback of the garbage collector": "_xla_gc_callback(); time.sleep(20)",
+    "a callback of the garbage collector": "gc.callbacks.append(wait); gc.collect(); time.sleep(20)",
+    "a finalizer": "Finalized(); time.sleep(20)",
     "work": "print('ready', flush=True); time.sleep(20)",
+    "a long call into C": "print('ready', flush=True); __import__('hashlib').pbkdf2_hmac('sha256', b'', b'', 10**9)",
 }
 HEARD = """
-import sys, time
+import gc, sys, time
 from llada.commands import endings
 
-def _xla_gc_callback():
+def wait(*arguments):
+    gc.callbacks.clear()
     print("ready", flush=True)
     time.sleep(1)
+
+class Finalized:
+    __del__ = wait
 
 def main():
     sys.path.insert(0, sys.argv[1])
@@ -68,17 +74,33 @@ sys.exit(endings.run(main))
 """
 
 
-@pytest.mark.parametrize("during", INTERRUPTED)
-def test_ctrl_c_is_heard_once_and_ends_in_one_line(during, tmp_path):
+STOPS = [(during, number) for during in INTERRUPTED for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+for number in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C waits: a chat takes it for an end of its answer
+    STOPS.remove(("a long call into C", number))
+
+
+@pytest.mark.parametrize(("during", "number"), STOPS)
+def test_a_signal_is_heard_once_and_ends_in_one_line(during, number, tmp_path):
+    """Out of C, where Python runs no handler, it is a thread that ends the process."""
     (tmp_path / "slow.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(20)\n")
     command = [sys.executable, "-c", HEARD.format(INTERRUPTED[during]), tmp_path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         start = time.monotonic()
         _, said = process.communicate(timeout=30)
-    assert (process.returncode, said) == (130, "llada: interrupted\n")
+    line = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+    assert (process.returncode, said) == (128 + number, f"llada: {line}\n")
     assert time.monotonic() - start < 10
+
+
+def test_signals_that_were_ignored_stay_so(tmp_path):
+    """As under nohup, and with `&` in a script."""
+    body = "import os, signal; [os.kill(os.getpid(), n) for n in (1, 2)]; print(*map(signal.getsignal, (1, 2)))"
+    script = tmp_path / "ignored.py"
+    script.write_text(HEARD.format(body))
+    done = shell(f"trap '' INT HUP; {sys.executable} {script} {tmp_path}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 1\n", "")
 
 
 def raised(error: BaseException) -> BaseException:

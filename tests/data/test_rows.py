@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,9 @@ import pytest
 
 from llada import files
 from llada.config import DataConfig, default_config, from_config_dict
-from llada.data import holdout, rows
+from llada.data import holdout, rows, unfinished
 from llada.data import prepare as prepare_lib
+from llada.data.checksums import CheckedRows
 from llada.data.holdout import is_holdout
 from llada.data.prepare import RowWriter
 from llada.data.rows import Batches, chain_digest, id_dtype, open_corpus, unique_rows
@@ -27,6 +29,7 @@ from llada.data.tokenizer_training import train_tokenizer
 from llada.errors import DataError, DiskError, UserError
 
 L = 32
+FILES = ["holdout.crc32.npy", "holdout.npy", "metadata.json", "train.crc32.npy", "train.npy"]
 
 
 def prepare(directory, source, tokenizer, length, fraction, text_key="text", holdout_source=None, check=lambda: None):
@@ -116,7 +119,7 @@ def test_prepared_rows_are_reused_without_the_source_and_never_mixed(source, tok
         tokenizer.sha256 = tokenizer_sha256
 
 
-@pytest.mark.parametrize("stop_at", [0, 1, 2])
+@pytest.mark.parametrize("stop_at", range(5))
 def test_an_interrupted_prepare_leaves_nothing_that_counts(source, tokenizer, corpus, tmp_path, monkeypatch, stop_at):
     calls = iter(range(9))
     replace = os.replace
@@ -136,7 +139,50 @@ def test_an_interrupted_prepare_leaves_nothing_that_counts(source, tokenizer, co
     assert prepare(tmp_path, source, tokenizer, 2 * L, 0.3).metadata.train_rows == corpus.metadata.train_tokens // (
         2 * L
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["holdout.npy", "metadata.json", "train.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+
+
+@pytest.mark.parametrize("fault", ["killed", "other documents", "damaged"])
+def test_a_preparation_goes_on_where_it_was_stopped(source, tokenizer, tmp_path, monkeypatch, fault):
+    """Killed a few groups after the last record. All files are those of a call that was left alone, to the byte."""
+    monkeypatch.setattr(prepare_lib, "_ENCODE_CHARACTERS", 5_000)
+    folder, encoded, encode = tmp_path / "text", [], tokenizer.encode_many
+    shutil.copytree(os.path.dirname(source.removeprefix("text:")), folder)
+    files_of, whole = f"text:{folder}/*", tmp_path / "whole"
+    monkeypatch.setattr(tokenizer, "encode_many", lambda texts: (encoded.extend(texts), encode(texts))[1])
+    monkeypatch.setattr(unfinished, "_SECONDS", 0)
+    prepare(whole, files_of, tokenizer, L, 0.3)
+    every = len(encoded)
+
+    def killed_at(count):
+        if len(encoded) > count and not (tmp_path / "killed").exists():
+            monkeypatch.setattr(unfinished, "_SECONDS", 1e9)
+        if len(encoded) > count + 8 and not (tmp_path / "killed").exists():
+            shutil.copytree(tmp_path / "stopped", tmp_path / "killed")
+            raise KeyboardInterrupt
+
+    encoded.clear()
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "stopped", files_of, tokenizer, L, 0.3, check=lambda: killed_at(every // 2))
+    assert sorted(os.listdir(tmp_path / "killed")) == [".lock", "holdout.partial", "preparing.json", "train.partial"]
+    encoded.clear()
+    if fault == "other documents":
+        (folder / "00.txt").write_text("another text " * 900)
+        whole = tmp_path / "again"
+        prepare(whole, files_of, tokenizer, L, 0.3)
+        encoded.clear()
+    if fault == "damaged":
+        content = bytearray((tmp_path / "killed" / "train.partial").read_bytes())
+        content[700] ^= 1
+        (tmp_path / "killed" / "train.partial").write_bytes(content)
+        with pytest.raises(DiskError, match="not those that were written"):
+            prepare(tmp_path / "killed", files_of, tokenizer, L, 0.3)
+        encoded.clear()
+    prepare(tmp_path / "killed", files_of, tokenizer, L, 0.3)
+    assert (every // 3 < len(encoded) < every) == (fault == "killed") and len(encoded) <= every
+    for name in FILES:
+        assert (tmp_path / "killed" / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(os.listdir(tmp_path / "killed")) == FILES
 
 
 def test_runs_that_start_together_share_one_corpus(source, tokenizer, corpus, tmp_path, capfd):
@@ -148,7 +194,7 @@ def test_runs_that_start_together_share_one_corpus(source, tokenizer, corpus, tm
         made = list(pool.map(lambda _: prepare(tmp_path, source, tokenizer, L, 0.3), range(4)))
     assert {each.metadata for each in made} == {corpus.metadata}
     assert digest(made[-1]) == corpus.metadata.digest
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["holdout.npy", "metadata.json", "train.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 
 
 def test_who_waits_is_told_for_whom_and_may_be_stopped(source, tokenizer, tmp_path, capfd):
@@ -220,10 +266,70 @@ def test_impossible_metadata_gets_one_line(corpus, tmp_path, field, value):
 def test_ids_beyond_the_vocabulary_name_their_row():
     rows_NL = numbered(50)
     rows_NL[7, 1] = 60
-    reader = Batches(rows_NL, 8, seed=1, vocab_size=60)
-    with pytest.raises(DataError, match="row 7 of the corpus holds id 60, beyond the 60 of the vocabulary"):
+    reader = Batches(CheckedRows(rows_NL, None, 60), 8, seed=1)
+    with pytest.raises(DataError, match="row 7, at byte 30, holds id 60, beyond the 60 of the vocabulary"):
         [reader.at(step) for step in range(7)]
-    assert Batches(rows_NL, 8, seed=1, vocab_size=61).at(0).shape == (8, 2)
+    assert Batches(CheckedRows(rows_NL, None, 61), 8, seed=1).at(0).shape == (8, 2)
+
+
+def test_a_wrong_bit_names_file_row_and_byte_and_only_its_batch(source, tokenizer, tmp_path):
+    """On both sides, read by number and by slice."""
+    made = prepare(tmp_path, source, tokenizer, L, 0.3)
+    c = default_config()
+    c.train.update(batch_size=8, steps=9)
+    config = from_config_dict(c)
+    for name, side in (("train", 0), ("holdout", 1)):
+        path, header = tmp_path / f"{name}.npy", made.train_NL.offset
+        for row, bit in ((0, 0), (1, 8 * 2 * L - 1), (5, 77)):
+            content = bytearray(path.read_bytes())
+            content[header + row * 2 * L + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(content)
+            opened = open_corpus(tmp_path)
+            rows_NL = opened.checked(tokenizer.vocab_size)[side]
+            words = (
+                rf"{path}: row {row}, at byte {header + row * 2 * L}, is not what was written: .*remove {tmp_path}, "
+            )
+            for read in (slice(row, row + 1), slice(None), np.array([3, row])):
+                with pytest.raises(DataError, match=words):
+                    rows_NL[read]
+            np.testing.assert_array_equal(rows_NL[np.array([3, 4])], [made.train_NL, made.holdout_NL][side][3:5])
+            if name == "train":
+                batches = opened.batches(config, tokenizer)
+                damaged = [step for step in range(2) if row in batches._used[batches._ids[8 * step : 8 * step + 8]]]
+                for step in range(2):
+                    assert (step in damaged) == fails(batches.at, step)
+            content[header + row * 2 * L + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(content)
+
+
+def test_checksums_and_metadata_are_sealed_and_older_corpora_open_without(source, tokenizer, tmp_path):
+    made = prepare(tmp_path, source, tokenizer, L, 0.3)
+    for path in (tmp_path / "train.crc32.npy", tmp_path / "metadata.json"):
+        good = path.read_bytes()
+        for at in np.random.default_rng(0).integers(0, len(good), 40):
+            path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+            with pytest.raises(DataError, match="no usable corpus|metadata.json says"):
+                open_corpus(tmp_path)
+        path.unlink()
+        with pytest.raises(DataError, match="no usable corpus"):
+            open_corpus(tmp_path)
+        path.write_bytes(good)
+    values = json.loads((tmp_path / "metadata.json").read_text())
+    del values["checksums"], values["sha256"]
+    (tmp_path / "metadata.json").write_text(json.dumps(values))
+    for path in tmp_path.glob("*.crc32.npy"):
+        path.unlink()
+    older = open_corpus(tmp_path)
+    assert older.checksums is None and older.metadata.digest == made.metadata.digest
+    np.testing.assert_array_equal(older.checked(tokenizer.vocab_size)[0][:], made.train_NL)
+
+
+def fails(call, *arguments) -> bool:
+    try:
+        call(*arguments)
+    except DataError:
+        return True
+    return False
 
 
 def test_held_out_documents_of_ones_own(source, tokenizer, tmp_path):
@@ -303,6 +409,13 @@ def test_every_epoch_is_every_row_once_in_a_new_order(N, B):
         assert len({*map(bytes, epochs), bytes(np.arange(N, dtype=np.int32))}) == 4
         other = np.concatenate([Batches(numbered(N), B, seed=6).at(step) for step in range(N // B + 1)])[:N, 0]
         assert (other != epochs[0]).any()
+
+
+def test_copies_of_a_row_are_neighbours_and_read_once():
+    plain, twice = Batches(numbered(50), 4, seed=1), Batches(numbered(50), 8, seed=1, copies=2)
+    for step in (0, 12, 13):
+        np.testing.assert_array_equal(twice.at(step), np.repeat(plain.at(step), 2, axis=0))
+    assert twice.epochs(25) == plain.epochs(25) == 2 and twice.steps(2) == plain.steps(2) == 25
 
 
 @pytest.mark.parametrize("positions", [[0], [4, 5, 6, 7], [0, 1, 4, 5], list(range(8))])

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from llada.config import DataConfig, default_config, from_config_dict
 from llada.data import text_files
-from llada.data.holdout import _hash, is_holdout, split, training
+from llada.data.holdout import is_holdout, split, text_hash, training
 from llada.data.sources import documents
 from llada.errors import UserError
 
@@ -276,7 +276,7 @@ def test_few_documents_are_cut_so_that_some_text_is_held_out(tmp_path):
     _, held = sides(str(tmp_path), 1e-9, 100_000)  # however long a row is, most of the text trains
     assert len("".join(held)) < len(whole) / 3
     # Nor is everything held out, be it that all hashes say so.
-    train, held = sides(f"text:{tmp_path}/0.txt", (_hash((tmp_path / "0.txt").read_text()) + 2**54) / 2**64, 64)
+    train, held = sides(f"text:{tmp_path}/0.txt", (text_hash((tmp_path / "0.txt").read_text()) + 2**54) / 2**64, 64)
     assert train and held and len(held) < 64
     # Where the fraction holds enough out as it is, documents stay whole.
     plain, _ = sides(str(tmp_path), 0.5, 64)

@@ -94,7 +94,7 @@ def test_training_sample_is_bounded_and_spread(tmp_path):
 
 
 def test_a_text_without_spaces_still_gives_a_lossless_model(tmp_path):
-    tokenizer = train_tokenizer(["a\nb\nabc\n" * 30], 267, tmp_path / "t.model")
+    tokenizer = train_tokenizer(["a\nb\nabc\n" * 30], 271, tmp_path / "t.model")
     assert tokenizer.decode(tokenizer.encode(" a  b ")) == " a  b "
 
 
@@ -171,6 +171,15 @@ def test_damaged_models_are_refused_or_work(tokenizer):
             found.decode(found.encode("def f(x): \u2581 \u00e9"))
         except UserError as error:
             assert "\n" not in str(error)
+
+
+def test_an_unknown_token_that_is_no_piece_is_refused(tokenizer):
+    proto = tokenizer.proto
+    unknown = next(piece for piece in proto.pieces if piece.type == type(piece).UNKNOWN)
+    unknown.type = type(unknown).CONTROL
+    proto.trainer_spec.unk_piece = "another"
+    with pytest.raises(UserError, match="its unknown token is id -1, which is no piece"):
+        SentencePieceTokenizer(proto.SerializeToString(), "it")
 
 
 def test_processes_that_train_at_once_share_one_model(tmp_path, capfd):

@@ -112,7 +112,7 @@ def test_rows_are_spread_over_the_whole_side_on_any_mesh_in_any_parts(tiny):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(validation, "jitted", lambda *given: None)
                 made.__init__(config, SpecialTokens(3, 1), np.ones(300), side_NL, devices)
-            rows.append(made.rows_NL)
+            rows.append(made.rows)
             assert made.bytes == 16 * 32  # of the rows that are read
     for found in rows:
         np.testing.assert_array_equal(found, side_NL[[0, 1, 2, 4, 5, 7, 8, 9, 11, 12, 14, 15, 16, 18, 19, 21]])

@@ -142,8 +142,8 @@ def test_temperatures_that_float32_cannot_divide_by_are_zero(params, canvas_BL):
 def test_the_time_that_an_observer_takes_is_not_sampling_time():
     seen = []
 
-    def observe(tokens_L, step_L, step):
-        seen.append((tokens_L.tolist(), step))
+    def observe(tokens_BL, step_BL, step):
+        seen.append((tokens_BL.tolist(), step))
         time.sleep(0.1)
 
     @jax.jit
@@ -155,7 +155,7 @@ def test_the_time_that_an_observer_takes_is_not_sampling_time():
     start = time.perf_counter()
     sample = compiled_loop.timed(loop, np.arange(6).reshape(2, 3))
     elapsed = time.perf_counter() - start
-    assert seen == [([0, 1, 2], step) for step in range(3)]
+    assert seen == [([[0, 1, 2], [3, 4, 5]], step) for step in range(3)]
     assert 0 < sample.seconds < elapsed - sample.compile_seconds - 0.29
 
 

@@ -10,7 +10,7 @@ from llada.config import default_config, from_config_dict, to_dict
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.tokenizer_training import train_tokenizer
 from llada.model import transformer
-from llada.training.leaves import create
+from llada.training.leaves import create, finish
 
 V = 320
 SHAPES = {
@@ -61,9 +61,11 @@ def build(tokenizer, tmp_path_factory):
 
         # In NumPy: compiling the initialiser of every kind takes longer than most tests here.
         params = jax.tree_util.tree_map_with_path(draw, transformer.abstract_parameters(config.model))
-        for name, leaf in create(workdir, config, tokenizer.content).items():
+        leaves = create(workdir, config, tokenizer.content)
+        for name, leaf in leaves.items():
             group, _, last = name.rpartition(".")
             leaf.write(np.asarray((params[group] if group else params)[last])).result()
+        finish(workdir, leaves)
         (workdir / "tokenizer.model").write_bytes(tokenizer.content)
         (workdir / "config.json").write_text(json.dumps(to_dict(config)))
         return made.setdefault(key, workdir)

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import llada
 from llada.config import from_config_dict
 from llada.errors import UserError
-from llada.interop import importing
+from llada.interop import beginning, importing
 from llada.interop.export import export
 
 INDEX = "model.safetensors.index.json"
@@ -109,6 +110,11 @@ SPOILT = {
         ["lacks n_heads"],
     ),
     "alibi": (config(alibi=True), ["alibi=True", "not supported"]),
+    "a value as long as a book": (config(alibi="a" * 100_000), ["alibi='aaa", "not supported"]),
+    "an error that quotes a book": (
+        lambda hf: edit(hf / "tokenizer.json", lambda v: v.update(truncation="a" * 100_000)),
+        ["not a Hugging Face tokenizer", "..."],
+    ),
     "biases": (config(include_bias=True), ["include_bias=True", "not supported"]),
     "heads that do not divide": (config(n_heads=5), ["heads=5", "divide"]),
     "a negative width": (config(d_model=-32), ["width=-32", "positive"]),
@@ -239,6 +245,19 @@ def test_a_spoilt_directory_gets_one_line_and_leaves_nothing(hf, tmp_path, name)
         assert word in message, message
     assert not (tmp_path / "back").exists() and not (tmp_path / "back.partial").exists()
     assert not os.path.exists("/tmp/llada-canary")
+
+
+def test_a_run_begins_from_numbers_that_are_none_only_where_that_is_asked_for(hf, corpus, tmp_path):
+    retensor(hf, lambda t: t[WTE].__setitem__((7, 7), np.nan))
+    source = importing.open_source(hf).config
+    tree = source | {"data": source["data"] | {"source": f"text:{corpus}/*.txt"}}
+    with pytest.raises(UserError, match=f"--init: {WTE} holds NaN or infinity.*--allow_nonfinite takes it") as caught:
+        beginning.begin(from_config_dict(tree), hf, tmp_path / "run")
+    assert "--source" not in str(caught.value) and not (tmp_path / "run").exists()
+    beginning.begin(from_config_dict(tree), hf, tmp_path / "run", allow_nonfinite=True)
+    assert np.isnan(llada.load(tmp_path / "run").params["embedding"][7, 7])
+    done = in_process.llada("train", "--allow_nonfinite", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 2 and "--allow_nonfinite is about the weights of --init=DIR" in done.stderr
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(build, tmp_path):

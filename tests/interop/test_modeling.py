@@ -497,8 +497,15 @@ def test_a_prompt_may_be_empty_but_not_fill_the_context(model):
 
 def test_bad_inputs_are_refused(model, prompt_BL):
     tokens_BL = torch.tensor(prompt_BL).long()
-    with pytest.raises(ValueError, match="not next-token prediction"):
-        model(tokens_BL, labels=tokens_BL)
+    with pytest.raises(ValueError, match="masked_positions needs p_mask"):
+        model(tokens_BL, labels=tokens_BL, masked_positions=tokens_BL > 9)
+    with pytest.raises(ValueError, match="p_mask is"):
+        model(tokens_BL, labels=tokens_BL, p_mask=torch.ones(3, 9))
+    with pytest.raises(ValueError, match="only positions that have a label"):
+        labels_BL = tokens_BL.masked_fill(tokens_BL > 9, -100)
+        model(tokens_BL, labels=labels_BL, masked_positions=tokens_BL > 9, p_mask=torch.ones(3))
+    with pytest.raises(ValueError, match="masked_positions and p_mask need labels"):
+        model(tokens_BL, p_mask=torch.ones(3))
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
     with pytest.raises(ValueError, match="attention_mask is"):
@@ -606,6 +613,8 @@ def test_the_configuration_answers_to_transformers_names_and_fills_in_nulls():
         (dict(n_heads=3), "heads of even size"),
         (dict(n_kv_heads=3), "n_kv_heads=3 does not divide n_heads=32"),
         (dict(embedding_size=100), "embedding_size=100 is smaller"),
+        (dict(loss_normalization="tokens"), "loss_normalization='tokens' must be 'sequence' or 'token'"),
+        (dict(loss_eps=1.0), "loss_eps=1.0 must be at least 0 and less than 1"),
         (dict(tie_word_embeddings=True), "tie_word_embeddings=True contradicts weight_tying=False"),
     ],
 )
@@ -663,7 +672,7 @@ for directory in directories:
     model.save_pretrained(saved)
     (saved / "wanted.pt").write_bytes((Path(directory) / "wanted.pt").read_bytes())
     files = {file.name for file in saved.iterdir()}
-    assert {"configuration_llada.py", "modeling_llada.py", "generation_config.json"} <= files
+    assert {"configuration_llada.py", "generation_llada.py", "modeling_llada.py", "generation_config.json"} <= files
     again = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
     with torch.no_grad():
         assert torch.equal(again(**wanted["given"]).logits, logits)
@@ -689,7 +698,7 @@ def directory(path: Path, name: str, prompt_BL) -> Path:
     """A directory as the exporter writes it, and what its model must answer."""
     config, params, model = build(name)
     path.mkdir()
-    for file in ("configuration_llada.py", "modeling_llada.py"):
+    for file in ("configuration_llada.py", "generation_llada.py", "modeling_llada.py"):
         shutil.copy(CODE / file, path)
     raw = {**RELEASED, **fields(config), "n_kv_heads": config.key_value_heads, "model_type": "llada"}
     raw |= dict(architectures=["LLaDAModelLM"], dtype="float32", transformers_version="4.57.6")
@@ -738,9 +747,10 @@ def test_both_majors_load_the_directory_in_a_process_of_their_own(tmp_path, prom
 
 
 def test_the_files_need_no_more_than_python_39_torch_and_transformers():
-    for name in ("configuration_llada", "modeling_llada"):
+    for name in ("configuration_llada", "generation_llada", "modeling_llada"):
         tree = ast.parse((CODE / f"{name}.py").read_text(), feature_version=(3, 9))
         names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
         froms = {"." * node.level + node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         found = {name if name.startswith(".") else name.split(".")[0] for name in names | froms}
-        assert found <= {"torch", "transformers", "copy", "math", "__future__", ".configuration_llada"}
+        ours = {".configuration_llada", ".generation_llada"}
+        assert found <= {"torch", "transformers", "copy", "functools", "math", "__future__", *ours}

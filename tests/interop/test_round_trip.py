@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,7 +244,12 @@ def test_an_arm_becomes_a_mask_predictor_and_trains_with_other_data(build, corpu
     from llada.training import loop
 
     export(build(True, kv_heads=2), tmp_path / "hf")
-    for source in (tmp_path / "hf", build(True, kv_heads=2)):  # a Llama directory; a workdir of ours
+    ours = tmp_path / "ours"
+    shutil.copytree(build(True, kv_heads=2), ours)
+    config = json.loads((ours / "config.json").read_text())
+    config["objective"]["input_masking"] = 0.25  # which no mask predictor takes
+    (ours / "config.json").write_text(json.dumps(config))
+    for source in (tmp_path / "hf", ours):  # a Llama directory; a workdir of ours
         opened = importing.open_source(source, objective="diffusion")
         workdir = tmp_path / f"from_{source.name}"
         importing.write(opened, from_config_dict(opened.config), workdir)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llada.objectives import diffusion
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import is_valid
+from llada.objectives.corruption import forward_process, mask_exactly
 from llada.objectives.noise import Noise
 
 PURPOSES = (
@@ -25,6 +25,9 @@ PURPOSES = (
     noise_lib.LIKELIHOOD_TIME,
     noise_lib.LIKELIHOOD_MASK,
     noise_lib.TIME_DRAW,
+    noise_lib.PREFIX,
+    noise_lib.INPUT_MASK,
+    noise_lib.DROPOUT,
 )
 MASK_ID = 99
 
@@ -152,7 +155,7 @@ def test_forward_process_masks_each_token_with_probability_p_and_weighs_by_its_i
     grid_BL = jnp.tile((jnp.arange(L) + 0.5) / L, (4, 1))
     drawn_BL = noise_lib.uniform(Noise(0, 0, jnp.arange(4), 4), noise_lib.MASK, (L,))
     for uniform_BL, tolerance in ((grid_BL, 0.5 / L), (drawn_BL, 4 * np.sqrt(p_B * (1 - p_B) / L))):
-        corruption = diffusion.forward_process(x0_BL, t_B, uniform_BL, jnp.ones(x0_BL.shape, bool), MASK_ID, eps)
+        corruption = forward_process(x0_BL, t_B, uniform_BL, jnp.ones(x0_BL.shape, bool), MASK_ID, eps)
         ratio = np.mean(corruption.masked_BL, axis=1)
         assert np.all(np.abs(ratio - p_B) <= tolerance + 1e-6)
         np.testing.assert_array_equal(corruption.xt_BL, np.where(corruption.masked_BL, MASK_ID, x0_BL))
@@ -167,7 +170,7 @@ def test_mask_exactly_masks_l_of_the_valid_tokens_and_every_set_equally_often():
     x0_BL = jnp.arange(B * L).reshape(B, L) + 100
     drawn_BL = noise_lib.uniform(Noise(0, 0, jnp.arange(B), B), noise_lib.MASK, (L,))
     for uniform_BL in (drawn_BL, jnp.zeros((B, L)), jnp.round(drawn_BL)):
-        corruption = diffusion.mask_exactly(x0_BL, count_B, uniform_BL, is_valid(x0_BL, length_B), MASK_ID)
+        corruption = mask_exactly(x0_BL, count_B, uniform_BL, is_valid(x0_BL, length_B), MASK_ID)
         np.testing.assert_array_equal(corruption.masked_BL.sum(axis=1), count_B)
         assert not np.any(corruption.masked_BL & (np.arange(L)[None] >= length_B[:, None]))
         np.testing.assert_array_equal(corruption.xt_BL, np.where(corruption.masked_BL, MASK_ID, x0_BL))
@@ -177,7 +180,7 @@ def test_mask_exactly_masks_l_of_the_valid_tokens_and_every_set_equally_often():
     uniform_BL = noise_lib.uniform(Noise(0, 1, jnp.arange(N), N), noise_lib.MASK, (L,))
     x0_BL = jnp.zeros((N, L), jnp.int32)
     valid_BL = is_valid(x0_BL, jnp.full(N, 4))
-    masked_BL = diffusion.mask_exactly(x0_BL, jnp.full(N, 2), uniform_BL, valid_BL, MASK_ID).masked_BL
+    masked_BL = mask_exactly(x0_BL, jnp.full(N, 2), uniform_BL, valid_BL, MASK_ID).masked_BL
     sets, times = np.unique(np.asarray(masked_BL), axis=0, return_counts=True)
     assert len(sets) == math.comb(4, 2)
     assert np.abs(times / N - 1 / 6).max() < 4 * math.sqrt(1 / 6 * 5 / 6 / N)
@@ -189,8 +192,8 @@ def test_only_replaced_tokens_count_as_masked():
     uniform_BL = jnp.tile(jnp.linspace(0, 0.99, 8), (2, 1))
     valid_BL = is_valid(x0_BL, jnp.array([8, 3]))
     for corruption in (
-        diffusion.forward_process(x0_BL, jnp.full(2, 0.5), uniform_BL, valid_BL, MASK_ID, 0.0),
-        diffusion.mask_exactly(x0_BL, jnp.array([4, 3]), uniform_BL, valid_BL, MASK_ID),
+        forward_process(x0_BL, jnp.full(2, 0.5), uniform_BL, valid_BL, MASK_ID, 0.0),
+        mask_exactly(x0_BL, jnp.array([4, 3]), uniform_BL, valid_BL, MASK_ID),
     ):
         expected = np.array([[True] * 4 + [False] * 4, [True] * 3 + [False] * 5])
         np.testing.assert_array_equal(corruption.masked_BL, expected)

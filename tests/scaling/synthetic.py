@@ -1,6 +1,7 @@
 """Readings of sweeps made up from known laws: L(N, D) = E + A/N^a + B/D^b of each family."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -17,13 +18,13 @@ BUDGETS = (1e18, 1e19, 1e20, 1e21)
 EXACT = {"diffusion": 1.3, "autoregressive": 1.2}  # exact FLOPs over 6ND
 
 
-def change(fitted: Study, **of_family) -> Study:
-    """The study with fields of its families replaced: `minima=lambda family, fit: ...`."""
-    families = {
-        family: fit._replace(**{field: new(family, fit) for field, new in of_family.items()})
-        for family, fit in fitted.families.items()
+def change(fitted: Study, **of_series) -> Study:
+    """The study with fields of its series replaced: `minima=lambda key, fit: ...`."""
+    series = {
+        family: fit._replace(**{field: new(family, fit) for field, new in of_series.items()})
+        for family, fit in fitted.series.items()
     }
-    return fitted._replace(families=families)
+    return fitted._replace(series=series)
 
 
 def reading(objective: str, budget: float, parameters: float, loss: float, **changes) -> Result:
@@ -74,6 +75,28 @@ def isoflop_readings(budgets=BUDGETS, families=tuple(LAWS), sizes=5, reach=3.0, 
     return found
 
 
+def variant(result: Result, name: str, gain: float, keys: str = "weight=flat", unbiased: bool = False) -> Result:
+    """The reading of a variant whose loss is lower by `gain`."""
+    own = dict(variant=name, variant_keys=keys, bound_trained=unbiased, run=f"{name}_{result.run}")
+    return dataclasses.replace(result, nats_per_token=result.loss - gain, **own)
+
+
+def ranked_readings(shares: dict[str, float], seeds=3, noise=0.004, slope=0.2, sizes=(1e5, 4e5)) -> list[Result]:
+    """Of mode variants: plain LLaDA, and variants that need `shares` of its FLOPs; the line of each size is straight.
+
+    Noise is common to the runs of a seed, and half as much again each run's own.
+    """
+    rng, found = np.random.default_rng(1), []
+    for n, budget, seed in itertools.product(sizes, (2e11, 4e11), range(seeds)):
+        common = noise * rng.normal()
+        for name, share in {None: 1.0, **shares}.items():
+            loss = 5 - 0.1 * math.log(n / sizes[0]) - slope * math.log(budget / share / 4e11)
+            r = reading("diffusion", budget, n, loss + common + noise / 2 * rng.normal())
+            r = dataclasses.replace(r, mode="variants", seed=seed, run=f"{r.run}_s{seed}", bound_trained=True)
+            found.append(variant(r, name, 0.0, unbiased=name != "flat") if name else r)
+    return found
+
+
 def repeated_readings(losses: dict[str, list[float]], unique_tokens=10**6, parameters=1e6, epochs=None) -> list[Result]:
     """A run a family, read after 1, 2, 4, ... epochs (or `epochs`)."""
     found = []
@@ -95,4 +118,4 @@ def lost(result: Result, status: str, reason: str | None = None, loss: float | N
 
 def only(fitted: Study, family: str) -> Study:
     """The study as if the other families had no runs."""
-    return fitted._replace(families={family: fitted.families[family]})
+    return fitted._replace(series={family: fitted.series[family]})

@@ -54,6 +54,31 @@ def read(places):
     return runs, remarks
 
 
+def test_a_further_run_stands_beside_the_two_with_its_objective(copies, tmp_path):
+    edit, places = copies, copies.places
+    shutil.copytree(places["llada"], tmp_path / "runs/llada_bell")
+    edit.places["bell"] = tmp_path / "runs/llada_bell"
+    config = json.loads((places["bell"] / "config.json").read_text())
+    config["objective"] |= {"time_law": "logit_normal", "weight": "paper"}
+    edit("bell", "config.json", {"objective": config["objective"]})
+    runs, _ = read(places)
+    runs.insert(1, comparison.read_further(places["bell"]))
+    comparison.check_twins(runs)
+    header, first, *_ = comparison.table(runs)
+    assert header == ["", "LLaDA (bound)", "LLaDA, bell (bound)", "ARM (exact NLL)"]
+    bell = "time_law=logit_normal, weight=paper: not a bound"
+    assert first == ["training objective", "the paper's", bell, "the paper's"]
+    report = " ".join(comparison.report(runs, [], tmp_path, []).split())
+    assert "The LLaDA and LLaDA, bell figures are upper bounds" in report and "All runs read the same rows" in report
+    assert comparison.draw_curves(runs)[:4] == b"\x89PNG"
+    for name, words in (("nowhere", "holds no config.json"), ("other", "trained on other rows")):
+        shutil.copytree(places["llada"], tmp_path / "runs/other", dirs_exist_ok=True)
+        edit.places["other"] = tmp_path / "runs/other"
+        edit("other", "summary.json", {"rows_digest": "another"})
+        with pytest.raises(UserError, match=words):
+            comparison.check_twins([*runs, comparison.read_further(tmp_path / "runs" / name)])
+
+
 def cells(runs):
     return {label: values for label, *values in comparison.table(runs)}
 

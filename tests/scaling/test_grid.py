@@ -14,7 +14,7 @@ from llada import config as config_lib
 from llada.commands import experiment
 from llada.config import Config, ModelConfig, TrainConfig
 from llada.errors import UserError
-from llada.scaling import grid, sweep_config
+from llada.scaling import grid, grid_checks, sweep_config
 from llada.scaling import sweep as sweep_lib
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,7 +161,7 @@ WRONG = [
         "steps of 262144 tokens .*less than 20; raise the budget",
     ),
     ({"sweep.matching": "flops"}, "6nd, exact"),
-    ({"sweep.mode": "both"}, "isoflop, checkpoints, repeat"),
+    ({"sweep.mode": "both"}, "isoflop, checkpoints, repeat, variants"),
     ({"sweep.objectives": "diffusion,arm"}, "diffusion, autoregressive"),
     ({"sweep.seeds": "a"}, "whole numbers"),
     ({"sweep.sizes_per_budget": "2"}, "a parabola needs 3"),
@@ -185,12 +185,25 @@ def test_what_cannot_be_planned_is_refused_in_words(overrides, said):
 FAR = 1e41
 NO_NUMBERS = ["x", None, math.nan, math.inf, -1, True, [1], {}, FAR]
 NO_LISTS = [5, None, "x", (), ("x",), (None,), ([1],), ({},)]
+OF_NO_VARIANT = [("wieght", "flat"), ("weight", "heavy"), ("weight_bound", 0), ("clean_prefix", 1.5), ("masks", 3)]
+OF_NO_VARIANT += [("name", "arm"), ("head_rows", 8), ("block_cross_document_attention", True), ("eps", "x")]
+OF_NO_VARIANT += [("dropout", 2.0), ("dropout", "x"), ("width", 8)]
 BAD_VALUES = {
     "mode": ["both", None, 5, ["isoflop"]],
     "matching": ["flops", None, 5],
     "budgets": [*NO_LISTS, (0,), (-1e9,), (math.nan,), (math.inf,), (True, 1e12), (2e12, 1e12), (1e12, FAR)],
     "sizes": [*NO_LISTS, ({},) * 3, (dict(width=64),) * 3],
     "objectives": [*NO_LISTS, ("arm",), ("diffusion", "diffusion")],
+    "variants": [
+        *(5, None, "x", ("x",), {"bell": {}}, {"bell": None}, {"bell": 5}, {"bell": "flat"}, {5: {"weight": "flat"}}),
+        *({name: {"weight": "flat"}} for name in ("", "a b", "a/b", "../x", "a" * 41, "LLaDA", "arm", "diffusion")),
+        {"a": {"weight": "flat"}, "A": {"masks": "exact_count"}},
+        *({"v": {key: value}} for key, value in OF_NO_VARIANT),
+        {"plain": {"weight": "elbo"}},
+        {"a": {"weight": "flat"}, "b": {"weight": "flat", "name": "diffusion"}},
+        {"v": {"weight": "flat", "name": "autoregressive"}},  # which has no masks
+        {"v": {"time_low": 0.1}},  # without its law
+    ],
     "seeds": [*NO_LISTS, (0, 0), (-1,), (0.5,), (2**31,), (True,), (math.nan,)],
     "tokens_per_parameter": [
         10,
@@ -293,7 +306,7 @@ def test_every_key_that_rules_overwrite_is_refused(quick_group, tmp_path):
     made = {
         key.name
         for key in knobs.keys(Config)
-        if all(grid._at(tree, key.name) != grid._at(base, key.name) for tree in planned)
+        if all(grid_checks._at(tree, key.name) != grid_checks._at(base, key.name) for tree in planned)
     }
     # These start the rules, are written out in full, or have no value to give.
     assert made - {"optimizer.peak_learning_rate", "data.tokenizer"} <= own.keys()
@@ -303,8 +316,8 @@ def test_every_key_that_rules_overwrite_is_refused(quick_group, tmp_path):
         functools.reduce(dict.__getitem__, groups, tree)[leaf] = value
         with pytest.raises(UserError, match=f"--config.{key}=.* would do nothing in a sweep"):
             sweep_lib.make(tmp_path, tree, group, in_file=True)
-        same = grid._at(default, key)
-        if same is not None and any(grid._at(tree, key) != same for tree in planned):  # the default, typed
+        same = grid_checks._at(default, key)
+        if same is not None and any(grid_checks._at(tree, key) != same for tree in planned):  # the default, typed
             with pytest.raises(UserError, match=f"--config.{key}=.* would do nothing in a sweep"):
                 sweep_lib.make(tmp_path, base, group, typed=[key])
         sweep_lib.make(tmp_path, tree, group)  # as an older sweep.json may say
@@ -382,9 +395,94 @@ def test_a_share_that_is_none_is_refused(only):
 def test_a_corpus_too_small_for_the_tokens_is_refused_in_epochs():
     sweep, runs = planned("quick")
     longest = max(run.tokens for run in runs)
-    grid.check_epochs(runs, sweep, math.ceil(longest / sweep.max_epochs))
+    grid_checks.check_epochs(runs, sweep, math.ceil(longest / sweep.max_epochs))
     with pytest.raises(UserError, match=r"epochs of the corpus's 100000; .*max_epochs="):
-        grid.check_epochs(runs, sweep, 100_000)
+        grid_checks.check_epochs(runs, sweep, 100_000)
     sweep, runs = planned("repeat")
     with pytest.raises(UserError, match="more than the corpus has, 50000"):
-        grid.check_epochs(runs, sweep, 50_000)
+        grid_checks.check_epochs(runs, sweep, 50_000)
+
+
+VARIANTS = dict(
+    bell=dict(time_law="logit_normal", weight="paper"),
+    paired=dict(masks="complementary"),
+    masked_arm=dict(name="autoregressive", input_masking=0.1),
+)
+
+
+def with_variants(quick_group, **changes):
+    base, group = quick_group
+    return base, sweep_config.parse(group | {"variants": VARIANTS} | changes)
+
+
+def test_a_variant_is_its_family_with_its_keys_in_every_size_budget_and_seed(quick_group, tmp_path):
+    """And the plain runs are those of a sweep without variants, to the last key."""
+    base, group = quick_group
+    plain = grid.plan(base, sweep_config.parse(group), tmp_path)
+    runs = grid.plan(*with_variants(quick_group), tmp_path)
+    assert [run for run in runs if run.variant is None] == plain
+    for name, keys in VARIANTS.items():
+        family = keys.get("name", "diffusion")
+        of_family = {(r.size, r.group): r for r in plain if r.objective == family}
+        own = {(r.size, r.group): r for r in runs if r.variant == name}
+        assert own.keys() == of_family.keys()
+        for key, run in own.items():
+            config = of_family[key].config
+            expected = dataclasses.replace(config, objective=dataclasses.replace(config.objective, **keys))
+            assert run.config == expected and run.readings == of_family[key].readings
+            prefix, rest = of_family[key].name.split("_", 1)
+            assert run.name == f"{prefix}-{name}_{rest}"
+    assert len({run.name for run in runs}) == len(runs)
+
+
+def test_a_variant_has_the_window_of_its_family_or_its_own(quick_group, tmp_path):
+    base, group = quick_group
+    windows = group["tokens_per_parameter"] | {"bell": (0, 400)}
+    sweep = sweep_lib.make(tmp_path, base, group | {"variants": VARIANTS, "tokens_per_parameter": windows})
+    for run in sweep.runs:
+        n = accounting.parameters(run.config.model).non_embedding
+        least, most = windows.get(run.variant) or windows[run.objective]
+        assert least * 0.97 <= run.tokens / n <= most * 1.03
+    said = grid_checks.left_out(base, sweep.config, sweep.runs)
+    assert any(text.startswith("diffusion:bell at") for text in said) and not any(":paired" in text for text in said)
+
+
+def test_variants_alone_and_those_that_read_a_row_twice(quick_group, tmp_path):
+    base, sweep = with_variants(quick_group, objectives=())
+    runs = grid.plan(base, sweep, tmp_path)
+    assert {run.series.key for run in runs} == {"diffusion:bell", "diffusion:paired", "autoregressive:masked_arm"}
+    twins = {run.variant: run for run in runs if run.size == "L2-d48" and run.group == "C=6e+11"}
+    assert twins["paired"].tokens == twins["bell"].tokens == 2 * twins["paired"].tokens_read
+    longest = max(run.tokens_read for run in runs)
+    grid_checks.check_epochs(runs, sweep, math.ceil(longest / sweep.max_epochs))
+    repeat = dict(
+        mode="repeat", sizes=quick_group[1]["sizes"][:1], unique_tokens=(20_000,), epochs=(1, 4), variants=VARIANTS
+    )
+    by_variant = {run.variant: run for run in grid.plan(base, sweep_config.parse(repeat), tmp_path)}
+    assert by_variant["paired"].config.steps == pytest.approx(2 * by_variant["bell"].config.steps, abs=1)
+
+
+def test_a_ranking_needs_variants_and_their_plain_families_but_not_three_sizes(quick_group, tmp_path):
+    base, group = quick_group
+    ranking = {"mode": "variants", "sizes": group["sizes"][2:4], "budgets": (3e11,), "sizes_per_budget": None}
+    for changes, said in (
+        ({}, "mode variants ranks them"),
+        ({"variants": VARIANTS, "objectives": ("diffusion",)}, "add autoregressive"),
+        ({"variants": VARIANTS, "epochs": (1, 2)}, "does nothing in mode variants"),
+    ):
+        with pytest.raises(UserError, match=said):
+            sweep_lib.make(tmp_path, base, group | ranking | changes, in_file=True)
+    runs = grid.plan(base, sweep_config.parse(group | ranking | {"variants": VARIANTS}), tmp_path)
+    assert len(runs) == 2 * 5
+    assert {run.config.optimizer.schedule.count(":") for run in runs} == {4}  # annealed
+
+
+def test_keys_of_a_variant_can_be_typed(quick_group, tmp_path):
+    base, group = quick_group
+    typed = {"sweep.variants.bell.time_std": "0.5", "sweep.variants.clip.weight": "clipped"}
+    group = copy.deepcopy(group) | {"variants": {"bell": dict(VARIANTS["bell"]), "clip": {"weight_bound": 10}}}
+    sweep = sweep_config.parse(experiment.override_sweep(copy.deepcopy(base), group, typed)[1])
+    assert sweep.variants == {
+        "bell": {"time_law": "logit_normal", "weight": "paper", "time_std": 0.5},
+        "clip": {"weight_bound": 10.0, "weight": "clipped"},
+    }

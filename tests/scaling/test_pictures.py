@@ -82,7 +82,7 @@ def test_a_prediction_lies_on_the_law_at_its_own_budget(whole, monkeypatch, pred
         ),
     )
     pictures.frontier(readings, fitted, predict=predict)
-    wanted = [(predict, float(fitted.families[family].laws.loss.best(predict))) for family in LAWS]
+    wanted = [(predict, float(fitted.series[family].laws.loss.best(predict))) for family in LAWS]
     np.testing.assert_allclose(sorted(marks), sorted(wanted))
 
 
@@ -113,7 +113,7 @@ def test_allocation_shows_published_laws_beside_ours(whole, said):
     readings, fitted = whole
     assert is_a_picture(pictures.allocation(readings, fitted))
     assert all(paper.name in said() for paper in PUBLISHED if paper.parameters)
-    law = fitted.families["diffusion"].laws.parameters
+    law = fitted.series["diffusion"].laws.parameters
     assert fitted.constants(law)["exponent"]["value"] == pytest.approx(0.5, abs=0.02)
 
 
@@ -233,13 +233,13 @@ def test_axes_stay_with_the_data_where_laws_go_anywhere(whole, monkeypatch):
         for r in isoflop_readings(sizes=4, reach=1.5, shift=40)
     ]
     fitted = study.fit(points(noisy), draws=10)
-    assert any(fitted.families[family].laws.best("parameters") for family in LAWS)
+    assert any(fitted.series[family].laws.best("parameters") for family in LAWS)
     (n, d), (loss,) = pictures.allocation(noisy, fitted), pictures.frontier(noisy, fitted)
     for ax, low, high in ((n, 1e7, 1e13), (d, 1e6, 1e13), (loss, 0.0, 9.0)):
         assert low < ax.get_ylim()[0] < ax.get_ylim()[1] < high, ax.get_ylim()
     assert loss.get_xlim()[1] < 1e4 * max(BUDGETS)
     few = [r for r in whole[0] if r.objective == "diffusion" or r.budget == BUDGETS[0]]
-    none = whole[1].families["autoregressive"]._replace(laws=study.Laws(), minima=[])
-    (loss,) = pictures.frontier(few, whole[1]._replace(families=whole[1].families | {"autoregressive": none}))
+    none = whole[1].series["autoregressive"]._replace(laws=study.Laws(), minima=[])
+    (loss,) = pictures.frontier(few, whole[1]._replace(series=whole[1].series | {"autoregressive": none}))
     (named,) = (line for line in loss.lines if "no law" in str(line.get_label()))
     assert named.get_marker() == "None" and not len(named.get_xdata())

@@ -8,9 +8,10 @@ import pytest
 from synthetic import BUDGETS, EXACT, LAWS, change, isoflop_readings, lost, only, repeated_readings
 
 from llada.objectives.families import DIFFUSION, FAMILIES
-from llada.scaling import figure, findings, repetition, study, sweep_report
-from llada.scaling.results import FAILED, PAIRS, REFERENCE, RUNNING, points
-from llada.scaling.sweep_report import _fitted_sentences, report
+from llada.scaling import figure, findings, fits_report, repetition, study, sweep_report
+from llada.scaling.results import FAILED, RUNNING, points
+from llada.scaling.series import Series
+from llada.scaling.sweep_report import report
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_the_summary_comes_first_and_has_the_gap(whole):
 def test_a_gap_far_beyond_the_runs_is_no_finding(whole, monkeypatch):
     (gap,) = findings.headline_gaps(whole[1])
     monkeypatch.setattr(findings, "headline_gaps", lambda study: [gap._replace(value=5e23, beyond=2e23)])
-    said = " ".join(_fitted_sentences(whole[1]))
+    said = " ".join(fits_report.summary(whole[1]))
     assert "too far to tell a compute gap" in said and "LLaDA needs" not in said
 
 
@@ -60,7 +61,7 @@ def test_minima_are_those_of_the_law(whole):
     table = rows(section(written(*whole), "Best size of each budget"))
     assert len(table) == 2 * len(BUDGETS)
     for row in table:
-        law = LAWS["diffusion" if row["family"] == "LLaDA" else "autoregressive"]
+        law = LAWS["diffusion" if row["series"] == "LLaDA" else "autoregressive"]
         n, d, loss = (float(x) for x in law.optimal(float(row["FLOPs"])))
         assert number(row["N*"]) == pytest.approx(n, rel=0.1) and number(row["D*"]) == pytest.approx(d, rel=0.1)
         assert number(row["D*/N*"]) == pytest.approx(number(row["D*"]) / number(row["N*"]), rel=0.02)
@@ -95,7 +96,7 @@ def test_gaps_and_prediction_and_readings_are_the_studys(whole):
     foretold = section(text, "Prediction at 1e22 FLOPs")
     assert "10x the largest budget with runs, 1e21: an extrapolation" in foretold
     for row in rows(foretold):
-        n, d, loss = LAWS["diffusion" if row["family"] == "LLaDA" else "autoregressive"].optimal(1e22)
+        n, d, loss = LAWS["diffusion" if row["series"] == "LLaDA" else "autoregressive"].optimal(1e22)
         assert number(row["N*"]) == pytest.approx(n, rel=0.3) and number(row["D*"]) == pytest.approx(d, rel=0.3)
         assert number(row["L*, nats per token"]) == pytest.approx(loss, abs=0.1)
     shown = {row["run"]: row for row in rows(section(text, "All readings"))}
@@ -166,7 +167,7 @@ def test_lost_runs_are_named_with_reasons(whole):
     readings[1] = lost(readings[1], RUNNING)
     readings[2] = lost(readings[2], FAILED, loss=math.nan)
     first = study.fit(points([r for r in readings if r.budget == BUDGETS[0]]), draws=5)
-    text = written(readings, change(whole[1], reasons=lambda family, _: first.families[family].reasons))
+    text = written(readings, change(whole[1], reasons=lambda family, _: first.series[family].reasons))
     named = section(text, "Runs that have no figure")
     assert f"- {readings[0].run}: failed (out of memory at step 3)" in named
     assert f"- {readings[1].run}: running" in named and f"- {readings[2].run}: diverged" in named
@@ -211,8 +212,6 @@ def test_a_third_family_needs_no_more_than_its_entry(monkeypatch):
     block = dataclasses.replace(DIFFUSION, name="block", title="Block", prefix="block")
     monkeypatch.setitem(FAMILIES, "block", block)
     monkeypatch.setitem(figure.COLOURS, "block", "green")
-    for module in (findings, repetition, sweep_report):
-        monkeypatch.setattr(module, "PAIRS", (*PAIRS, (block, REFERENCE)))
 
     def with_block(readings, gain):
         own = [r for r in readings if r.objective == "diffusion"]
@@ -227,9 +226,9 @@ def test_a_third_family_needs_no_more_than_its_entry(monkeypatch):
     assert [image[:4] for image in images.values()] == [b"\x89PNG"] * 3
     text = written(readings, fitted)
     of_llada, of_block = findings.headline_gaps(fitted)
-    assert (of_llada.family, of_block.family) == (DIFFUSION, block) and of_block.value < of_llada.value
+    assert (of_llada.series, of_block.series) == (Series(DIFFUSION), Series(block)) and of_block.value < of_llada.value
     assert "Block needs" in text and "by the minima: L*, Block over ARM" in section(text, "Compute gap")
-    assert {row["family"] for row in rows(section(text, "Best size of each budget"))} == {"LLaDA", "ARM", "Block"}
+    assert {row["series"] for row in rows(section(text, "Best size of each budget"))} == {"LLaDA", "ARM", "Block"}
     assert "Block's figure is an upper bound" in section(text, "Caveats")
     repeated = with_block(
         repeated_readings({"diffusion": [4.0, 3.5, 3.0, 2.6], "autoregressive": [3.2, 2.8, 3.1, 3.6]}), 0.2

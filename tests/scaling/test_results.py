@@ -5,7 +5,7 @@ import dataclasses
 import math
 
 import pytest
-from synthetic import isoflop_readings, reading, repeated_readings
+from synthetic import isoflop_readings, reading, repeated_readings, variant
 
 from llada.errors import UserError
 from llada.scaling import results
@@ -64,7 +64,9 @@ def test_a_reading_given_twice_counts_once():
         ({"matching": "exact"}, "differ in matching"),
         ({"block_cross_document_attention": True}, "differ in objective.block_cross_document_attention"),
         ({"mode": "repeat"}, "is of mode repeat"),
+        ({"mode": "variants"}, "is of mode variants"),
         ({"rows_digest": "b"}, "ended on different rows"),
+        ({"rows_digest": "b", "variant": "bell"}, "ended on different rows"),
     ],
 )
 def test_what_does_not_compare_is_refused(change, said):
@@ -78,6 +80,15 @@ def test_what_does_not_compare_is_refused(change, said):
     check_comparable([one(**known), one(), one(**known, seed=1)])  # what is not known is not held against it
     with pytest.raises(UserError, match=said):
         check_comparable([one(**known), one(), one(**(known | change))])
+
+
+def test_rows_read_twice_are_no_twins_and_a_variants_name_has_one_meaning():
+    plain, bell = one(rows_digest="a"), variant(one(rows_digest="a"), "bell", 0.1, "weight=paper")
+    check_comparable([plain, bell, variant(one(rows_digest="b", row_copies=2), "paired", 0.1)])
+    with pytest.raises(UserError, match="call two variants 'bell' .weight=paper and weight=flat"):
+        check_comparable([plain, bell, variant(one(seed=1), "bell", 0.1)])
+    assert list(points([plain, bell])) == ["diffusion", "diffusion:bell"]
+    assert each_once([plain, dataclasses.replace(plain, variant="bell"), plain])[1] == 1
 
 
 def test_two_sizes_of_one_name_on_repeated_data_are_refused():
@@ -106,6 +117,9 @@ BAD_CELLS = {
     "monte_carlo_stderr": ["-1"],
     "draws": ["-1", "x"],
     "block_cross_document_attention": ["yes"],
+    "variant": ["a b", "../x", "a:b"],
+    "variant_keys": ["a\x1b[2J"],
+    "row_copies": ["0", "x", ""],
 }
 
 
@@ -129,8 +143,8 @@ def test_a_cell_that_no_run_wrote_is_named_with_its_line(column, tmp_path):
         (b"", "has no column run"),
         (b"a,b\n1,2\n", "has no column run"),
         ("HEADER", "holds no reading"),
-        ("HEADER\nx,y\n", "line 2 has not 36 cells"),
-        ("HEADER\nLINE,more\n", "line 2 has not 36 cells"),
+        ("HEADER\nx,y\n", "line 2 has not 40 cells"),
+        ("HEADER\nLINE,more\n", "line 2 has not 40 cells"),
         ('HEADER\n"LINE\n', "line . is no line of a table"),
     ],
 )
@@ -153,6 +167,6 @@ def test_tables_of_earlier_versions_and_of_spreadsheets_are_read(tmp_path):
     path.write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())
     found = results.read_csv(path)
     assert found[1] == rows[1] and not found[0].measured and math.isnan(found[0].nats_per_token)
-    old = [",".join(line.split(",")[:-3]) + "\n" for line in text.splitlines()]
+    old = [",".join(line.split(",")[:-7]) + "\n" for line in text.splitlines()]
     path.write_text("".join(old))
     assert results.read_csv(path)[1] == dataclasses.replace(rows[1], draws=None, block_cross_document_attention=None)

@@ -45,7 +45,7 @@ def trials():
         # Of 159 draws, the fourth from either end are the percentiles of 2.5 and 97.5 without rounding.
         study = fit({family: runs(law, rng) for family, law in families.items()}, draws=159, seed=seed)
         for family, law in families.items():
-            laws = study.families[family].laws
+            laws = study.series[family].laws
             for constant in "ab":
                 note((family, constant), study.constants(laws.parametric)[constant], getattr(law, constant))
             for names in (FROM_MINIMA, FROM_PARAMETRIC):
@@ -108,7 +108,7 @@ def test_a_scatter_that_no_run_states_widens_the_intervals():
     for extra in (0.0, 0.02):
         noisy = [p._replace(loss=p.loss + extra * rng.normal()) for p in points]
         study = fit({"a": noisy}, draws=200)
-        laws = study.families["a"].laws
+        laws = study.series["a"].laws
         rows = [study.constants(law)["exponent"] for law in (laws.tokens, laws.parametric_tokens)]
         widths.append([row["high"] - row["low"] for row in rows])
     assert np.all(np.array(widths[1]) > 6 * np.array(widths[0]))
@@ -186,13 +186,13 @@ def test_budgets_in_exact_flops_give_a_frontier_in_exact_flops():
     study = fit({"a": points}, draws=20)
     for names, precision in ((FROM_MINIMA, 2e-3), (FROM_PARAMETRIC, 1e-3)):
         for name, truth in zip(names, CHINCHILLA.frontier(per_token), strict=True):
-            assert getattr(study.families["a"].laws, name).best.exponent == pytest.approx(truth.exponent, abs=precision)
-            assert getattr(study.families["a"].laws, name).best(1e20) == pytest.approx(float(truth(1e20)), rel=0.015)
+            assert getattr(study.series["a"].laws, name).best.exponent == pytest.approx(truth.exponent, abs=precision)
+            assert getattr(study.series["a"].laws, name).best(1e20) == pytest.approx(float(truth(1e20)), rel=0.015)
 
 
 def told(points_by_family, **settings):
     study = fit(points_by_family, draws=30, **settings)
-    json.dumps(study.to_json(), allow_nan=False)
+    json.dumps(study.to_json([("diffusion", "autoregressive"), ("b", "a")]), allow_nan=False)
     return study
 
 
@@ -222,27 +222,27 @@ PARAMETRIC_LAWS = {"parametric", *FROM_PARAMETRIC}
 )
 def test_runs_that_tell_too_little_give_reasons(points, laws, reasons):
     study = told({"diffusion": points, "autoregressive": runs(QUOKKA, RNG)})
-    assert set(study.families["diffusion"].laws.known()) == laws
+    assert set(study.series["diffusion"].laws.known()) == laws
     for what, why in reasons.items():
-        assert why in study.families["diffusion"].reasons[what]
-    assert set(study.families["autoregressive"].laws.known()) == LAWS | PARAMETRIC_LAWS
+        assert why in study.series["diffusion"].reasons[what]
+    assert set(study.series["autoregressive"].laws.known()) == LAWS | PARAMETRIC_LAWS
     if "loss" not in laws:
         assert study.gap("diffusion", "autoregressive") == {"reason": "there is no law loss of diffusion"}
 
 
 def test_one_family_or_none_and_a_budget_without_a_minimum():
-    assert told({}).to_json() == {"level": 0.95, "families": {}, "gaps": []}
+    assert told({}).to_json([("diffusion", "autoregressive")]) == {"level": 0.95, "families": {}, "gaps": []}
     points = runs(CHINCHILLA, RNG)
     points = [p._replace(loss=6 - p.loss) if p.budget == BUDGETS[1] else p for p in points]
     study = told({"autoregressive": points})
-    assert study.to_json()["gaps"] == []
-    assert "opens downwards" in study.families["autoregressive"].reasons["budget 1.21231e+19"]
+    assert study.to_json([("diffusion", "autoregressive")])["gaps"] == []
+    assert "opens downwards" in study.series["autoregressive"].reasons["budget 1.21231e+19"]
 
 
 def test_seeds_count_as_runs():
     rng = np.random.default_rng(3)
     study = told({"a": [p for _ in range(3) for p in runs(CHINCHILLA, rng, stderr=0.01)]})
-    assert study.families["a"].reasons == {} and len(study.families["a"].minima) == 5
+    assert study.series["a"].reasons == {} and len(study.series["a"].minima) == 5
 
 
 @pytest.mark.parametrize("change", [{"stderr": 0.0}, {"loss": math.nan}, {"loss": math.inf}, {"tokens": -1.0}])

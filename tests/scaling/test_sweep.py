@@ -40,7 +40,11 @@ def get_config(argument="isoflop"):
                        evaluation_rows=16)
     if argument == "checkpoints":
         c.sweep = dict(mode="checkpoints", sizes=c.sweep["sizes"][:2], budgets=(2e8, 4e8), max_epochs=100.0,
-                       evaluation_rows=16, objectives=("diffusion",))
+                       evaluation_rows=16, objectives=("diffusion",),
+                       variants=dict(paired=dict(masks="complementary", weight="flat")))
+    if argument == "variants":
+        c.sweep = dict(mode="variants", sizes=c.sweep["sizes"][:2], budgets=(2e8, 4e8), seeds=(0, 1), max_epochs=100.0,
+                       evaluation_rows=16, objectives=("diffusion",), variants=dict(flat=dict(weight="flat")))
     return c
 """
 
@@ -133,8 +137,8 @@ def test_jobs_share_a_directory_and_an_interrupted_run_goes_on(swept, experiment
     common = (f"--config={experiment}", f"--workdir={tmp_path}")
     said = metrics.Meter.add
 
-    def interrupt(meter, values):
-        said(meter, values)
+    def interrupt(meter, *values):
+        said(meter, *values)
         if meter.timed_tokens == 20 * meter.config.tokens_per_step:
             signal.raise_signal(signal.SIGINT)
 
@@ -232,6 +236,25 @@ def test_seeds_added_to_a_finished_sweep_are_all_that_is_trained(experiment, tmp
     assert sweep(*common, "--config.sweep.seeds=0,5") == 0 and begun == []
 
 
+def test_variants_are_ranked_and_seeds_added_later_are_all_that_is_trained(experiment, tmp_path, quick_runs, capsys):
+    begun = quick_runs()
+    common = (f"--config={experiment}:variants", f"--workdir={tmp_path}")
+    assert sweep(*common, "--config.sweep.seeds=0") == 0 and len(begun) == 8
+    assert "with one seed nothing tells" in (tmp_path / "report.md").read_text()
+    begun.clear()
+    assert sweep(*common) == 0 and len(begun) == 8 and all(name.endswith("_s1") for name in begun)
+    ranking = json.loads((tmp_path / "fits.json").read_text())["ranking"]
+    assert ranking["best"] == "flat" and ranking["variants"][0]["degrees_of_freedom"] == 4
+    assert ranking["variants"][0]["keys"] == "weight=flat" and ranking["variants"][0]["bound_trained"] is False
+    begun.clear()
+    assert sweep(f"--workdir={tmp_path}") == 0 and begun == []
+    assert sweep(f"--results={tmp_path / 'results.csv'}", f"--workdir={tmp_path / 'again'}") == 0
+    assert json.loads((tmp_path / "again" / "fits.json").read_text())["ranking"] == ranking
+    capsys.readouterr()
+    assert sweep(*common, "--config.sweep.variants.flat.clean_prefix=0.5") == 2
+    assert "planned by other rules (objective.clean_prefix" in capsys.readouterr().err and begun == []
+
+
 def test_a_first_mistake_locks_nothing(experiment, tmp_path, quick_runs, capsys):
     """Rows and tokenizer of values that no run has begun with give way; of a corpus that is none nothing is left."""
     begun, directory = quick_runs(), tmp_path / "new"
@@ -323,6 +346,16 @@ def test_one_run_is_read_at_many_budgets_or_epochs(experiment, argument, tmp_pat
         assert len(readings) == (2 if argument == "checkpoints" else 3)
         assert [row.step for row in readings] == sorted({row.step for row in readings})
         assert all(row.measured for row in readings)
+    if argument == "checkpoints":
+        plain, paired = ([r for r in rows if r.variant == name] for name in (None, "paired"))
+        assert {r.run for r in paired} == {"llada-paired_L1-d16_curve", "llada-paired_L1-d24_curve"}
+        for one, two in zip(plain, paired, strict=True):
+            assert (one.tokens, one.budget) == (two.tokens, two.budget)
+            assert two.epochs == pytest.approx(one.epochs / 2) and (one.row_copies, two.row_copies) == (1, 2)
+            summary = json.loads((tmp_path / "runs" / two.run / "summary.json").read_text())
+            assert two.step != summary["step"] or two.epochs == pytest.approx(summary["epochs"])
+        report = (tmp_path / "report.md").read_text()
+        assert "LLaDA, paired: masks=complementary weight=flat; its training loss is not a bound." in report
     if argument == "repeat":
         assert json.loads((tmp_path / "fits.json").read_text())["crossovers"][0]["unique_tokens"] == 640
         assert [round(row.epochs) for row in rows[:3]] == [1, 4, 16] and (tmp_path / "repeat.png").exists()

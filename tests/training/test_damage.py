@@ -3,11 +3,14 @@
 What is wrong is refused before anything is written, and a workdir is as it was afterwards.
 """
 
+import io
 import json
 import shutil
 import time
 from types import SimpleNamespace
 
+import in_process
+import jax
 import orbax.checkpoint as ocp
 import pytest
 
@@ -16,7 +19,10 @@ from llada.data.tokenizer_training import train_tokenizer
 from llada.errors import DataError, UserError
 from llada.training import loop, metrics
 from llada.training import run as run_lib
+from llada.training.arrays import Leaf
 from llada.training.checkpoint import Checkpoints
+from llada.training.run_item import sealed
+from llada.training.verification import verify
 
 
 @pytest.fixture
@@ -30,7 +36,7 @@ def copies(trained, tmp_path):
 
 
 def edit(path, **changes):
-    """Keys of a JSON file set anew; a dotted key by `__`; None removes it."""
+    """Keys of a JSON file set anew; a dotted key by `__`; None removes it. The item of a step is sealed again."""
     tree = json.loads(path.read_text())
     for key, value in changes.items():
         *groups, leaf = key.split("__")
@@ -41,7 +47,7 @@ def edit(path, **changes):
             del node[leaf]
         else:
             node[leaf] = value
-    path.write_text(json.dumps(tree))
+    path.write_text(json.dumps(sealed(tree) if "sha256" in tree else tree))
 
 
 def run_item(w, step=12):
@@ -65,7 +71,7 @@ def renamed(w):
     (w / "checkpoints" / "12").rename(w / "checkpoints" / "14")
 
 
-BOTH, TRAIN, READ = ("train", "load"), ("train",), ("load",)
+BOTH, TRAIN, READ = ("load", "train"), ("train",), ("load",)
 # name -> (what is done to a workdir, words of the line, which calls meet it)
 DAMAGE = {
     "checkpoint of the other family": (
@@ -92,7 +98,7 @@ DAMAGE = {
         "rows_digest='3', which is no text",
         BOTH,
     ),
-    "format of tomorrow": (lambda w, _: edit(run_item(w), format_version=2), "format 2, .*use a newer llada", BOTH),
+    "format of tomorrow": (lambda w, _: edit(run_item(w), format_version=3), "format 3, .*use a newer llada", BOTH),
     "format of nobody": (lambda w, _: edit(run_item(w), format_version="1"), "format_version='1', .* no version", BOTH),
     "begun is text": (lambda w, _: edit(run_item(w), begun="yes"), "begun='yes', which is no bool", BOTH),
     "config of the checkpoint": (lambda w, _: edit(run_item(w), config__model__width="x"), "width='x' is a str", BOTH),
@@ -122,7 +128,7 @@ DAMAGE = {
         "step 12 .*cannot be used",
         TRAIN,
     ),
-    "empty step": (lambda w, _: (w / "checkpoints" / "999").mkdir(), "step 999 .*cannot be read: No such file", BOTH),
+    "empty step": (lambda w, _: (w / "checkpoints" / "999").mkdir(), "step 999 .*cannot be read: No such file", READ),
     "config.json cut": (lambda w, _: cut(w / "config.json"), "config.json is not JSON", BOTH),
     "config.json a list": (
         lambda w, _: (w / "config.json").write_text("[1]"),
@@ -151,6 +157,12 @@ def test_one_line_says_what_is_wrong_and_nothing_is_written(name, tiny, copies):
     damage(w, copies)
     before = contents(w)
     for call in calls:
+        if call == "train":  # with an older step beside it training would go on from that: see test_digests.py
+            for step in ("4", "8"):
+                if (w / "checkpoints" / step).exists():
+                    shutil.rmtree(w / "checkpoints" / step)
+            before = contents(w)
+            words = words.partition(";" if "; other steps" in words else ".*other steps")[0]
         with pytest.raises(UserError, match=words) as raised:
             loop.train(tiny("llada"), w) if call == "train" else llada.load(w)
         assert "\n" not in str(raised.value)
@@ -160,7 +172,7 @@ def test_one_line_says_what_is_wrong_and_nothing_is_written(name, tiny, copies):
 def test_an_older_step_is_read_and_continued_also_one_of_before_there_was_a_version(tiny, copies, trained):
     w = copies("llada")
     for step in (4, 8):
-        edit(run_item(w, step), format_version=None, begun=None, cursor__corpus_digest=None)
+        edit(run_item(w, step), format_version=None, begun=None, cursor__corpus_digest=None, digests=None, sha256=None)
     cut(run_item(w, 12))
     assert llada.load(w, step=8).step == 8
     shutil.rmtree(w / "checkpoints" / "12")
@@ -187,7 +199,7 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(tiny, copies):
 
 def rows_of(w):
     opened = llada.load(w)
-    return run_lib.corpus_of_run(w, opened.config, opened.tokenizer, opened.step)
+    return run_lib.corpus_of_run(w, opened.config, opened.tokenizer, opened.corpus_digest)
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -212,7 +224,42 @@ def test_a_run_goes_on_and_is_judged_with_the_rows_that_it_was_trained_on(there,
     edit(run_item(w), cursor__corpus_digest=digest)
     loop.train(tiny("llada"), w)
     assert rows_of(w).metadata.digest == digest
-    assert sorted(path.name for path in (w / "data").glob("[!.]*")) == ["holdout.npy", "metadata.json", "train.npy"]
+    names = ["holdout.crc32.npy", "holdout.npy", "metadata.json", "train.crc32.npy", "train.npy"]
+    assert sorted(path.name for path in (w / "data").glob("[!.]*")) == names
+
+
+def test_a_damaged_row_ends_the_run_before_the_step_that_would_use_it(tiny, copies, trained, capsys):
+    """Put right, it goes on to the bits that it would have had; rows of an older llada with one remark."""
+    w, config = copies("llada"), tiny("llada")
+    for step in (8, 12):
+        shutil.rmtree(w / "checkpoints" / str(step))
+    opened = llada.load(w)
+    corpus = run_lib.corpus_of_run(w, config, opened.tokenizer, opened.corpus_digest)
+    row = row_of_step(corpus.batches(config, opened.tokenizer), 10)
+    path, at = w / "data" / "train.npy", corpus.train_NL.offset + row * 2 * 32
+    good = path.read_bytes()
+    path.write_bytes(good[: at + 7] + bytes([good[at + 7] ^ 128]) + good[at + 8 :])
+    with pytest.raises(DataError, match=f"train.npy: row {row}, at byte {at}, is not what was .*; remove {w}/data"):
+        loop.train(config, w)
+    assert sorted(int(path.name) for path in (w / "checkpoints").glob("[0-9]*")) == [4, 8]
+    path.write_bytes(good)
+    assert "checksums" not in capsys.readouterr().err
+    edit(w / "data" / "metadata.json", checksums=None, sha256=None)
+    for path in (w / "data").glob("*.crc32.npy"):
+        path.unlink()
+    summary = loop.train(config, w)
+    for key in ("rows_digest", "eval_nats_per_token"):
+        assert summary[key] == trained["llada"].summary[key]
+    rows_of(w)
+    assert capsys.readouterr().err.count("was prepared without checksums, by an older llada") == 1
+    found = verify(w)
+    assert not found.damaged and any("prepared without checksums" in remark for remark in found.remarks)
+
+
+def row_of_step(batches, step):
+    """A row that no step before it has read since step 4."""
+    used = batches._used[[batches._ids[i] for i in range(8 * step)]].tolist()
+    return next(row for row in used[8 * (step - 1) :] if row not in used[8 * 4 : 8 * (step - 1)])
 
 
 def test_a_step_taken_away_while_it_is_read_is_looked_for_again(copies, monkeypatch):
@@ -248,6 +295,50 @@ def test_a_step_taken_away_while_it_is_read_is_looked_for_again(copies, monkeypa
     monkeypatch.setattr("llada.training.run_item.time", rest)
     with pytest.raises(UserError, match="step 4 .*was removed while it was read; saved now: 8;"):
         llada.load(w, step=4)
+
+
+READERS = {
+    "sample": ["--prompt=the", "--gen_length=4", "--steps=1"],
+    "evaluate": ["--draws=1", "--batches=1"],
+    "likelihood": ["--answer=the", "--draws=1"],
+    "chat": ["--template=plain", "--gen_length=2", "--json"],
+    "export": ["--out=OUT"],
+    "import": [],
+}
+
+
+def test_every_reader_takes_the_newest_step_where_training_removes_the_one_it_reads(copies, tmp_path, monkeypatch):
+    """It goes in the middle of its arrays; one that was asked for by name is not replaced by another."""
+    w = copies("llada")
+    step, gone = w / "checkpoints" / "12", w / "checkpoints" / "gone"
+    piece, at = Leaf.piece, []
+
+    def removed(leaf, index):
+        at.append(leaf.name)
+        if len(at) == 4:
+            step.rename(gone)
+        return piece(leaf, index)
+
+    monkeypatch.setattr(Leaf, "piece", removed)
+    for command, flags in READERS.items():
+        for asked in ([],) if command == "import" else ([], ["--step=12"]):
+            at.clear()
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the cat\n")))
+            out = tmp_path / f"{command}{len(asked)}"
+            where = [f"--source={w}", f"--workdir={out}"] if command == "import" else [f"--workdir={w}"]
+            done = in_process.llada(command, *where, *(flag.replace("OUT", str(out)) for flag in flags), *asked)
+            gone.rename(step)
+            if asked:
+                assert done.returncode == 2 and done.stdout == "", (command, done)
+                assert "step 12 of " in done.stderr and "was removed while it was read; saved now: 4, 8;" in done.stderr
+                assert not out.exists()
+            else:
+                assert done.returncode == 0 and "removed" not in done.stderr, (command, done)
+                assert len(at) > 8, command
+            assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "export0" / "config.json").read_text())["model_type"] == "llada"
+    imported, right = llada.load(tmp_path / "import0"), llada.load(w, step=8)
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), imported.params, right.params))
 
 
 def test_damaged_lines_of_metrics_go_alone_and_are_kept_beside(copies, tiny, capsys):

@@ -6,7 +6,7 @@ import pytest
 
 from llada import mesh as mesh_lib
 from llada.errors import Diverged
-from llada.training import loop, metrics
+from llada.training import loop, metrics, resuming
 from llada.training.checkpoint import Checkpoints
 
 
@@ -16,7 +16,7 @@ def test_traces_and_programs_are_written_and_the_bits_stay_the_same(tiny, traine
     states = []
     for workdir in (tmp_path, trained["llada"].workdir):
         with Checkpoints(workdir) as checkpoints:
-            states.append(loop.restore_state(checkpoints, config, mesh_lib.make(config.mesh), config.steps)[0])
+            states.append(resuming.restore_state(checkpoints, config, mesh_lib.make(config.mesh), config.steps)[0])
     jax.tree.map(np.testing.assert_array_equal, *states)
     assert not jax.config.jax_debug_nans
     (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")

@@ -14,7 +14,7 @@ import pytest
 
 from llada.config import from_config_dict
 from llada.errors import UserError
-from llada.training import loop, metrics
+from llada.training import loop, metrics, optimizer, resuming
 from llada.training.checkpoint import Checkpoints
 
 # What a process of its own runs, given a directory with the config in it.
@@ -30,7 +30,7 @@ def final_state(config, workdir):
     from llada import mesh as mesh_lib
 
     checkpoints = Checkpoints(workdir)
-    state, cursor = loop.restore_state(checkpoints, config, mesh_lib.make(config.mesh), checkpoints.latest())
+    state, cursor = resuming.restore_state(checkpoints, config, mesh_lib.make(config.mesh), checkpoints.latest())
     checkpoints.close()
     return jax.tree.map(np.asarray, state), cursor
 
@@ -59,8 +59,8 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
     config = tiny(family)
     said, steps = metrics.Meter.add, []
 
-    def interrupt(meter, values):
-        said(meter, values)
+    def interrupt(meter, *values):
+        said(meter, *values)
         steps.append(1)
         if len(steps) == 5:
             for _ in range(times):
@@ -139,9 +139,10 @@ def test_training_learns(trained):
 def test_a_finished_run_called_again_changes_nothing(tiny, trained, tmp_path):
     workdir = tmp_path / "llada"
     shutil.copytree(trained["llada"].workdir, workdir)
-    before = (workdir / "metrics.jsonl").read_bytes()
+    files = ("metrics.jsonl", "calls.jsonl", "summary.json")
+    before = [(workdir / name).read_bytes() for name in files]
     assert loop.train(tiny("llada"), workdir) == trained["llada"].summary
-    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert [(workdir / name).read_bytes() for name in files] == before
 
 
 def test_a_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(tiny, tmp_path):
@@ -194,7 +195,7 @@ def test_evaluations_happen_at_named_positions_too(tiny, tmp_path):
     assert [line["step"] for line in record(tmp_path) if "eval/nats_per_token" in line] == [3, 6, 12]
     for wrong in ("soon", "0", "200%", "1"):
         with pytest.raises(UserError, match=f"evaluate.at has '{wrong}'"):
-            loop.evaluation_steps(tiny("llada", {"evaluate.at": wrong}))
+            optimizer.evaluation_steps(tiny("llada", {"evaluate.at": wrong}))
 
 
 def test_unique_tokens_are_read_again_and_again(tiny, tmp_path):

@@ -45,7 +45,8 @@ def test_three_steps_are_those_of_adamw_in_numpy(tiny):
         norm = np.sqrt(sum(np.sum((leaf / tokens) ** 2) for leaf in flat(sums).values()))
         clipped = {name: leaf / tokens * min(1.0, 2.0 / norm) for name, leaf in flat(sums).items()}
         assert (norm > 2.0) == (size != 1e-3)
-        updates, state = update(sums, state, params, token_count=jnp.float32(tokens), norm=jnp.float32(norm))
+        factor = optimizer.clip_factor(config.optimizer.clip_norm, jnp.float32(norm), jnp.float32(tokens))
+        updates, state = update(sums, state, params, factor=factor)
         params = jax.tree.map(lambda p, u: p + u, params, updates)
         rate = 1e-2 * step / 6  # halfway is step 6 of 12, and the rate is that of the step's end
         expected = adamw(expected, clipped, first, second, step, rate, config.optimizer)

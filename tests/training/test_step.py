@@ -14,9 +14,9 @@ from llada import mesh as mesh_lib
 from llada.config import MeshConfig
 from llada.evaluation.validation import Validator
 from llada.model import transformer
-from llada.objectives import diffusion
 from llada.objectives import noise as noise_lib
 from llada.objectives.contract import SpecialTokens
+from llada.objectives.corruption import forward_process
 from llada.training import step as step_lib
 
 SPECIAL = SpecialTokens(mask=3, eos=1)
@@ -47,7 +47,7 @@ def alone(config, params, rows_BL) -> jax.Array:
     t_B = noise_lib.times(noise, config.objective.time_sampling)
     uniform_BL = noise_lib.uniform(noise, noise_lib.MASK, rows_BL.shape[1:])
     valid = jnp.ones(rows_BL.shape, bool)
-    corrupted = diffusion.forward_process(rows_BL, t_B, uniform_BL, valid, SPECIAL.mask, config.objective.eps)
+    corrupted = forward_process(rows_BL, t_B, uniform_BL, valid, SPECIAL.mask, config.objective.eps)
     total = 0.0
     for b, ends in enumerate(ENDS):
         for part in documents(rows_BL.shape[1], ends):

@@ -54,6 +54,13 @@ class CommandFlags(flags.FlagValues):
         """A whole number within its bounds."""
         return flags.DEFINE_integer(name, default, meaning, lower_bound, upper_bound, self)
 
+    def define_optional_integer(
+        self, name: str, alone: int, meaning: str, lower_bound: int | None = None, upper_bound: int | None = None
+    ) -> flags.FlagHolder[int | None]:
+        """A switch that may have a whole number: None without it, `alone` for --name by itself."""
+        flag = flags.Flag(_Optional(alone, lower_bound, upper_bound), None, name, None, meaning, boolean=True)
+        return flags.DEFINE_flag(flag, self)
+
     def define_float(self, name: str, default: Number, meaning: str) -> flags.FlagHolder[float | Number]:
         """A number."""
         return flags.DEFINE_float(name, default, meaning, flag_values=self)
@@ -98,3 +105,16 @@ class CommandFlags(flags.FlagValues):
         one_list = flags.FlagValues()  # of no module: absl prints it without headings
         one_list.append_flag_values(self)
         return one_list.get_help("  ", include_special_flags=False)
+
+
+class _Optional(flags.IntegerParser):
+    """Parser of a switch with a number: absl writes `true` for --name and `false` for --noname."""
+
+    def __init__(self, alone: int, lower_bound: int | None, upper_bound: int | None):
+        super().__init__(lower_bound, upper_bound)
+        self._alone = alone
+
+    def parse(self, argument):
+        return (
+            {"true": self._alone, "false": None}[argument] if argument in ("true", "false") else super().parse(argument)
+        )

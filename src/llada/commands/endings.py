@@ -1,4 +1,4 @@
-"""How a command starts and ends as a process: standard streams, Ctrl-C, closed pipes, exceptions that a user can fix.
+"""How a command starts and ends as a process: standard streams, signals, closed pipes, exceptions that a user can fix.
 
 A bug of ours keeps its traceback. What a user, a disk or a machine can fix becomes one line.
 """
@@ -9,11 +9,10 @@ import errno
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
-from types import FrameType
 
+from llada import signals
 from llada.errors import UserError, disk_error
 
 INTERRUPTED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
@@ -40,37 +39,21 @@ def open_streams() -> None:
         stream.reconfigure(encoding="utf-8" if ascii_only else None, errors="backslashreplace")  # type: ignore[union-attr]
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, except where it would be lost or do harm.
-
-    During an import it can leave a C++ module half initialised and crash: exit at once instead, as nothing is open yet.
-    In JAX's callback of the garbage collector it would be swallowed: send the signal again a moment later.
-    """
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            _report_interrupted()
-            os._exit(INTERRUPTED)
-        if frame.f_code.co_name == "_xla_gc_callback":
-            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt
-
-
 def run(main: Callable[[], int]) -> int:
     """The exit status of `main`, with its output flushed; silent if the reader of the output has gone (`| head`).
 
-    Ctrl-C ends it at any point, unless SIGINT was ignored when the process started (nohup, `&` in a script).
+    SIGINT, SIGTERM and SIGHUP end it at any point, unless they were ignored when the process started (nohup, `&` in a
+    script).
     """
     try:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, _interrupt)
+        signals.listen()
         status = main()
+        signals.ignore()
         sys.stdout.flush()
         sys.stderr.flush()
         return status
     except KeyboardInterrupt:
-        _report_interrupted()
+        signals.report(signal.SIGINT)
         return INTERRUPTED
     except BrokenPipeError:
         status = BROKEN_PIPE
@@ -88,11 +71,6 @@ def run(main: Callable[[], int]) -> int:
         except OSError:
             os.dup2(devnull, stream.fileno())
     return status
-
-
-def _report_interrupted() -> None:
-    with contextlib.suppress(OSError):
-        os.write(2, b"llada: interrupted\n")
 
 
 def as_user_error(error: BaseException, what: str) -> UserError | None:

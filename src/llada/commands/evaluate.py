@@ -1,8 +1,12 @@
-"""llada evaluate --workdir=DIR [--step=N] [--draws=N] [--batches=N] [--estimator=l_of_L|bernoulli]
+"""llada evaluate --workdir=DIR [--step=N] [--draws=N] [--batches=N] [--task=dialogues [--generate=N ...]]
 
 Held-out nats per token with standard error, bits per byte and perplexity, as JSON (also in DIR/evaluation.json): the
 likelihood bound of a LLaDA (Eq. (6), fixed masks), the exact NLL of an ARM, both on the same rows. A model too large
 for one device is opened in shards, as it was trained: --config.mesh.fsdp=N, --microbatches=N, on several hosts too.
+
+Of a run that was fine-tuned on dialogues they are those of held-out answers. --task=dialogues adds a LLaDA's loss at
+fixed times t, and with --generate=N has the model write N of the answers: exact match for each label and turn, with
+95 % intervals. DIR/answers.json has the scores of every way of writing them that was evaluated at this step.
 """
 
 import dataclasses
@@ -11,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from llada import json_files, processes
-from llada.commands import joining, opening
+from llada.commands import joining, opening, sampling
 from llada.commands.command_flags import CommandFlags, required
 from llada.config import Config
 from llada.errors import DiskError, UserError
 from llada.files import write_atomically
 from llada.paths import user_path
 
-FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS)
+FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS, sampling.FLAGS)
 WORKDIR = FLAGS.define_string("workdir", None, "a workdir of llada train")
 STEP = FLAGS.define_integer("step", None, "checkpoint to evaluate; default the latest")
 DRAWS = FLAGS.define_integer(
@@ -32,7 +36,21 @@ MICROBATCHES = FLAGS.define_integer(
     lower_bound=1,
 )
 ESTIMATOR = FLAGS.define_string("estimator", None, "l_of_L (Eq. (6), default) or bernoulli (Eq. (4): heavy-tailed)")
-TASK = FLAGS.define_enum("task", "validation", ["validation"], "what to evaluate on: the run's held-out rows")
+TASK = FLAGS.define_enum(
+    "task",
+    "validation",
+    ["validation", "dialogues"],
+    "validation: the run's held-out rows; dialogues: for fine-tuned runs also the loss by time, and answers compared",
+)
+GENERATE = FLAGS.define_integer(
+    "generate", 0, "held-out answers to be written and compared (--task=dialogues)", lower_bound=0, upper_bound=2**20
+)
+# How to write them: fields of `generation.Request`, each under its name.
+OPTIONS = (
+    FLAGS.define_integer("gen_length", None, "tokens after the prompt; default room for the longest held-out answer"),
+    *sampling.OPTIONS,
+    sampling.SEED,
+)
 
 
 def run(overrides: dict[str, str]) -> int:
@@ -46,27 +64,70 @@ def run(overrides: dict[str, str]) -> int:
     from llada.training import run as run_lib
 
     with processes.agreement():
-        validation.estimator_for(run_lib.read_config(workdir), ESTIMATOR.value)
-    settings = [flag.value for flag in (STEP, DRAWS, BATCHES, MICROBATCHES, ESTIMATOR, opening.DTYPE)]
+        _check(run_lib.read_config(workdir))
+    flags = (STEP, DRAWS, BATCHES, MICROBATCHES, ESTIMATOR, TASK, GENERATE, *OPTIONS, opening.DTYPE)
+    settings = [flag.value for flag in flags]
     opening.require_same([mesh, *settings])
     opened = opening.open_run(workdir, STEP.value, mesh)
     config = _with_flags(opened.config)
     with processes.agreement():
-        corpus = run_lib.corpus_of_run(workdir, config, opened.tokenizer, opened.step)
+        corpus = run_lib.corpus_of_run(workdir, config, opened.tokenizer, opened.corpus_digest)
     with jax.set_mesh(opened.mesh), processes.ending_together(UserError):
         validator = validation.Validator(
             config,
             opened.tokenizer.special,
             corpus.text_bytes(opened.tokenizer.token_bytes_V),
-            corpus.holdout_NL,
+            corpus.held_out(config, opened.tokenizer),
             opened.mesh,
             ESTIMATOR.value,
         )
-        result = validator(opened.params)
+        facts = {"step": opened.step, "task": TASK.value} | validator(opened.params)._asdict()
+        if TASK.value == "dialogues":
+            facts |= _of_dialogues(opened, config, corpus, validator)
     if processes.is_first():
-        facts = {"step": opened.step, "task": TASK.value} | result._asdict() | {"dtype": opening.DTYPE.value}
-        _print_and_save(facts, workdir, config)
+        _print_and_save(facts | {"dtype": opening.DTYPE.value}, workdir, config)
     return 0
+
+
+def _check(config: Config) -> None:
+    """UserError for flags that do not go with this run, or with each other."""
+    from llada.evaluation import validation
+    from llada.inference import generation
+
+    validation.estimator_for(config, ESTIMATOR.value)
+    if TASK.value == "dialogues" and not config.fine_tunes:
+        raise UserError(f"--task=dialogues is for fine-tuned runs; this one's data.source={config.data.source}")
+    given = [flag.name for flag in OPTIONS if flag.present]
+    if GENERATE.value and TASK.value != "dialogues":
+        raise UserError(f"--generate={GENERATE.value} is for --task=dialogues")
+    if given and not GENERATE.value:
+        raise UserError(f"--{given[0]} says how answers are written; --generate=N, how many, is missing")
+    generation.check(config, generation.Request(prompt="", **_options()))
+
+
+def _options() -> dict[str, Any]:
+    """The fields of `generation.Request` that say how to write answers."""
+    return {flag.name: flag.value for flag in OPTIONS}
+
+
+def _of_dialogues(opened, config: Config, corpus, validator) -> dict[str, Any]:
+    """The loss by time of a mask predictor, and the scores of written answers. UserError as `answers.write`."""
+    from llada.evaluation import answers, by_time
+    from llada.objectives import families
+
+    facts: dict[str, Any] = {}
+    if families.of(config).masks:
+        losses = by_time.losses_by_time(config, opened.tokenizer.special, validator, opened.params)
+        facts["by_time"] = [loss._asdict() for loss in losses]
+    if GENERATE.value:
+        held_out = corpus.held_out(config, opened.tokenizer)
+        written = answers.write(
+            config, opened.params, opened.tokenizer, held_out, corpus.metadata.labels, GENERATE.value, _options()
+        )
+        facts["answers"] = answers.summary(written)
+        if processes.is_first():
+            answers.record(opened.workdir / answers.FILE, opened.step, corpus.metadata.digest, facts["answers"])
+    return facts
 
 
 def _with_flags(config: Config) -> Config:

@@ -5,13 +5,14 @@ traceback; here it gets one line.
 """
 
 import dataclasses
+import difflib
 import inspect
 import runpy
 import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,20 @@ def take_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     return rest, overrides
 
 
-def read(experiment: str | None, overrides: dict[str, str]) -> Config:
-    """The experiment with its overrides. UserError for a bad file, argument, key or value."""
+def read(
+    experiment: str | None, overrides: dict[str, str], change: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> Config:
+    """The experiment with its overrides. UserError for a bad file, argument, key or value.
+
+    `change` may replace values before the overrides do.
+    """
     if not experiment:
         raise UserError("--config is missing; for example --config=experiments/quickstart.py:llada")
     values = _call(experiment)
     if "sweep" in values:
         raise UserError(f"--config={experiment} describes a sweep, many runs; use llada sweep --config={experiment}")
-    return override(_merged(config_lib.default_config().to_dict(), values), overrides)
+    tree = _merged(config_lib.default_config().to_dict(), values)
+    return override(change(tree) if change else tree, overrides)
 
 
 def read_sweep(experiment: str, overrides: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -99,10 +106,10 @@ def override_sweep(
 def override(tree: dict[str, Any], overrides: dict[str, str]) -> Config:
     """A nested dict of all keys with some of them changed. UserError for a bad key or value."""
     _put(tree, overrides, Config)
-    # Steps and tokens exclude each other: one on the command line cancels the other of the file.
-    for named, other in (("steps", "tokens"), ("tokens", "steps")):
-        if f"train.{named}" in overrides and f"train.{other}" not in overrides:
-            tree["train"][other] = None
+    # They exclude each other: one on the command line cancels the others of the file.
+    lengths = ("steps", "tokens", "epochs")
+    if any(f"train.{name}" in overrides for name in lengths):
+        tree["train"] |= {name: None for name in lengths if f"train.{name}" not in overrides}
     return config_lib.from_config_dict(tree)
 
 
@@ -164,7 +171,10 @@ def _file_and_argument(experiment: str) -> tuple[Path, str | None]:
         folder, problem = path, f"{path} is a directory"
     elif path.exists():
         problem = f"{path} is no regular file"
-    experiments = sorted(str(p) for p in folder.glob("*.py"))[:12] if folder.is_dir() else []
+    files = sorted(folder.glob("*.py")) if folder.is_dir() else []
+    # The most alike first: of many files the one that was meant may not be among the first twelve.
+    files.sort(key=lambda file: -difflib.SequenceMatcher(None, file.name, path.name).ratio())
+    experiments = [str(file) for file in files[:12]]
     hint = f"; there are {', '.join(experiments)}" if experiments else ""
     raise UserError(f"--config={experiment}: {problem}{hint}")
 
@@ -190,14 +200,15 @@ def help_config(groups: dict[str, type]) -> str:
     keys = [key for prefix, cls in groups.items() for key in knobs.keys(cls, prefix)]
     left = max(len(key.name) for key in keys) + 2
     width = max(shutil.get_terminal_size((120, 24)).columns, 80)
-    lines = ["--config.KEY=VALUE; + may change on a later call for the same workdir, all others are fixed", ""]
+    first = "--config.KEY=VALUE; a later call on the same workdir may change + at will, * from its next step on"
+    lines = [first, ""]
     before = ""
     for key in keys:
         group = key.name.rpartition(".")[0]
         if group != before:
             lines.append("")
         before = group
-        mark = "+" if key.knob.changeable else " "
+        mark = "+" if key.knob.changeable else "*" if key.knob.recorded else " "
         value = f'"{key.default}"' if isinstance(key.default, str) else key.default
         limits = "" if key.knob.choices and key.knob.limits in key.knob.meaning else key.knob.limits
         text = "; ".join(filter(None, (key.knob.meaning, limits)))

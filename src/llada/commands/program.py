@@ -16,10 +16,13 @@ COMMANDS = {
     "evaluate": "held-out bound (LLaDA) or NLL (ARM), with its standard error",
     "likelihood": "log p(answer | prompt): a bound with its standard error (LLaDA), or exact (ARM)",
     "sample": "text from a trained model: continue a prompt or fill gaps",
+    "chat": "a dialogue with a tuned model: in the terminal, from a pipe, or over HTTP",
     "export": "a checkpoint as a Hugging Face directory, for PyTorch",
     "import": "a Hugging Face directory (LLaDA-8B, Llama ...) as a workdir",
     "plan": "memory, FLOPs and time of a program on a TPU slice, compiled on any machine",
     "sweep": "a grid of runs at fixed FLOP budgets: scaling-law fits, plots, report",
+    "verify": "all that a workdir holds, read and compared with what was saved",
+    "reproduce": "a run trained again from its workdir alone, and compared bit for bit",
     "compare": "curves and a report of a LLaDA and an ARM trained alike",
 }
 _HELP = ("-h", "--help", "-help")

@@ -7,21 +7,19 @@ lies on the devices, and several processes may share it.
 """
 
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 from llada import json_files, processes
-from llada.commands import joining, opening
+from llada.commands import joining, opening, sampling
 from llada.commands.command_flags import CommandFlags
 from llada.errors import UserError
 from llada.paths import writable_target
 
 if TYPE_CHECKING:  # at run time these would import JAX, before the flags are parsed
-    from llada.inference.compiled_loop import Observer
-    from llada.inference.generation import Generated, Request
+    from llada.inference.generation import Generated, Request, Watcher
     from llada.training.run import Run
 
-FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS)
+FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS, sampling.FLAGS)
 WORKDIR = FLAGS.define_string("workdir", None, "a workdir of llada train")
 STEP = FLAGS.define_integer("step", None, "checkpoint to sample from; default the latest")
 JSON = FLAGS.define_bool("json", False, "print a line of JSON per text: ids, text, forward_passes, seconds ...")
@@ -34,21 +32,10 @@ PROMPTS = (
     FLAGS.define_multi_string("infill", None, "text with [MASK] or [MASK:N] where tokens are to be filled in"),
 )
 SAMPLES = FLAGS.define_integer("samples", 1, "texts for each of them, with the seeds that follow --seed", lower_bound=1)
-SEED = FLAGS.define_integer("seed", 0, "of the sampling noise", lower_bound=0, upper_bound=2**31 - 1)
-# One flag per further field of `generation.Request`, under the same name.
+# Fields of `generation.Request`, each under its name.
 OPTIONS = (
     FLAGS.define_integer("gen_length", None, "tokens after the prompt; default what the context leaves, at most 64"),
-    FLAGS.define_integer("steps", None, "steps of the reverse process; default one per token"),
-    FLAGS.define_integer("block_length", None, "fill block by block, left to right; default one block; 1: in order"),
-    FLAGS.define_float("temperature", 0.0, "0: most likely tokens; 1: the model's own distribution"),
-    FLAGS.define_float("cfg_scale", None, "classifier-free guidance w of LLaDA Eq. (16); default none"),
-    FLAGS.define_string("remasking", None, "what a step writes: low_confidence (default), random or random_binomial"),
-    FLAGS.define_string(
-        "eos", None, "end tokens: keep (default), no_logits (never written), no_confidence (written last)"
-    ),
-    FLAGS.define_integer("speculate", None, "canvases per pass: the same text in fewer passes; default 1, off"),
-    FLAGS.define_string("cache", None, "approximate: prefix or dual; default none"),
-    FLAGS.define_float("confidence_threshold", None, "approximate: also write every prediction at least this probable"),
+    *sampling.OPTIONS,
 )
 
 
@@ -97,7 +84,7 @@ def _requests() -> "list[Request]":
     name, prompts = given[0].name, given[0].value or []
     _check_count(len(prompts) * SAMPLES.value)
     options: dict[str, Any] = {flag.name: flag.value for flag in OPTIONS}
-    seeds = range(SEED.value, SEED.value + SAMPLES.value)
+    seeds = range(sampling.SEED.value, sampling.SEED.value + SAMPLES.value)
     return [Request(**options | {name: prompt, "seed": seed}) for prompt in prompts for seed in seeds]
 
 
@@ -109,7 +96,7 @@ def _check_count(texts: int) -> None:
         raise UserError(f"{flag} shows one text; {texts} are asked for")
 
 
-def _generate(opened: "Run", requests: "list[Request]", observe: "Observer | None" = None) -> "list[Generated]":
+def _generate(opened: "Run", requests: "list[Request]", observe: "Watcher | None" = None) -> "list[Generated]":
     from llada.inference.generation import generate
 
     return generate(opened.config, opened.params, opened.tokenizer, requests, observe)
@@ -122,7 +109,8 @@ def _generate_watched(opened: "Run", requests: "list[Request]") -> "list[Generat
     steps = generation.total_steps(opened.config, opened.tokenizer, requests[0])
     console = _console()
     with replay.Watch(opened.tokenizer, opened.tokenizer.mask_id, steps, console) as watch:
-        return _generate(opened, requests, _paced(watch, steps) if console.is_terminal else watch)
+        draw = replay.paced(watch, steps, _WATCHABLE_SECONDS) if console.is_terminal else watch
+        return _generate(opened, requests, lambda index, *state: draw(*state))
 
 
 def _print(texts: "list[Generated]") -> None:
@@ -159,26 +147,13 @@ def _console():
     return Console(stderr=JSON.value)
 
 
-def _paced(watch: "Observer", steps: int) -> "Observer":
-    """An observer that draws, and waits where steps come faster than eyes follow."""
-    start = time.monotonic()
-
-    def observe(tokens_L, step_L, step):
-        watch(tokens_L, step_L, step)
-        nonlocal start
-        start = time.monotonic() if step == 0 else start
-        time.sleep(max(0.0, start + (step + 1) * _WATCHABLE_SECONDS / steps - time.monotonic()))
-
-    return observe
-
-
 def _facts(generated: "Generated") -> dict[str, str]:
     """What the page says about the text."""
     options = {flag.name: str(flag.value) for flag in OPTIONS if flag.value is not None}
     return {
         "model": str(WORKDIR.value),
         **options,
-        "seed": str(SEED.value),
+        "seed": str(sampling.SEED.value),
         "tokens written": str(_written(generated)),
         "forward passes": str(generated.forward_passes),
         "seconds": f"{generated.seconds:.2f}",

@@ -56,10 +56,11 @@ def is_holdout(text: str, fraction: float) -> bool:
     Decided by a hash of the text alone, so a document stays on its side whatever else the corpus holds, and copies
     of one document never straddle the split.
     """
-    return _hash(text) < fraction * 2.0**64
+    return text_hash(text) < fraction * 2.0**64
 
 
-def _hash(text: str) -> int:
+def text_hash(text: str) -> int:
+    """64 bits of a text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -90,7 +91,7 @@ def _sections(texts: list[str], fraction: float, length: int, remark: Remark) ->
     sections = [section for text in texts for section in text_files.sections(text, size)]
     least = min(_CHARACTERS_A_TOKEN * length, characters // 4)
     wanted, held, copies = max(fraction * characters, least), set(), Counter(sections)
-    for section in sorted(copies, key=_hash):
+    for section in sorted(copies, key=text_hash):
         if wanted <= 0:
             break
         held.add(section)
@@ -107,11 +108,11 @@ def _without(texts: Iterator[str], holdout: Iterator[str], remark: Remark) -> It
     """The held-out documents, then the others but for copies of them."""
     hashes = set()
     for text in holdout:
-        hashes.add(_hash(text))
+        hashes.add(text_hash(text))
         yield True, text
     copies = 0
     for text in texts:
-        if _hash(text) in hashes:
+        if text_hash(text) in hashes:
             copies += 1
         else:
             yield False, text

@@ -7,15 +7,17 @@ end text, end a turn and pad. Needs the `tokenizers` library: the [hf] extra.
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from llada import json_files
-from llada.data.tokenizer import NAMES, SPACE_MARK, Tokenizer
-from llada.errors import UserError
+from llada.data import huggingface_controls
+from llada.data.control_tokens import end_of_turn
+from llada.data.tokenizer import NAMES, SPACE_MARK, Tokenizer, unicode_text
+from llada.errors import UserError, in_brief
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", huggingface_controls.TEMPLATE_FILE)
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _MOST_GROWTH = 64
 
@@ -47,13 +49,42 @@ class HuggingFaceTokenizer(Tokenizer):
         self._byte_fallback = bool(model.get("byte_fallback"))
         pieces = self._tokenizer.get_vocab(with_added_tokens=True)
         self._bytes = self._bytes_of({token: piece for piece, token in pieces.items() if token not in self._control})
+        self.controls = {piece: token for piece, token in pieces.items() if token in self._control}
+        self.template = huggingface_controls.template_of(self.files, name)
+        self.named = huggingface_controls.named_tokens(self.files, name)
         super().__init__(content, name, pieces.values(), special)
 
     def with_mask(self) -> "HuggingFaceTokenizer":
         """The same tokenizer with a mask token of id vocab_size, which no token of the files has."""
-        ids = {"mask": self.vocab_size, "eos": self.eos_id, "pad": self.pad_id, "eot": self.eot_id}
-        ids |= {} if self.bos_id is None else {"bos": self.bos_id}
-        return HuggingFaceTokenizer(bundle(self.files, self.file_name, ids), self.file_name)
+        return HuggingFaceTokenizer(
+            bundle(self.files, self.file_name, self._roles() | {"mask": self.vocab_size}), self.file_name
+        )
+
+    def with_dialogue(self, template: str, names: Sequence[str], vocab_size: int) -> "HuggingFaceTokenizer":
+        """The same tokenizer carrying `template`, with a special token for each of `names`, written into its files.
+
+        Those that it lacks are tokens that its makers reserved, renamed, or rows past its last. UserError where the
+        model of `vocab_size` ids has none, and where the format cannot give a token such an id.
+        """
+        if self._has_dialogue(template, names):
+            return self
+        unicode_text(template, "the chat template")
+        ids, name = vocabulary(self.files, self.file_name), self.file_name
+        roles = self._roles()
+        taken = {token for token in roles.values() if token is not None} | {ids.get(t, -1) for t in self.named.values()}
+        wanted = huggingface_controls.assigned_ids(ids, names, taken, self.mask_id, vocab_size)
+        files = huggingface_controls.with_controls(self.files, ids, wanted, self.mask_id, template, name)
+        found = vocabulary(files, name)
+        wrong = [f"{text} {token}" for text, token in wanted.items() if found.get(text) != token]
+        if wrong:
+            raise UserError(f"the tokenizer cannot give {wrong[0]} as its id: its files have gaps; add the token there")
+        ending = end_of_turn(found, template)
+        roles["eot"] = roles["eot"] if ending is None else found[ending]
+        return HuggingFaceTokenizer(bundle(files, name, roles), name)
+
+    def _roles(self) -> dict[str, int | None]:
+        ids = {"mask": self.mask_id, "eos": self.eos_id, "pad": self.pad_id, "eot": self.eot_id}
+        return ids | ({} if self.bos_id is None else {"bos": self.bos_id})
 
     def _encode(self, text: str) -> list[int]:
         return self._encode_many([text])[0]
@@ -63,7 +94,7 @@ class HuggingFaceTokenizer(Tokenizer):
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises nothing more precise
             raise UserError(
-                f"the tokenizer has no token for a part of the text, nor for unknown ones ({error})"
+                f"the tokenizer has no token for a part of the text, nor for unknown ones ({in_brief(error)})"
             ) from error
         return [self._checked(encoding.ids) for encoding in encodings]
 
@@ -137,6 +168,8 @@ def bundle(files: dict[str, str], name: str, special: dict[str, int | None] | No
     for role, usual in NAMES.items():
         if role not in roles:
             roles[role] = next((ids[token] for token in (named.get(role), *usual) if token in ids), None)
+    if "eot" not in (special or {}) and (ending := end_of_turn(ids, huggingface_controls.template_of(files, name))):
+        roles["eot"] = ids[ending]
     if roles["eos"] is None:
         raise UserError(f"tokenizer {name} has no end-of-text token; it needs one of {', '.join(NAMES['eos'])}")
     return json.dumps({"special": roles, "files": files}, ensure_ascii=False).encode()
@@ -157,15 +190,8 @@ def has_mask(files: dict[str, str], name: str) -> bool:
 
 def declared(files: dict[str, str], name: str) -> dict[str, str]:
     """Tokens that tokenizer_config.json or special_tokens_map.json name for a role."""
-    names = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        values = json_files.parse(files.get(file, "{}"), f"{file} of {name}")
-        for role in ("mask", "eos", "pad", "bos"):
-            value = values.get(f"{role}_token")
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                names[role] = value
-    return names
+    named = huggingface_controls.named_tokens(files, name)
+    return {role: named[f"{role}_token"] for role in ("mask", "eos", "pad", "bos") if f"{role}_token" in named}
 
 
 def _bundled(values: dict[str, Any], name: str) -> tuple[dict[str, str], dict[str, int | None]]:
@@ -181,7 +207,7 @@ def _bundled(values: dict[str, Any], name: str) -> tuple[dict[str, str], dict[st
     special = {role: ids.get(role) for role in (*NAMES, "bos")}
     for role, token in special.items():
         if (token is None and role == "eos") or type(token) not in (int, type(None)):
-            raise UserError(f"{refusal} ({role} is {token!r}, not an id)")
+            raise UserError(f"{refusal} ({role} is {token!r:.80}, not an id)")
     return files, special
 
 
@@ -202,7 +228,7 @@ def _parse(text: str, name: str) -> Any:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more precise
-        raise UserError(f"{name} is not a Hugging Face tokenizer ({error})") from error
+        raise UserError(f"{name} is not a Hugging Face tokenizer ({in_brief(error)})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -10,10 +10,13 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from llada import paths
 from llada.data import text_files
 from llada.errors import UserError
+
+T = TypeVar("T")
 
 
 def documents(pattern: str, text_key: str, remark: Callable[[str], None], flag: str) -> tuple[Iterator[str], str]:
@@ -21,19 +24,34 @@ def documents(pattern: str, text_key: str, remark: Callable[[str], None], flag: 
 
     The arguments are those of `sources.SOURCES`.
     """
+    found = files(pattern, flag)
+    reason = f"all {len(found)} files matching {pattern!r} are empty or no text; check {flag}=text:GLOB"
+    return read(found, lambda path: text_files.read(path, text_key), remark), reason
+
+
+def files(pattern: str, flag: str) -> dict[Path, bool]:
+    """The files that match "GLOB[,GLOB ...]", each with whether no pattern but only a directory stands for it.
+
+    UserError where there are none, or the pattern is no file or directory of this machine.
+    """
     try:
         pattern.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{flag}={pattern!r} is no Unicode text; rename the file or directory") from error
-    in_directory: dict[Path, bool] = {}  # of each file, whether no pattern but only a directory stands for it
+    in_directory: dict[Path, bool] = {}
     for alternative in _split(pattern):
         for path, below in _matching(alternative, flag):
             in_directory[path] = below and in_directory.get(path, True)
-    reason = f"all {len(in_directory)} files matching {pattern!r} are empty or no text; check {flag}=text:GLOB"
-    return _texts(in_directory, text_key, remark), reason
+    return in_directory
 
 
-def _texts(in_directory: dict[Path, bool], text_key: str, remark: Callable[[str], None]) -> Iterator[str]:
+def read(
+    in_directory: dict[Path, bool], content_of: Callable[[Path], Iterator[T]], remark: Callable[[str], None]
+) -> Iterator[T]:
+    """What `content_of` finds in each of the `files`, in the order of their names, without those that are no text.
+
+    Only files that no pattern names may be no text (`text_files.NotText`).
+    """
     first: dict[tuple, Path] = {}
     for path in sorted(in_directory):
         first.setdefault(_identity(path), path)
@@ -42,7 +60,7 @@ def _texts(in_directory: dict[Path, bool], text_key: str, remark: Callable[[str]
     no_text = []
     for path in first.values():
         try:
-            yield from text_files.read(path, text_key)
+            yield from content_of(path)
         except text_files.NotText:
             if not in_directory[path]:
                 raise

@@ -1,24 +1,26 @@
 """Documents to rows of token ids on disk: imported only where rows have to be prepared."""
 
+import contextlib
 import dataclasses
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from llada import json_files
 from llada.config import DataConfig
-from llada.data import holdout, rows
+from llada.data import checksums, holdout, rows
 from llada.data.rows import Corpus, Metadata
 from llada.data.sources import Remark
 from llada.data.tokenizer import Tokenizer
+from llada.data.unfinished import Texts, Unfinished
 from llada.data.waiting import Report
 from llada.errors import DiskError, UserError, disk_error
-from llada.files import queue_for_lock, replacing, write_atomically
+from llada.files import queue_for_lock, replacing
 
+_COUNTS = ("documents", "tokens", "bytes", "rows", "checksum")
 _ENCODE_CHARACTERS = 1_000_000  # encoded together: enough for all cores, and not more than a second's work
 
 
@@ -31,48 +33,53 @@ def prepare(
 ) -> Corpus:
     """Tokenise `data.source` into rows under `directory`, or open them if the same values wrote them before.
 
-    metadata.json is written last: without it nothing here counts, and an interrupted call starts again. Of several
-    processes that share a directory one prepares, and the others wait for it. `log` is called with what is left out,
-    and about once a second with the progress; `check` is called as often and may raise to end the call.
+    metadata.json is written last: without it nothing here counts. A call after one that was stopped or killed goes on
+    from the latest record of `unfinished.py`, if the documents before it are the same. Of several processes that
+    share a directory one prepares, and the others wait for it. `log` is called with what is left out, and about once a
+    second with the progress; `check` is called as often and may raise to end the call.
     UserError if the directory holds another corpus or cannot be written, if the source is bad (see sources.py), or if
     either side has too little text for one row; DataError for damaged rows; DiskError where there is no room.
     """
     report = Report(log, check)
     metadata = directory / "metadata.json"
-    try:
+    with writable(directory):
         if not metadata.exists():
             with queue_for_lock(directory / ".lock", f"prepares {directory}", report.check):
                 if not metadata.exists():  # else another process has prepared them while this one waited
                     _write_corpus(directory, data, tokenizer, log, report)
+    return rows.open_matching(directory, data, tokenizer.sha256)
+
+
+@contextlib.contextmanager
+def writable(directory: Path) -> Iterator[None]:
+    """A block that writes in `directory`; UserError where that is refused."""
+    try:
+        yield
     except OSError as error:
         if not str(error.filename or "").startswith(str(directory)):
             raise
         reason = error.strerror or error
         raise UserError(f"--config.data.directory={directory} cannot be written: {reason}; choose another") from error
-    return rows.open_matching(directory, data, tokenizer.sha256)
 
 
 def _write_corpus(directory: Path, data: DataConfig, tokenizer: Tokenizer, log: Remark, report: Report) -> None:
-    texts = holdout.split(data, log)
-    with (
-        replacing(directory / "train.npy") as train_path,
-        replacing(directory / "holdout.npy") as holdout_path,
-        train_path.open("wb") as train_file,
-        holdout_path.open("wb") as holdout_file,
-    ):
-        try:
-            train = RowWriter(train_file, data.sequence_length, tokenizer.vocab_size)
-            held_out = RowWriter(holdout_file, data.sequence_length, tokenizer.vocab_size)
-            token_bytes = _write_documents(train, held_out, texts, tokenizer, report)
-            for name, side in (("training", train), ("hold-out", held_out)):
-                _require_rows(name, side, data)
-                side.finish()
-        except OSError as error:
-            raise disk_error(error, f"writing rows to {directory}") or error from error
+    settings = dataclasses.asdict(data) | {"tokenizer": tokenizer.sha256, "directory": None, "unique_tokens": None}
+    directory.mkdir(parents=True, exist_ok=True)
+    unfinished = Unfinished(directory, settings)
+    try:
+        train, held_out, token_bytes = _write_sides(unfinished, data, tokenizer, log, report)
+        for path, name in zip(unfinished.paths, ("train.npy", "holdout.npy"), strict=True):
+            with replacing(directory / name) as temporary:
+                path.rename(temporary)
+    except OSError as error:
+        raise disk_error(error, f"writing rows to {directory}") or error from error
+    finally:
+        if not unfinished.kept():
+            unfinished.remove()
     sides_NL = [rows.open_rows(directory / name) for name in ("train.npy", "holdout.npy")]
-    digest, checksums = _digest_and_checksums(sides_NL)
-    if checksums != [train.checksum, held_out.checksum]:
-        raise DiskError(f"the rows in {directory} are not those that were written; check the disk, then call again")
+    digest, of_rows = _digest_and_checksums(sides_NL, [train.checksum, held_out.checksum], directory)
+    for name, sums_N in zip(("train", "holdout"), of_rows, strict=True):
+        checksums.write(directory / f"{name}{checksums.SUFFIX}", sums_N)
     metadata = Metadata(
         source=data.source,
         sequence_length=data.sequence_length,
@@ -90,10 +97,35 @@ def _write_corpus(directory: Path, data: DataConfig, tokenizer: Tokenizer, log: 
         holdout_bytes=held_out.bytes,
         holdout_rows=held_out.rows,
         holdout_token_bytes=token_bytes,
-        unigram_entropy_nats=_entropy_nats(train.counts_V),
+        unigram_entropy_nats=entropy_nats(train.counts_V),
         digest=digest,
+        checksums=checksums.sha256(*of_rows),
     )
-    write_atomically(directory / "metadata.json", json_files.dumps(dataclasses.asdict(metadata), indent=2).encode())
+    rows.write_metadata(directory / "metadata.json", metadata)
+    unfinished.remove()
+
+
+def _write_sides(
+    unfinished: Unfinished, data: DataConfig, tokenizer: Tokenizer, log: Remark, report: Report
+) -> tuple["RowWriter", "RowWriter", int]:
+    """Rows of all documents in the partial files: their writers, and the bytes by the tokenizer's count of hold-out."""
+    texts = holdout.split(data, log)
+    if unfinished.state is not None:
+        log(f"going on with the preparation that was stopped in {unfinished.paths[0].parent}")
+        if not unfinished.skip(texts, report):
+            log("the documents are others than before: from the start")
+            texts = holdout.split(data, log)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(path.open("r+b" if unfinished.state else "wb")) for path in unfinished.paths]
+        sides = [RowWriter(file, data.sequence_length, tokenizer.vocab_size) for file in files]
+        if unfinished.state:
+            for side, *state in zip(sides, unfinished.state["sides"], unfinished.state["sizes"], strict=True):
+                side.restore(*state)
+        token_bytes = _write_documents(sides, texts, tokenizer, report, unfinished)
+        for name, side in zip(("training", "hold-out"), sides, strict=True):
+            _require_rows(name, side, data)
+            side.finish()
+    return sides[0], sides[1], token_bytes
 
 
 class RowWriter:
@@ -124,6 +156,19 @@ class RowWriter:
             self.rows += full // self.sequence_length
             del self._pending[:full]
 
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes, ready for JSON."""
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return counts | {"counts": self.counts_V.tolist(), "pending": self._pending}
+
+    def restore(self, state: dict[str, Any], size: int) -> None:
+        """Go on where a writer of this file stood when the file had so many bytes."""
+        for name in _COUNTS:
+            setattr(self, name, state[name])
+        self.counts_V, self._pending = np.array(state["counts"], np.int64), list(state["pending"])
+        self.file.truncate(size)
+        self.file.seek(size)
+
     def finish(self) -> None:
         """Say in the header how many rows there are; what is left of the last document is dropped."""
         self.file.seek(0)
@@ -138,20 +183,25 @@ class RowWriter:
 
 
 def _write_documents(
-    train: RowWriter, held_out: RowWriter, texts: Iterator[tuple[bool, str]], tokenizer: Tokenizer, report: Report
+    sides: list[RowWriter], texts: Texts, tokenizer: Tokenizer, report: Report, unfinished: Unfinished
 ) -> int:
     """Give each document to its side; how many bytes the tokenizer counts on the held-out one."""
-    token_bytes = 0
+    train, held_out = sides
+    token_bytes = unfinished.state["token_bytes"] if unfinished.state else 0
     for group in _groups(texts):
         for (held, text), ids in zip(group, tokenizer.encode_many([text for _, text in group]), strict=True):
             (held_out if held else train).add([*ids, tokenizer.eos_id], len(text.encode()))
             token_bytes += int(tokenizer.token_bytes_V[ids].sum()) if held else 0
+        unfinished.add(group)
+        if unfinished.due():
+            state = {"sides": [side.state() for side in sides], "token_bytes": token_bytes}
+            unfinished.save(state, [side.file for side in sides])
         documents, tokens = train.documents + held_out.documents, train.tokens + held_out.tokens
         report(f"tokenising: {documents:,} documents, {tokens / 1e6:.1f} M tokens")
     return token_bytes
 
 
-def _groups(texts: Iterator[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
+def _groups(texts: Texts) -> Iterator[list[tuple[bool, str]]]:
     """Documents in groups to be encoded together."""
     group: list[tuple[bool, str]] = []
     characters = 0
@@ -174,19 +224,34 @@ def _require_rows(name: str, side: RowWriter, data: DataConfig) -> None:
         )
 
 
-def _entropy_nats(counts_V: np.ndarray) -> float:
+def entropy_nats(counts_V: np.ndarray) -> float:
+    """Entropy of ids that occur so often."""
     frequency = counts_V[counts_V > 0] / counts_V.sum()
     return float(-(frequency * np.log(frequency)).sum())
 
 
-def _digest_and_checksums(sides_NL: list[np.ndarray]) -> tuple[str, list[int]]:
-    """sha256 (hex) over the bytes of all sides, and the crc32 of each."""
-    sha, checksums = hashlib.sha256(), []
-    for rows_NL in sides_NL:
-        checksum = 0
+def _digest_and_checksums(
+    sides_NL: list[np.ndarray], written: list[int], directory: Path
+) -> tuple[str, list[np.ndarray]]:
+    """sha256 (hex) over the bytes of all sides, and the crc32 of each row of each.
+
+    DiskError unless the crc32 of each side is that of what was `written`: what rows are compared with later has to be
+    right.
+    """
+    sha, of_rows = hashlib.sha256(), []
+    for rows_NL, expected in zip(sides_NL, written, strict=True):
+        checksum, sums = 0, []
         for start in range(0, len(rows_NL), 4_096):
             block = np.ascontiguousarray(rows_NL[start : start + 4_096])
             sha.update(block.data)
             checksum = zlib.crc32(block.data, checksum)
-        checksums.append(checksum)
-    return sha.hexdigest(), checksums
+            sums.append(checksums.of_rows(block))
+        if checksum != expected:
+            raise not_as_written(directory)
+        of_rows.append(np.concatenate(sums))
+    return sha.hexdigest(), of_rows
+
+
+def not_as_written(directory: Path) -> DiskError:
+    """The error for files that hold something else than was written to them."""
+    return DiskError(f"the rows in {directory} are not those that were written; check the disk, then call again")

@@ -5,18 +5,23 @@ for whatever the vocabulary lacks. A user's own model may normalise text; then o
 The mask token is a control symbol, so no text can spell it. Letters: V = vocabulary size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
-from llada.data.tokenizer import NAMES, SPACE_MARK, Tokenizer, read_content
+from llada.data.control_tokens import PLAIN_CONTROLS, builtin, end_of_turn
+from llada.data.tokenizer import NAMES, SPACE_MARK, Tokenizer, read_content, require_rows, unicode_text
 from llada.errors import UserError
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A loaded SentencePiece model; `content` is its `.model` file."""
+    """A loaded SentencePiece model; `content` is its `.model` file.
+
+    A chat template is stored in the file. One with the control tokens of the plain template, as all trained here have
+    them, needs none for that.
+    """
 
     file_name = "tokenizer.model"
 
@@ -27,6 +32,11 @@ class SentencePieceTokenizer(Tokenizer):
             self._id_of = {self.piece(token): token for token in range(self._processor.get_piece_size())}
         except UnicodeDecodeError as error:
             raise UserError(f"{name} is not a SentencePiece model: a piece is not UTF-8") from error
+        unknown = self._processor.unk_id()
+        if not 0 <= unknown < self._processor.get_piece_size():
+            raise UserError(
+                f"{name} is not a SentencePiece model: its unknown token is id {unknown}, which is no piece"
+            )
         special = {
             role: next((self._id_of[n] for n in names if n in self._id_of), None) for role, names in NAMES.items()
         }
@@ -35,7 +45,13 @@ class SentencePieceTokenizer(Tokenizer):
             if token is not None and not self._processor.is_control(token):
                 piece = self.piece(token)
                 raise UserError(f"tokenizer {name} lets text spell its {word} {piece}; make it a control symbol")
+        self.controls = {piece: token for piece, token in self._id_of.items() if self._processor.is_control(token)}
+        self.template = template_of(model, self.controls.keys(), name)
+        ending = end_of_turn(self.controls, self.template)
+        special["eot"] = None if ending is None else self.controls[ending]
         super().__init__(model, name, range(self._processor.get_piece_size()), special)
+        roles = {"mask": self.mask_id, "eos": self.eos_id, "pad": self.pad_id, "unk": unknown}
+        self.named = {f"{role}_token": self.piece(token) for role, token in roles.items() if token is not None}
         self._space_mark_ids = [self._id_of.get(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
 
     def with_mask(self) -> "SentencePieceTokenizer":
@@ -43,6 +59,28 @@ class SentencePieceTokenizer(Tokenizer):
         proto = self.proto
         proto.pieces.add(piece=NAMES["mask"][0], score=0.0, type=type(proto).SentencePiece.CONTROL)
         return SentencePieceTokenizer(proto.SerializeToString(), self.file_name)
+
+    def with_dialogue(self, template: str, names: Sequence[str], vocab_size: int) -> "SentencePieceTokenizer":
+        """The same model carrying `template`, with a control symbol for each of `names`; new ones come last.
+
+        UserError where the model of `vocab_size` ids has no rows for them.
+        """
+        if self._has_dialogue(template, names):
+            return self
+        unicode_text(template, "the chat template")
+        proto = self.proto
+        kinds, places = type(proto).SentencePiece, {piece.piece: n for n, piece in enumerate(proto.pieces)}
+        missing = [name for name in dict.fromkeys(names) if name not in places]
+        require_rows(names, len(missing), max(vocab_size - self.vocab_size, 0), vocab_size)
+        for name in names:
+            if name in places and proto.pieces[places[name]].type in (kinds.NORMAL, kinds.USER_DEFINED):
+                proto.pieces[places[name]].type = kinds.CONTROL  # so far text
+        for name in missing:
+            proto.pieces.add(piece=name, score=0.0, type=kinds.CONTROL)
+        content = _without_template(proto.SerializeToString())
+        if template != builtin("plain") or not set(PLAIN_CONTROLS) <= self.controls.keys() | set(names):
+            content += _template_field(template)
+        return SentencePieceTokenizer(content, self.file_name)
 
     @classmethod
     def load(cls, path: str | Path) -> "SentencePieceTokenizer":
@@ -97,6 +135,12 @@ def parse_proto(model: bytes, name: str) -> Any:
         raise UserError(f"{name} is not a SentencePiece model; give a .model file") from error
 
 
+def template_of(model: bytes, controls: Set[str], name: str) -> str | None:
+    """The chat template in a model file; without one the plain template, where its control tokens are there."""
+    template = _stored_template(model, name)
+    return builtin("plain") if template is None and controls >= set(PLAIN_CONTROLS) else template
+
+
 def _parse(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()
     try:
@@ -104,3 +148,66 @@ def _parse(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
     except (RuntimeError, UnicodeDecodeError) as error:  # the second where its own message quotes what is damaged
         raise UserError(f"{name} is not a SentencePiece model; give a .model file") from error
     return processor
+
+
+# A chat template in a model file: a field of ModelProto that we add. A message is its fields in a row, each a number
+# and a wire type (together: number * 8 + type) before its value, and SentencePiece keeps what it does not know: its
+# format leaves the numbers from 200 on to others.
+_TEMPLATE_TAG = 250209992 << 3 | 2  # type 2: a length, then so many bytes
+
+
+def _template_field(template: str) -> bytes:
+    text = template.encode()
+    return _varint(_TEMPLATE_TAG) + _varint(len(text)) + text
+
+
+def _stored_template(model: bytes, name: str) -> str | None:
+    if _varint(_TEMPLATE_TAG) not in model:  # as in nearly all, which saves walking through their pieces
+        return None
+    template = None
+    for tag, start, end in _fields(model):
+        if tag == _TEMPLATE_TAG:  # of several, the last counts, as protobuf has it
+            length, start = _read_varint(model, start + len(_varint(tag)))
+            template = model[start:end]
+    try:
+        return None if template is None else template.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not a SentencePiece model: its chat template is not UTF-8") from error
+
+
+def _without_template(model: bytes) -> bytes:
+    return b"".join(model[start:end] for tag, start, end in _fields(model) if tag != _TEMPLATE_TAG)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int, int]]:
+    """Tag, start and end of each field of a message that protobuf has read before."""
+    place = 0
+    while place < len(message):
+        tag, end = _read_varint(message, place)
+        if tag & 7 == 2:
+            length, end = _read_varint(message, end)
+            end += length
+        elif tag & 7 == 0:
+            _, end = _read_varint(message, end)
+        else:  # groups, types 3 and 4, have no length; their fields follow as if they were ours
+            end += {1: 8, 5: 4}.get(tag & 7, 0)
+        yield tag, place, end
+        place = end
+
+
+def _varint(number: int) -> bytes:
+    digits = []
+    while number > 0x7F:
+        digits.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*digits, number])
+
+
+def _read_varint(message: bytes, place: int) -> tuple[int, int]:
+    number = shift = 0
+    while place < len(message):
+        digit = message[place]
+        number, shift, place = number | (digit & 0x7F) << shift, shift + 7, place + 1
+        if digit < 0x80:
+            break
+    return number, place

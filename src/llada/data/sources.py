@@ -7,7 +7,7 @@ To add a source: a file with a function like `patterns.documents`, a line in SOU
 import os
 from collections.abc import Callable, Iterator
 
-from llada.data import patterns, standard_library
+from llada.data import dialogues, patterns, standard_library
 from llada.errors import UserError
 from llada.paths import user_path
 
@@ -17,8 +17,9 @@ Remark = Callable[[str], None]
 SOURCES: dict[str, Callable[[str, str, Remark, str], tuple[Iterator[str], str]]] = {
     "stdlib": standard_library.documents,
     "text:": patterns.documents,
+    dialogues.PREFIX: dialogues.documents,
 }
-_ALLOWED = "allowed: stdlib, text:GLOB[,GLOB ...], or a file or directory that exists"
+_ALLOWED = "allowed: stdlib, text:GLOB[,GLOB ...], dialogues:GLOB[,GLOB ...], or a file or directory that exists"
 
 
 def documents(
@@ -28,6 +29,7 @@ def documents(
 
       "stdlib"                every .py file of the running Python's standard library, without its tests
       "text:GLOB[,GLOB ...]"  files matching one of the patterns: see patterns.py and text_files.py
+      "dialogues:GLOB[,...]"  the contents of each dialogue: see dialogues.py
       PATH                    the same as "text:PATH", for a path that exists
 
     `text_key` is the field or column that holds a text; `remark` is called with a line on what was left out; `flag` is

@@ -14,9 +14,9 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from llada.errors import UserError
+from llada.errors import UserError, in_brief
 
 _DAMAGED: tuple[type[Exception], ...] = (zlib.error,)
 with contextlib.suppress(ImportError):  # a Python built without it
@@ -54,24 +54,30 @@ def read(path: Path, text_key: str) -> Iterator[str]:
     each also with .gz, .zst, .bz2 or .xz behind it, but for Parquet. UserError naming the place if it is damaged,
     NotText if it begins as no text does.
     """
+    with _kind_of(path) as (kind, file):
+        if kind == ".parquet":
+            yield from _parquet_texts(path, text_key)
+        elif kind in _JSON_LINES:
+            yield from (_text_field(record, where, text_key) for where, record in _json_lines(file, path))
+        elif kind == ".json":
+            yield from (_text_field(record, where, text_key) for where, record in _json_records(file, path))
+        else:
+            yield from _sections(_characters(file, path), path)
+
+
+@contextlib.contextmanager
+def _kind_of(path: Path) -> Iterator[tuple[str, Any]]:
+    """What a file is by its name, without the suffix of a compressed one, and what its content is read from."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSED else None
     kind = suffixes[-1] if suffixes else ""
     if kind in _ARCHIVES:
         raise NotText(f"{path} is an archive; unpack it, and give its directory to --config.data.source")
+    if kind == ".parquet" and compressed:
+        raise UserError(f"{path} is a compressed Parquet file; unpack it: {path.name.removesuffix(compressed)}")
     try:
-        if kind == ".parquet":
-            if compressed:
-                raise UserError(f"{path} is a compressed Parquet file; unpack it: {path.name.removesuffix(compressed)}")
-            yield from _read_parquet(path, text_key)
-            return
         with _open(path, compressed) as file:
-            if kind in _JSON_LINES:
-                yield from _read_json_lines(file, path, text_key)
-            elif kind == ".json":
-                yield from _read_json(file, path, text_key)
-            else:
-                yield from _sections(_characters(file, path), path)
+            yield kind, file
     except (OSError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"cannot read {path}: {reason}; check --config.data.source") from error
@@ -191,15 +197,31 @@ def sections(text: str, size: int) -> Iterator[str]:
         start = most
 
 
-def _read_json_lines(file, path: Path, text_key: str) -> Iterator[str]:
+def records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (place, record) of a file of JSON lines, JSON or Parquet, as `read` takes them: "x.jsonl line 3".
+
+    UserError naming the place if it is damaged, NotText for files of other kinds.
+    """
+    with _kind_of(path) as (kind, file):
+        if kind == ".parquet":
+            yield from _parquet_records(path)
+        elif kind in _JSON_LINES:
+            yield from _json_lines(file, path)
+        elif kind == ".json":
+            yield from _json_records(file, path)
+        else:
+            raise NotText(f"{path} has no records: give .jsonl, .json or .parquet, or the first two compressed")
+
+
+def _json_lines(file, path: Path) -> Iterator[tuple[str, Any]]:
     offset = 0
     for number, raw in enumerate(_lines(file, path), start=1):
         line = _decode(raw, path, offset)
         offset += len(raw)
-        yield from _record_of(line, f"{path} line {number}", text_key)
+        yield from _record_of(line, f"{path} line {number}")
 
 
-def _read_json(file, path: Path, text_key: str) -> Iterator[str]:
+def _json_records(file, path: Path) -> Iterator[tuple[str, Any]]:
     """A list of records, one record over several lines, or one record a line."""
     content = b"".join(itertools.islice(_chunks(file), _MOST_BYTES // _CHUNK_BYTES))
     if file.read(1):
@@ -215,40 +237,64 @@ def _read_json(file, path: Path, text_key: str) -> Iterator[str]:
         value = None
     if value is None and text.lstrip()[0] == "{":
         for number, line in enumerate(text.split("\n"), start=1):
-            yield from _record_of(line, f"{path} line {number}", text_key)
+            yield from _record_of(line, f"{path} line {number}")
         return
     for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
-        yield _text_field(record, f"{path} record {number}", text_key)
+        yield f"{path} record {number}", record
 
 
-def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
+def _parquet_texts(path: Path, text_key: str) -> Iterator[str]:
+    import pyarrow
+
+    with _parquet(path) as file:
+        schema = file.schema_arrow
+        if text_key not in schema.names:
+            raise UserError(
+                f"{path} has no column {text_key!r}; its columns are {', '.join(schema.names[:20]) or 'none'}: "
+                "set --config.data.text_key"
+            )
+        kind = schema.field(text_key).type
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if not any(is_kind(kind) for is_kind in _string_kinds()):
+            raise UserError(f"{path}: its column {text_key!r} is {kind}, not text; set --config.data.text_key")
+        for batch in _batches(file, path, [text_key]):
+            yield from (text.as_py() for text in batch.column(0) if text.is_valid)
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    with _parquet(path) as file:
+        for batch in _batches(file, path, None):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{path} row {number}", record
+
+
+def _batches(file, path: Path, columns: list[str] | None) -> Iterator[Any]:
+    """Some rows at a time. UserError for a file that expands without end."""
+    left = _FREE_BYTES + _MOST_EXPANSION * path.stat().st_size
+    for batch in file.iter_batches(batch_size=1024, columns=columns):
+        left -= batch.nbytes
+        if left < 0:
+            raise UserError(f"{path} expands to {_MOST_EXPANSION} times its size and more, which no text does")
+        yield batch
+
+
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    """An open Parquet file; UserError for what is damaged in it, whenever that is read."""
     import pyarrow
     import pyarrow.parquet
 
-    left = _FREE_BYTES + _MOST_EXPANSION * path.stat().st_size
     try:
         with _open(path, None) as raw, pyarrow.parquet.ParquetFile(raw) as file:
-            schema = file.schema_arrow
-            if text_key not in schema.names:
-                raise UserError(
-                    f"{path} has no column {text_key!r}; its columns are {', '.join(schema.names[:20]) or 'none'}: "
-                    "set --config.data.text_key"
-                )
-            kind = schema.field(text_key).type
-            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            if not any(is_kind(kind) for is_kind in _string_kinds()):
-                raise UserError(f"{path}: its column {text_key!r} is {kind}, not text; set --config.data.text_key")
-            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
-                texts = batch.column(0)
-                left -= texts.nbytes
-                if left < 0:
-                    raise UserError(f"{path} expands to {_MOST_EXPANSION} times its size and more, which no text does")
-                yield from (text.as_py() for text in texts if text.is_valid)
+            yield file
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: its column {text_key!r} is not UTF-8; check --config.data.source") from error
+        raise UserError(f"{path}: a column that is read is not UTF-8; check --config.data.source") from error
     except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no Parquet file that can be read ({reason}); check --config.data.source") from error
+        raise UserError(
+            f"{path} is no Parquet file that can be read ({in_brief(error)}); check --config.data.source"
+        ) from error
 
 
 def _string_kinds():
@@ -257,15 +303,15 @@ def _string_kinds():
     return [getattr(types, n) for n in ("is_string", "is_large_string", "is_string_view") if hasattr(types, n)]
 
 
-def _record_of(line: str, where: str, text_key: str) -> Iterator[str]:
-    """The text of the record on a line; none on a blank one."""
+def _record_of(line: str, where: str) -> Iterator[tuple[str, Any]]:
+    """A line's place and record; none on a blank one."""
     if not line.strip():
         return
     try:
         record = json.loads(line.removeprefix("\ufeff"))  # Windows begins files so
     except (ValueError, RecursionError) as error:
         raise UserError(_not_json(where, error)) from error
-    yield _text_field(record, where, text_key)
+    yield where, record
 
 
 def _not_json(where: str, error: Exception) -> str:

@@ -2,12 +2,13 @@
 
 import abc
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from llada import json_files
+from llada.data.control_tokens import ENDS_OF_TURN, RAINBOW, end_of_turn
 from llada.errors import UserError
 from llada.objectives.contract import SpecialTokens
 from llada.paths import user_path
@@ -16,7 +17,7 @@ from llada.paths import user_path
 NAMES = {
     "mask": ("<mask>", "[MASK]", "<|mdm_mask|>", "<[MASK]>"),
     "eos": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>"),
-    "eot": ("<|eot_id|>", "<eot>", "<|im_end|>"),
+    "eot": ENDS_OF_TURN,
     "pad": ("<pad>", "[PAD]"),
 }
 SPACE_MARK = "\u2581"  # how SentencePiece, and those who follow it, spell a space
@@ -31,9 +32,15 @@ class Tokenizer(abc.ABC):
     texts of an imported ARM begin with), each None where there is none; token_bytes_V (int32), the UTF-8 bytes of text
     each id stands for, 0 for control ids. For models trained here sum(token_bytes_V[encode(text)]) is exactly the
     text's length in bytes, the denominator of bits per byte.
+
+    For dialogues: template, the Jinja source of the chat template that travels with it, None without; controls, the ids
+    of all control tokens that have a name; named, what templates call some of them (bos_token, eos_token ...).
     """
 
     file_name: str
+    template: str | None = None
+    controls: dict[str, int]
+    named: dict[str, str]
 
     def __init__(self, content: bytes, name: str, ids: Iterable[int], special: dict[str, int | None]):
         """Take the ids of all tokens, and in `special` those of mask, eos, pad, eot and, for imported models, bos.
@@ -62,6 +69,15 @@ class Tokenizer(abc.ABC):
         """Ids that objectives and samplers need."""
         return SpecialTokens(mask=self.mask_id, eos=self.eos_id, eot=self.eot_id, bos=self.bos_id)
 
+    @property
+    def filler_ids(self) -> tuple[int, ...]:
+        """Control ids that fill an answer behind its end, in their order (arXiv 2510.03680); often none."""
+        return tuple(self.controls[name] for name in RAINBOW if name in self.controls)
+
+    def token_id(self, name: str) -> int | None:
+        """The id of a control token, None if there is none of this name."""
+        return self.controls.get(name)
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; never a control id. UserError for half a surrogate pair, which is no text."""
         return self._encode(unicode_text(text))
@@ -73,6 +89,19 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def with_mask(self) -> "Tokenizer":
         """The same tokenizer with a mask token of id vocab_size, which must be free; for one that has none."""
+
+    @abc.abstractmethod
+    def with_dialogue(self, template: str, names: Sequence[str], vocab_size: int) -> "Tokenizer":
+        """The same tokenizer carrying `template`, with a control token for each of `names`; itself if it has them.
+
+        Those that it lacks take ids of a model of `vocab_size` ids that no text uses. UserError where there are none.
+        """
+
+    def _has_dialogue(self, template: str, names: Sequence[str]) -> bool:
+        """Whether with_dialogue would change nothing."""
+        ending = end_of_turn(self.controls, template)
+        same = template == self.template and (ending is None or self.controls[ending] == self.eot_id)
+        return same and self.controls.keys() >= set(names)
 
     @abc.abstractmethod
     def _encode(self, text: str) -> list[int]: ...
@@ -94,6 +123,15 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of text one id stands for, empty for control ids; joined, they are those of the text."""
+
+
+def require_rows(names: Sequence[str], missing: int, spare: int, vocab_size: int) -> None:
+    """UserError unless a model has `spare` rows for as many control tokens as are `missing`."""
+    if missing > spare:
+        raise UserError(
+            f"dialogues need the control tokens {', '.join(names)}; the tokenizer lacks {missing} of them, and the "
+            f"model has {spare} rows that no text uses (model.vocab_size={vocab_size}); start from one that has more"
+        )
 
 
 def unicode_text(text: str, name: str = "the text") -> str:

@@ -45,11 +45,13 @@ def parse(content: bytes, name: str) -> Tokenizer:
 
 
 def _from_directory(path: Path, flag: str) -> Tokenizer:
-    from llada.data import huggingface_tokenizer
+    from llada.data import huggingface_controls, huggingface_tokenizer
 
     files = huggingface_tokenizer.read_files(path)
     if "tokenizer.json" not in files and (path / SentencePieceTokenizer.file_name).exists():
-        return SentencePieceTokenizer.load(path / SentencePieceTokenizer.file_name)
+        tokenizer = SentencePieceTokenizer.load(path / SentencePieceTokenizer.file_name)
+        template = huggingface_controls.template_of(files, f"{flag}={path}")
+        return tokenizer if template is None else tokenizer.with_dialogue(template, [], tokenizer.vocab_size)
     name = f"{flag}={path}"
     return huggingface_tokenizer.HuggingFaceTokenizer(huggingface_tokenizer.bundle(files, name), name)
 

@@ -2,11 +2,12 @@
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 
+from llada.data.control_tokens import PLAIN_CONTROLS
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.tokenizer import SPACE_MARK
 from llada.data.waiting import Report
@@ -25,8 +26,11 @@ def train_tokenizer(
     path: Path,
     log: Callable[[str], None] = lambda text: None,
     check: Callable[[], None] = lambda: None,
+    controls: Sequence[str] = (),
 ) -> SentencePieceTokenizer:
     """Train a byte-pair model of exactly `vocab_size` pieces, write it to `path` at once or not at all, return it.
+
+    Among them are the control tokens of the plain chat template, and those of `controls`.
 
     Learns from at most 4 MB, spread evenly over `texts`, which are read once; the same texts give the same bytes.
     Of several processes that train for one `path`, one does, and the others wait and take its model. `log` is called
@@ -43,12 +47,12 @@ def train_tokenizer(
                     f"{path} was just trained with {tokenizer.vocab_size} pieces, not model.vocab_size={vocab_size}"
                 )
             return tokenizer
-        tokenizer = SentencePieceTokenizer(_trained(texts, vocab_size, report), str(path))
+        tokenizer = SentencePieceTokenizer(_trained(texts, vocab_size, controls, report), str(path))
         write_atomically(path, tokenizer.content)
         return tokenizer
 
 
-def _trained(texts: Iterable[str], vocab_size: int, report: Report) -> bytes:
+def _trained(texts: Iterable[str], vocab_size: int, controls: Sequence[str], report: Report) -> bytes:
     """The model file of a byte-pair model of exactly `vocab_size` pieces."""
     lines = [
         line for segment in _sample(_counted(texts, vocab_size, report), _SAMPLE_BYTES) for line in _sentences(segment)
@@ -75,7 +79,7 @@ def _trained(texts: Iterable[str], vocab_size: int, report: Report) -> bytes:
             bos_id=-1,
             pad_piece="<pad>",
             eos_piece="<eos>",
-            control_symbols=["<mask>"],
+            control_symbols=list(dict.fromkeys(["<mask>", *PLAIN_CONTROLS, *controls])),
             user_defined_symbols=["\n"],
             num_threads=1,  # the thread count is written into the model, and would change its bytes
             minloglevel=2,

@@ -5,6 +5,7 @@ Draws are fixed by (row, draw): the same masks for every checkpoint, model and b
 
 import functools
 import math
+import operator
 from typing import NamedTuple
 
 import jax
@@ -13,11 +14,13 @@ import numpy as np
 
 from llada import mesh as mesh_lib
 from llada.config import Config
+from llada.data.checksums import CheckedRows
+from llada.data.examples import HeldOut
 from llada.data.rows import chain_digest
 from llada.errors import DataError, UserError
 from llada.model import transformer
 from llada.objectives import families
-from llada.objectives.contract import SpecialTokens, segments
+from llada.objectives.contract import ANSWER, Examples, SpecialTokens, segments
 from llada.objectives.estimates import stratified_variance
 
 
@@ -29,6 +32,7 @@ class Validation(NamedTuple):
                         one draw
     perplexity          inf above 709 nats
     kind                bound | NLL; `estimator` says how it was estimated
+    tokens              of the rows; of examples, of their answers
     eval_rows_digest    of the rows: figures of equal digests and draws compare in pairs
     """
 
@@ -53,48 +57,57 @@ class Validator:
         config: Config,
         special: SpecialTokens,
         token_bytes_V: np.ndarray,
-        holdout_NL: np.ndarray,
+        held_out: np.ndarray | CheckedRows | HeldOut,
         mesh: jax.sharding.Mesh,
         estimator: str | None = None,
     ):
+        """Take the held-out side: rows (N, L), or examples whose answers are to be predicted."""
         self.estimator = estimator_for(config, estimator)
         self.family = families.of(config)
         self.draws = 1 if self.family.exact else config.evaluate.draws
         self.mesh = mesh
-        if len(holdout_NL) == 0:
+        if len(held_out) == 0:
             raise DataError("there are no held-out rows; see --config.data.holdout_fraction")
         # As many rows as the config asks for, on any mesh; how many are done at once is another matter.
-        count = min(config.evaluate.batches * config.train.batch_size, len(holdout_NL))
-        self.batch = rows_at_once(config, mesh, count)
+        self.count = min(config.evaluate.batches * config.train.batch_size, len(held_out))
+        self.batch = rows_at_once(config, mesh, self.count)
         # Neighbouring rows come from one document; rows spread over the whole side are closer to independent.
-        self.rows_NL = np.asarray(holdout_NL[np.linspace(0, len(holdout_NL) - 1, count).astype(int)], np.int32)
-        if (most := int(self.rows_NL.max())) >= len(token_bytes_V):
+        rows = held_out[np.linspace(0, len(held_out) - 1, self.count).astype(int)]
+        tokens_NL = rows.tokens_BL if isinstance(rows, Examples) else np.asarray(rows, np.int32)
+        self.rows = rows if isinstance(rows, Examples) else tokens_NL
+        if (most := int(tokens_NL.max())) >= len(token_bytes_V):
             raise DataError(f"the held-out rows have id {most}, and the tokenizer {len(token_bytes_V)} ids")
-        self.rows_digest = chain_digest("", self.rows_NL)
-        self.bytes = float(token_bytes_V[self.rows_NL].sum())
+        self.rows_digest = chain_digest("", *jax.tree.leaves(self.rows))
+        # Nats are given per token of an answer, whatever padding is predicted with it: that has no text.
+        answers_NL = rows.role_BL == ANSWER if isinstance(rows, Examples) else np.ones(tokens_NL.shape, bool)
+        self.length_N = answers_NL.sum(axis=1)
+        self.bytes = float((token_bytes_V[tokens_NL] * answers_NL).sum())
         self.nats = jitted(config, special, mesh, self.estimator)
 
     def __call__(self, params: transformer.Parameters) -> Validation:
         """Evaluate `params` on the held-out rows."""
-        R, L = self.rows_NL.shape
+        N = self.count
         of_batches = []
-        for start in range(0, R, self.batch):
+        for start in range(0, N, self.batch):
             index_B = np.arange(start, start + self.batch)
-            rows_BL = self.rows_NL[index_B % R]  # the last batch wraps; its surplus is dropped
-            rows_BL = mesh_lib.shard_batch(self.mesh, rows_BL, np.arange(self.batch), self.batch)
-            of_batches.append([np.asarray(x_B, np.float64) for x_B in self.nats(params, rows_BL, index_B)])
-        nats_R, variance_R = (np.concatenate(x)[:R] for x in zip(*of_batches, strict=True))
-        mean = float(nats_R.mean() / L)
+            # The last batch wraps; its surplus is dropped.
+            rows = jax.tree.map(operator.itemgetter(index_B % N), self.rows)
+            rows = mesh_lib.shard_batch(self.mesh, rows, np.arange(self.batch), self.batch)
+            of_batches.append([np.asarray(x_B, np.float64) for x_B in self.nats(params, rows, index_B)])
+        nats_N, variance_N = (np.concatenate(x)[:N] for x in zip(*of_batches, strict=True))
+        length = float(self.length_N.mean())
+        mean = float(nats_N.mean() / length)
         return Validation(
             nats_per_token=mean,
-            stderr=float(nats_R.std(ddof=1) / math.sqrt(R) / L) if R > 1 else math.nan,
-            monte_carlo_stderr=float(math.sqrt(variance_R.sum()) / R / L),
-            bits_per_byte=float(nats_R.sum() / self.bytes / math.log(2)) if self.bytes else math.nan,
+            # Of a ratio of two means, by its linearisation.
+            stderr=float((nats_N - mean * self.length_N).std(ddof=1) / math.sqrt(N) / length) if N > 1 else math.nan,
+            monte_carlo_stderr=float(math.sqrt(variance_N.sum()) / N / length),
+            bits_per_byte=float(nats_N.sum() / self.bytes / math.log(2)) if self.bytes else math.nan,
             perplexity=perplexity(mean),
             kind=self.family.measure,
             estimator=self.estimator,
-            rows=R,
-            tokens=R * L,
+            rows=N,
+            tokens=int(self.length_N.sum()),
             draws=self.draws,
             eval_rows_digest=self.rows_digest,
         )
@@ -125,19 +138,25 @@ def rows_at_once(config: Config, mesh: jax.sharding.Mesh, rows: int) -> int:
 
 
 def jitted(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh, estimator: str):
-    """`(params, x0_BL, row_B) -> (nats_B, variance_B)` of some rows, to be compiled: see `_row_nats`."""
+    """`(params, rows, row_B) -> (nats_B, variance_B)` of some rows, to be compiled: see `_row_nats`."""
     return jax.jit(
         functools.partial(_row_nats, config, special, config.evaluate.draws, estimator),
         out_shardings=mesh_lib.sharding(mesh, "replicated"),
     )
 
 
-def _row_nats(config, special, draws, estimator, params, x0_BL, row_B):
-    """Nats of each row (B,), mean over draws, and the Monte Carlo variance of that mean (B,)."""
-    segments_BL = segments(x0_BL, special, config.objective)
+def _row_nats(config, special, draws, estimator, params, rows, row_B):
+    """Nats of each row (B,), mean over draws, and the Monte Carlo variance of that mean (B,).
+
+    `rows` are tokens (B, L), or `Examples`, of which only what the family counts is predicted.
+    """
+    family, head_rows = families.of(config), config.objective.head_rows
+    if isinstance(rows, Examples):
+        x0_BL, segments_BL, counted_BL = rows.tokens_BL, rows.example_BL, family.counted(rows)
+    else:
+        x0_BL, segments_BL, counted_BL = rows, segments(rows, special, config.objective), None
     predict = functools.partial(transformer.hidden, config.model, params, segments_BL=segments_BL)
     head_VD = transformer.head(config.model, params)
-    family, head_rows = families.of(config), config.objective.head_rows
-    nats_MB = family.held_out_nats(predict, head_VD, x0_BL, row_B, special, draws, estimator, head_rows)
+    nats_MB = family.held_out_nats(predict, head_VD, x0_BL, row_B, special, draws, estimator, head_rows, counted_BL)
     variance_B = jnp.zeros(len(x0_BL)) if family.exact else stratified_variance(nats_MB, circular=True)
     return jnp.mean(nats_MB, axis=0), variance_B

@@ -21,7 +21,7 @@ from llada.objectives.contract import SpecialTokens
 
 
 class Setup(NamedTuple):
-    """What a program is compiled for (hashable); `longest_prompt` is of the batch."""
+    """What a program is compiled for (hashable); no prompt of the batch is longer than `longest_prompt`."""
 
     config: ModelConfig
     special: SpecialTokens
@@ -56,8 +56,12 @@ def ancestral(
     temperature: float = 1.0,
     seed_B: np.ndarray | int = 0,
     observe: Observer | None = None,
+    longest_prompt: int | None = None,
 ) -> Sample:
     """Continue each row's prompt, its first `prompt_length` tokens, by as many tokens as the longest prompt leaves.
+
+    With `longest_prompt`, at least the longest, by as many as a prompt of that length leaves: batches of all shorter
+    ones share a program.
 
     Stops when every row has written an end token; a row is all end-of-text after its own. Other arguments as in
     `sampler.reverse_process`.
@@ -65,7 +69,8 @@ def ancestral(
     check_temperature(temperature)
     canvas_BL = np.asarray(canvas_BL, np.int32)
     prompt_length_B = np.broadcast_to(prompt_length_B, len(canvas_BL)).astype(np.int32)
-    setup = Setup(config, special, usable_temperature(temperature), int(prompt_length_B.max()), observe)
+    longest = int(prompt_length_B.max()) if longest_prompt is None else longest_prompt
+    setup = Setup(config, special, usable_temperature(temperature), longest, observe)
     rows = Rows(prompt_length_B, row_seeds(seed_B, len(canvas_BL)), forbidden_list(forbidden_V, special.mask))
     return timed(left_to_right, setup, cached.for_decoding(params), canvas_BL, rows)
 
@@ -118,5 +123,6 @@ def _write(setup: Setup, rows: Rows, head_VD: jax.Array, i: jax.Array | int, hid
     at = (jnp.arange(B)[:, None], position_B1)
     tokens_BL = text.tokens_BL.at[at].set(token_B1)
     step_BL = text.step_BL.at[at].set(jnp.where(open_B1, i, -1))
-    report(setup.observe, tokens_BL, step_BL, i)
-    return _Text(tokens_BL, step_BL, text.ended_B | jnp.isin(token_B1[:, 0], jnp.array(setup.special.ends)))
+    is_over = report(setup.observe, tokens_BL, step_BL, i)
+    ended_B = text.ended_B | jnp.isin(token_B1[:, 0], jnp.array(setup.special.ends)) | is_over
+    return _Text(tokens_BL, step_BL, ended_B)

@@ -4,7 +4,6 @@ Infilling marks: `[MASK]` is one token to fill, `[MASK:12]` twelve. Text that fo
 middle of a text: tokenizers such as Llama's would put a space before each piece of it.
 """
 
-import functools
 import numbers
 import re
 import sys
@@ -12,13 +11,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from llada.data.continuation import encode_after, spelled_bytes
 from llada.data.tokenizer import Tokenizer, unicode_text
 from llada.errors import UserError
 
 _MARK = re.compile(r"\[MASK(?::([^\]\n]*))?\]")
 _DIGITS = 18  # of the longest number that is read
-# Stand-ins for what precedes a piece: the first one serves that the tokenizer does not merge with it.
-_BEFORE = ("\n", "(", ")", "|", "。", "0", "a")
 
 
 def from_prompt(prompt_ids: list[int], gen_length: int, filler: int, max_length: int) -> np.ndarray:
@@ -61,20 +59,6 @@ def encode_text(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
     """Ids of a text from its start. UserError calling it `name` where it is no Unicode; warns if ids spell another."""
     ids = tokenizer.encode(unicode_text(text, name))
     _warn_of_changes(tokenizer, ids, text, name)
-    return ids
-
-
-def encode_after(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text that follows other tokens, without the space that some tokenizers put before every text."""
-    ids, wanted = tokenizer.encode(text), text.encode()
-    if _spelled(tokenizer, ids) == wanted:
-        return ids
-    for before in _BEFORE:
-        before_ids, joined_ids = tokenizer.encode(before), tokenizer.encode(before + text)
-        if before_ids and joined_ids[: len(before_ids)] == before_ids:
-            ids = joined_ids[len(before_ids) :]
-            if _spelled(tokenizer, ids) == wanted:
-                break
     return ids
 
 
@@ -131,12 +115,16 @@ def parse_ids(flag: str, ids: str | Iterable[int], vocab_size: int) -> list[int]
 
 
 def forbidden_ids(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """`forbidden_V`, bool: ids of neither text nor an end: padding, unknown, mask, rows past the tokenizer's last."""
+    """`forbidden_V`, bool: ids of neither text nor an end: padding, unknown, mask, rows past the tokenizer's last.
+
+    What fills an answer behind its end may be written.
+    """
     forbidden_V = np.ones(vocab_size, bool)
     forbidden_V[: tokenizer.vocab_size] = tokenizer.token_bytes_V == 0
     forbidden_V[tokenizer.eos_id] = False
     if tokenizer.eot_id is not None:
         forbidden_V[tokenizer.eot_id] = False
+    forbidden_V[list(tokenizer.filler_ids)] = False
     return forbidden_V
 
 
@@ -156,21 +144,12 @@ def _check_length(length: int, max_length: int) -> None:
         )
 
 
-@functools.lru_cache(maxsize=1 << 20)
-def _token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    return tokenizer.token_bytes(token)
-
-
-def _spelled(tokenizer: Tokenizer, ids: Iterable[int]) -> bytes:
-    return b"".join(_token_bytes(tokenizer, token) for token in ids)
-
-
 _warned: set[str] = set()  # sha256 of the tokenizers that have been warned of
 
 
 def _warn_of_changes(tokenizer: Tokenizer, ids: list[int], text: str, name: str) -> None:
     """A line on standard error, once a tokenizer, if a text's ids spell another text; a first space is no change."""
-    spelled, wanted = _spelled(tokenizer, ids), text.encode()
+    spelled, wanted = spelled_bytes(tokenizer, ids), text.encode()
     if spelled in (wanted, b" " + wanted) or tokenizer.sha256 in _warned:
         return
     _warned.add(tokenizer.sha256)

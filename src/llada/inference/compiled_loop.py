@@ -3,8 +3,10 @@
 Shapes: B sequences, L canvas positions, V vocabulary, F forbidden ids.
 """
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +17,31 @@ from llada import mesh as mesh_lib
 
 Array = Any  # what a program takes: an array of JAX or NumPy, or in a plan its shape and sharding
 
-# Called after every step with the first sequence: (tokens_L, step_L, step).
-Observer = Callable[[np.ndarray, np.ndarray, int], None]
+# Called after every step with the whole batch: (tokens_BL, step_BL, step). True ends the loop. It must not raise: of
+# several devices, one that fails leaves the others waiting for it.
+Observer = Callable[[np.ndarray, np.ndarray, int], bool | None]
+
+
+class Relay:
+    """An observer that passes on to another one: programs are compiled for one Relay, whoever listens."""
+
+    def __init__(self) -> None:
+        self._listener: Observer | None = None
+        self._turn = threading.Lock()
+
+    def __call__(self, tokens_BL: np.ndarray, step_BL: np.ndarray, step: int) -> bool | None:
+        """Pass on to whoever listens now."""
+        return None if self._listener is None else self._listener(tokens_BL, step_BL, step)
+
+    @contextlib.contextmanager
+    def to(self, listener: Observer) -> Iterator["Relay"]:
+        """Pass on to `listener` while the block runs; blocks of other threads wait for it."""
+        with self._turn:
+            self._listener = listener
+            try:
+                yield self
+            finally:
+                self._listener = None
 
 
 class Sample(NamedTuple):
@@ -56,17 +81,20 @@ def timed(loop, *arguments) -> Sample:
     return Sample(tokens_BL, step_BL, int(passes), max(seconds, 1e-9), compiled - start)
 
 
-def report(observe: Observer | None, tokens_BL: jax.Array, step_BL: jax.Array, step: jax.Array | int) -> None:
-    """From within a compiled loop, show the observer the first sequence."""
+def report(
+    observe: Observer | None, tokens_BL: jax.Array, step_BL: jax.Array, step: jax.Array | int
+) -> jax.Array | bool:
+    """From within a compiled loop, show the observer the canvases; whether the loop is to end."""
     if observe is None:
-        return
+        return False
 
-    def on_host(tokens_L, step_L, step):
+    def on_host(tokens_BL, step_BL, step):
         start = time.perf_counter()
-        observe(np.asarray(tokens_L), np.asarray(step_L), int(step))
+        is_over = observe(np.asarray(tokens_BL), np.asarray(step_BL), int(step))
         _observer_clock.seconds += time.perf_counter() - start
+        return np.bool_(is_over)
 
-    io_callback(on_host, None, tokens_BL[0], step_BL[0], step, ordered=True)
+    return io_callback(on_host, jax.ShapeDtypeStruct((), bool), tokens_BL, step_BL, step, ordered=True)
 
 
 def row_seeds(seed_B: np.ndarray | int, B: int) -> np.ndarray:

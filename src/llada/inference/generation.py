@@ -4,7 +4,7 @@ Requests that can share one compiled loop run as one batch, padded to the longes
 on the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,10 +18,17 @@ from llada.inference import canvas as canvas_lib
 from llada.inference import sampler
 from llada.inference import settings as settings_lib
 from llada.inference.ancestral import ancestral
-from llada.inference.compiled_loop import Observer, Sample
+from llada.inference.compiled_loop import Relay, Sample
 from llada.model import transformer
 
 BATCH = 16  # requests that run together
+_SHORTEST = 64  # tokens: `round_up` makes lengths multiples of it
+
+# Called after every step for each request of a batch: (index of the request, tokens_L, step_L, step), of its own canvas
+# only. It may raise, which ends the batch.
+Watcher = Callable[[int, np.ndarray, np.ndarray, int], None]
+
+_RELAY = Relay()  # the observer of all watched programs
 
 
 class Request(NamedTuple):
@@ -89,11 +96,14 @@ def generate(
     params: transformer.Parameters,
     tokenizer: Tokenizer,
     requests: Sequence[Request],
-    observe: Observer | None = None,
+    observe: Watcher | None = None,
+    round_up: bool = False,
 ) -> list[Generated]:
     """Answer the requests, in their order. UserError for one that cannot be answered, before any is run.
 
-    `observe` sees the first row of every batch after each step. `seconds` excludes compilation.
+    `observe` sees the canvases of a batch after each of its steps; what it raises is raised here. `seconds` excludes
+    compilation. With `round_up` lengths are padded to 64, 128, 192, 256, 384, 512, 768 ... tokens and batches to powers
+    of two: requests of many lengths then share a few programs, and get what they get without it.
     """
     jobs = [_job(config, tokenizer, request) for request in requests]
     groups: dict[tuple, list[int]] = {}
@@ -105,8 +115,20 @@ def generate(
         indices.sort(key=lambda i: len(jobs[i].canvas_L))
         for start in range(0, len(indices), BATCH):
             batch = indices[start : start + BATCH]
-            generated = _run_batch(config, params, tokenizer, [jobs[i] for i in batch], observe)
-            answers |= dict(zip(batch, generated, strict=True))
+            batch_jobs = [jobs[i] for i in batch]
+            # The last job is repeated until the batch divides over the devices of the mesh.
+            B = 1 << (len(batch) - 1).bit_length() if round_up else len(batch)
+            B = mesh_lib.local_batch(B, jax.sharding.get_abstract_mesh())
+            rows = batch_jobs + [batch_jobs[-1]] * (B - len(batch))
+            if observe is None:
+                sample = _sample(config, params, tokenizer, rows, None, round_up)
+            else:
+                listener = _Listener(observe, batch, batch_jobs)
+                with _RELAY.to(listener):
+                    sample = _sample(config, params, tokenizer, rows, _RELAY, round_up)
+                if listener.raised is not None:
+                    raise listener.raised
+            answers |= dict(zip(batch, _answers(tokenizer, batch_jobs, sample), strict=True))
     return [answers[index] for index in range(len(jobs))]
 
 
@@ -147,17 +169,27 @@ def check(config: Config, request: Request) -> None:
 _OF_DIFFUSION = ("steps", "block_length", "cfg_scale", "remasking", "eos", "speculate", "cache", "confidence_threshold")
 
 
-def _run_batch(
-    config: Config,
-    params: transformer.Parameters,
-    tokenizer: Tokenizer,
-    jobs: list[_Job],
-    observe: Observer | None,
-) -> list[Generated]:
-    """The answers to the requests of one batch."""
-    # The last job is repeated until the batch divides over the devices of the mesh.
-    B = mesh_lib.local_batch(len(jobs), jax.sharding.get_abstract_mesh())
-    sample = _sample(config, params, tokenizer, jobs + [jobs[-1]] * (B - len(jobs)), observe)
+class _Listener:
+    """An observer of a batch that shows `observe` the canvas of each request, and ends the loop if that raises."""
+
+    raised: BaseException | None = None
+
+    def __init__(self, observe: Watcher, indices: list[int], jobs: list[_Job]):
+        self._observe, self._indices, self._jobs = observe, indices, jobs
+
+    def __call__(self, tokens_BL: np.ndarray, step_BL: np.ndarray, step: int) -> bool:
+        if self.raised is None:
+            try:
+                for index, job, tokens_L, step_L in zip(self._indices, self._jobs, tokens_BL, step_BL, strict=False):
+                    L = len(job.canvas_L)
+                    self._observe(index, tokens_L[:L], step_L[:L], step)
+            except BaseException as error:  # raised again where the loop was started
+                self.raised = error
+        return self.raised is not None
+
+
+def _answers(tokenizer: Tokenizer, jobs: list[_Job], sample: Sample) -> list[Generated]:
+    """The answers to the requests of one batch, whose first rows are theirs."""
     written = int(np.sum(sample.step_BL[: len(jobs)] >= 0))
     answers = []
     for job, tokens_L, step_L in zip(jobs, sample.tokens_BL, sample.step_BL, strict=False):
@@ -184,22 +216,36 @@ def _sample(
     params: transformer.Parameters,
     tokenizer: Tokenizer,
     jobs: list[_Job],
-    observe: Observer | None,
+    observe: Relay | None,
+    round_up: bool,
 ) -> Sample:
-    """The canvases of a batch, padded to the longest, and filled by the family's sampler."""
+    """The canvases of a batch, padded to the longest or beyond it, and filled by the family's sampler."""
+    model, special, settings = config.model, tokenizer.special, jobs[0].settings
     lengths_B = np.array([len(job.canvas_L) for job in jobs])
-    canvas_BL = np.full((len(jobs), lengths_B.max()), tokenizer.pad_id, np.int32)
+    prompt_length_B = np.array([job.prompt_length for job in jobs])
+    # Positions of an ARM are counted from the end of the longest prompt.
+    behind = 0 if settings else jobs[0].open_count
+    longest = int(prompt_length_B.max() if settings is None else lengths_B.max())
+    if round_up:
+        longest = max(longest, min(_rounded_up(longest), model.max_length - behind))
+    canvas_BL = np.full((len(jobs), longest + behind), tokenizer.pad_id, np.int32)
     for row_L, job in zip(canvas_BL, jobs, strict=True):
         row_L[: len(job.canvas_L)] = job.canvas_L
     seed_B = np.array([job.request.seed for job in jobs])
-    forbidden_V = canvas_lib.forbidden_ids(tokenizer, config.model.vocab_size)
-    model, special, settings = config.model, tokenizer.special, jobs[0].settings
+    forbidden_V = canvas_lib.forbidden_ids(tokenizer, model.vocab_size)
     if settings is None:
-        prompt_length_B = np.array([job.prompt_length for job in jobs])
         temperature = jobs[0].request.temperature
-        return ancestral(model, params, canvas_BL, prompt_length_B, special, forbidden_V, temperature, seed_B, observe)
-    padded_B = None if lengths_B.min() == lengths_B.max() else lengths_B
+        return ancestral(
+            model, params, canvas_BL, prompt_length_B, special, forbidden_V, temperature, seed_B, observe, longest
+        )
+    padded_B = None if not round_up and lengths_B.min() == lengths_B.max() else lengths_B
     return sampler.reverse_process(model, params, canvas_BL, settings, special, forbidden_V, seed_B, padded_B, observe)
+
+
+def _rounded_up(length: int) -> int:
+    """The next of 64, 128, and from there on two lengths an octave."""
+    unit = max(_SHORTEST, 1 << max(0, (length - 1).bit_length() - 2))
+    return -(-length // unit) * unit
 
 
 def _job(config: Config, tokenizer: Tokenizer, request: Request) -> _Job:
@@ -208,12 +254,18 @@ def _job(config: Config, tokenizer: Tokenizer, request: Request) -> _Job:
     canvas_L, prompt_length, open_count = _canvas(config, tokenizer, request)
     if config.model.causal:
         return _Job(request, canvas_L, prompt_length, open_count, None, (request.temperature, open_count))
+    settings = sampler_settings(request, open_count)
+    return _Job(request, canvas_L, prompt_length, open_count, settings, (-(-open_count // settings.block_length),))
+
+
+def sampler_settings(request: Request, open_count: int) -> settings_lib.SamplerConfig:
+    """How a diffusion model fills `open_count` positions for this request. UserError if it cannot."""
     chosen = {name: getattr(request, name) for name in _OF_DIFFUSION if getattr(request, name) is not None}
     settings = settings_lib.SamplerConfig(
         **{"steps": open_count, "block_length": open_count, **chosen}, temperature=request.temperature
     )
     settings_lib.check(settings, open_count)
-    return _Job(request, canvas_L, prompt_length, open_count, settings, (-(-open_count // settings.block_length),))
+    return settings
 
 
 def _canvas(config: Config, tokenizer: Tokenizer, request: Request) -> tuple[np.ndarray, int, int]:

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada.objectives import diffusion
 from llada.objectives import noise as noise_lib
+from llada.objectives.corruption import corrupt
 from llada.objectives.estimates import stratified_variance
 
 _SEED = 0  # not the user's: which masks are used is part of what a likelihood means
@@ -114,7 +114,7 @@ def _masks_of(M, A, estimator, mask_id, digest, length):
         return noise_lib.uniform(noise(step=m), noise_lib.LIKELIHOOD_MASK, (A,))[0]
 
     x0_MA, maskable_MA = jnp.zeros((M, A), jnp.int32), jnp.broadcast_to(jnp.arange(A) < length, (M, A))
-    corruption = diffusion.corrupt(x0_MA, u_M, jax.vmap(draw)(jnp.arange(M)), maskable_MA, mask_id, estimator)
+    corruption = corrupt(x0_MA, u_M, jax.vmap(draw)(jnp.arange(M)), maskable_MA, mask_id, estimator)
     return corruption.masked_BL, corruption.weight_B
 
 

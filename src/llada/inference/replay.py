@@ -10,7 +10,7 @@ import functools
 import importlib.resources
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +49,11 @@ def pieces(tokenizer: Tokenizer, tokens_L: Iterable[int]) -> list[str]:
     return [piece for start, end, text in _spans(tokenizer, tokens_L) for piece in [*[""] * (end - start - 1), text]]
 
 
+def displayable(text: str) -> str:
+    """The text with all characters that could steer a terminal replaced by U+FFFD; tabs and newlines stay."""
+    return text.translate(_VISIBLE)
+
+
 class _State(NamedTuple):
     """The canvas after `step`; see `Watch.__call__`."""
 
@@ -67,13 +72,24 @@ class Watch:
     printed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, mask_id: int | None, total_steps: int, console: Console | None = None):
-        """`mask_id` marks open positions, None where none are; `console` is standard output if not given."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        mask_id: int | None,
+        total_steps: int,
+        console: Console | None = None,
+        leave: bool = True,
+    ):
+        """`mask_id` marks open positions, None where none are; `console` is standard output if not given.
+
+        Without `leave` the drawing disappears at the end.
+        """
         mask_id = _NO_TOKEN if mask_id is None else mask_id
         self._tokenizer, self._mask_id, self._total_steps = tokenizer, mask_id, total_steps
         self._console = console or Console()
         self._moves = self._console.is_terminal and not self._console.is_dumb_terminal
-        self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
+        self._leave = leave
+        self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop", transient=not leave)
         self._state: _State | None = None
         self._drawn_at = -_SECONDS_BETWEEN_FRAMES
         self._top = 0
@@ -87,7 +103,9 @@ class Watch:
     def __exit__(self, *exception: object) -> None:
         """Draw the last state, uncropped, and leave it there; also after Ctrl-C or an error."""
         try:
-            if self._state and self._moves:
+            if not self._leave:
+                pass
+            elif self._state and self._moves:
                 self._live.update(self._frame(self._state, cropped=False))
             elif self._state:
                 # Not through rich, which would write tabs as spaces.
@@ -113,7 +131,7 @@ class Watch:
             if token == self._mask_id:
                 text.append(_MASK_GLYPH, _MASK_STYLE)
             else:
-                text.append(piece.translate(_VISIBLE), self._style(filled, newest=filled == state.step))
+                text.append(displayable(piece), self._style(filled, newest=filled == state.step))
         lines = [*text.wrap(self._console, width, overflow="fold")]
         view = ""
         if cropped and len(lines) > height:
@@ -144,7 +162,7 @@ class Watch:
 
     def _plain(self, state: _State) -> str:
         shown = zip(pieces(self._tokenizer, state.tokens_L), state.tokens_L, strict=True)
-        text = "".join(_MASK_GLYPH if token == self._mask_id else piece.translate(_VISIBLE) for piece, token in shown)
+        text = "".join(_MASK_GLYPH if token == self._mask_id else displayable(piece) for piece, token in shown)
         return f"{text}\n{self._counts(state)}"
 
     def _style(self, filled: int, newest: bool) -> Style:
@@ -152,6 +170,19 @@ class Watch:
             return Style()
         colour = _shade(_ON_ANY, filled / max(1, self._total_steps - 1))
         return Style(color=colour, bold=True, reverse=True) if newest else Style(color=colour)
+
+
+def paced(watch: Callable[..., None], steps: int, seconds: float) -> Callable[..., None]:
+    """`watch`, waiting after each step where all of them would take less than `seconds`: faster than eyes follow."""
+    start = time.monotonic()
+
+    def observe(tokens_L, step_L, step):
+        watch(tokens_L, step_L, step)
+        nonlocal start
+        start = time.monotonic() if step == 0 else start
+        time.sleep(max(0.0, start + (step + 1) * seconds / steps - time.monotonic()))
+
+    return observe
 
 
 def write_html(
@@ -169,7 +200,7 @@ def write_html(
     target = writable_target(path, "--html")
     mask_id = _NO_TOKEN if mask_id is None else mask_id
     units = [
-        [text.translate(_VISIBLE), [int(i) for i in tokens_L[start:end]], [int(s) for s in step_L[start:end]]]
+        [displayable(text), [int(i) for i in tokens_L[start:end]], [int(s) for s in step_L[start:end]]]
         for start, end, text in _spans(tokenizer, tokens_L)
     ]
     # Steps are one more than the last index: position k of the slider shows what k steps have filled.
@@ -223,13 +254,18 @@ def _shade(stops: tuple[str, ...], fraction: float) -> str:
     return "#" + "".join(f"{round(a + (b - a) * (position - left)):02x}" for a, b in channels)
 
 
+def shades() -> list[tuple[str, str]]:
+    """A page's colours for what is written early to late, each for light and for dark backgrounds: "#rrggbb"."""
+    fractions = [i / (_PAGE_SHADES - 1) for i in range(_PAGE_SHADES)]
+    return [(_shade(_ON_LIGHT, fraction), _shade(_ON_DARK, fraction)) for fraction in fractions]
+
+
 def _shade_rules() -> str:
     """CSS of the page's shades, classes s0 (early) to s31 (late), and of its legend, for both colour schemes."""
 
-    def rules(stops):
+    def rules(stops, colours):
         ramp = f":root {{ --ramp: linear-gradient(to right, {', '.join(stops)}) }}"
-        return " ".join(
-            [ramp, *(f".s{i} {{ color: {_shade(stops, i / (_PAGE_SHADES - 1))} }}" for i in range(_PAGE_SHADES))]
-        )
+        return " ".join([ramp, *(f".s{i} {{ color: {colour} }}" for i, colour in enumerate(colours))])
 
-    return f"{rules(_ON_LIGHT)}\n@media (prefers-color-scheme: dark) {{ {rules(_ON_DARK)} }}"
+    light, dark = zip(*shades(), strict=True)
+    return f"{rules(_ON_LIGHT, light)}\n@media (prefers-color-scheme: dark) {{ {rules(_ON_DARK, dark)} }}"

@@ -115,8 +115,15 @@ def step_from_hidden(task: Task, block: Block, canvas: Canvas, hidden_BKD: jax.A
     """The canvas after a step from these hidden states of the block's positions, however they were computed."""
     step = block.first_step + canvas.done_B1[0, 0]
     canvas = advance(task, block, canvas, choose_tokens(task, block, canvas, hidden_BKD))
-    report(task.setup.observe, canvas.tokens_BL, canvas.step_BL, step)
-    return canvas
+    return end_if(task, report(task.setup.observe, canvas.tokens_BL, canvas.step_BL, step), canvas)
+
+
+def end_if(task: Task, is_over: jax.Array | bool, canvas: Canvas) -> Canvas:
+    """The canvas, without masks if `is_over`: then there is nothing left to do in this block, nor in the next ones."""
+    if is_over is False:
+        return canvas
+    ended_BL = is_over & (canvas.tokens_BL == task.setup.special.mask_id)
+    return canvas._replace(tokens_BL=jnp.where(ended_BL, task.setup.special.eos, canvas.tokens_BL))
 
 
 def hidden_states(task: Task, tokens_BL: jax.Array, at_BK: jax.Array) -> jax.Array:

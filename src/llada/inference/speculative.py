@@ -20,7 +20,17 @@ import jax.numpy as jnp
 
 from llada.inference.choice import Choice
 from llada.inference.compiled_loop import report
-from llada.inference.reverse_step import Block, Canvas, Rows, Task, advance, choose_tokens, hidden_states, masked
+from llada.inference.reverse_step import (
+    Block,
+    Canvas,
+    Rows,
+    Task,
+    advance,
+    choose_tokens,
+    end_if,
+    hidden_states,
+    masked,
+)
 
 
 def fill_block(task: Task, block: Block, canvas: Canvas, passes: jax.Array) -> tuple[Canvas, jax.Array]:
@@ -43,8 +53,8 @@ def fill_block(task: Task, block: Block, canvas: Canvas, passes: jax.Array) -> t
         all_choice = choose_tokens(all_task, all_block, all_canvas, hidden_BKD)
         choices = [Choice(*x) for x in zip(*(jnp.split(x, copies) for x in all_choice), strict=True)]
         canvas, choice = _confirm(task, block, canvas, choice, drafts, choices)
-        report(task.setup.observe, canvas.tokens_BL, canvas.step_BL, jnp.max(canvas.step_BL[0]))
-        return canvas, passes + 1, choice
+        is_over = report(task.setup.observe, canvas.tokens_BL, canvas.step_BL, jnp.max(canvas.step_BL))
+        return end_if(task, is_over, canvas), passes + 1, choice
 
     # The first drafts write masks, so they change nothing and are never confirmed.
     shape_BK = block.position_BK.shape

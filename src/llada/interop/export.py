@@ -18,6 +18,7 @@ from llada.interop import export_files, layout, safetensors_files
 from llada.interop.schema import schema_of
 from llada.training import leaves as leaves_lib
 from llada.training import run as run_lib
+from llada.training import run_item
 from llada.training.checkpoint import Checkpoints
 from llada.training.corpus import saved_tokenizer
 
@@ -47,35 +48,54 @@ def export(
 ) -> Exported:
     """Write the checkpoint of `step` (default the latest) of `workdir` to `out`, which appears whole or not at all.
 
-    `overwrite` replaces an earlier export at `out`. `progress` is called after each piece of the weights. UserError for
-    a workdir or step that is not there, an unknown dtype, or an `out` that exists, all before weights are read.
+    `overwrite` replaces an earlier export at `out`. `progress` is called after each piece of the weights; it begins
+    again where training removes the latest step while it is read, which is tried once more. UserError for a workdir or
+    step that is not there, an unknown dtype, or an `out` that exists, all before weights are read.
     """
     if dtype not in safetensors_files.DTYPES:
         raise UserError(f"--dtype={dtype} is not one of {', '.join(safetensors_files.DTYPES)}")
     if shard_bytes < 1:
         raise UserError(f"--shard_bytes={shard_bytes} must be positive")
-    config = run_lib.read_config(workdir)
+    run_lib.read_config(workdir)
     _require_apart(out, workdir)
     if overwrite:
         _require_replaceable(out)
     with Checkpoints(workdir) as checkpoints:
-        step = checkpoints.resolve(step)
-        leaves = leaves_lib.open_parameters(checkpoints, step)
-        tokenizer = saved_tokenizer(workdir, checkpoints.item(step))
-        tensors = layout.tensors(config.model, schema_of(config.model).names)
-        shards = safetensors_files.plan(tensors, dtype, shard_bytes)
-        index = safetensors_files.index(shards, dtype)
-        architecture, files = export_files.small_files(workdir, config, tokenizer, step, dtype)
-        files[safetensors_files.INDEX] = export_files.to_bytes(index)
-        total, written = index["metadata"]["total_size"], 0
-        reading = functools.partial(checkpoints.usable, step)
-        with new_directory(out, "--out", replace=overwrite) as directory:
-            for shard in shards:
-                slabs = prefetch(_slabs(shard.tensors, leaves, dtype, reading))
-                reported = _reported(slabs, progress, written, total)
-                written += safetensors_files.write_shard(directory, shard, dtype, reported)
-            for name, content in files.items():
-                write_atomically(directory / name, content)
+
+        def write(step: int | None) -> Exported:
+            found = checkpoints.resolve(step)
+            return _export(workdir, out, checkpoints, found, dtype, shard_bytes, overwrite, progress)
+
+        return run_item.newest_again(checkpoints.directory, write, step)
+
+
+def _export(
+    workdir: Path,
+    out: Path,
+    checkpoints: Checkpoints,
+    step: int,
+    dtype: str,
+    shard_bytes: int,
+    overwrite: bool,
+    progress: Report | None,
+) -> Exported:
+    config = run_lib.read_config(workdir)
+    leaves = leaves_lib.open_parameters(checkpoints, step)
+    tokenizer = saved_tokenizer(workdir, checkpoints.item(step))
+    tensors = layout.tensors(config.model, schema_of(config.model).names)
+    shards = safetensors_files.plan(tensors, dtype, shard_bytes)
+    index = safetensors_files.index(shards, dtype)
+    architecture, files = export_files.small_files(workdir, config, tokenizer, step, dtype)
+    files[safetensors_files.INDEX] = export_files.to_bytes(index)
+    total, written = index["metadata"]["total_size"], 0
+    reading = functools.partial(checkpoints.usable, step)
+    with new_directory(out, "--out", replace=overwrite) as directory:
+        for shard in shards:
+            slabs = prefetch(_slabs(shard.tensors, leaves, dtype, reading))
+            reported = _reported(slabs, progress, written, total)
+            written += safetensors_files.write_shard(directory, shard, dtype, reported)
+        for name, content in files.items():
+            write_atomically(directory / name, content)
     return Exported(step, architecture, len(shards), total)
 
 

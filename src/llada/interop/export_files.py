@@ -8,6 +8,7 @@ import numpy as np
 
 from llada import json_files
 from llada.config import Config
+from llada.data.huggingface_controls import TEMPLATE_FILE
 from llada.data.huggingface_tokenizer import HuggingFaceTokenizer
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.tokenizer import Tokenizer
@@ -16,10 +17,10 @@ from llada.inference.canvas import forbidden_ids
 from llada.interop import model_card, sentencepiece_files
 from llada.interop.schema import SOURCE_CONFIG, TRANSFORMERS_VERSION, schema_of
 
-_CODE = ("configuration_llada.py", "modeling_llada.py")
+_CODE = ("configuration_llada.py", "generation_llada.py", "modeling_llada.py")
 # Every name that an export may have, but for those of its weights.
 NAMES = {"config.json", "generation_config.json", "README.md", *_CODE}
-NAMES |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
+NAMES |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", TEMPLATE_FILE}
 
 
 def small_files(
@@ -32,7 +33,7 @@ def small_files(
         "config.json": to_bytes(values),
         "generation_config.json": to_bytes(_generation_json(config, tokenizer, values.get("eos_token_id"))),
         "README.md": model_card.text(config, workdir, step, dtype, architecture, tokenizer).encode(),
-        **_tokenizer_files(tokenizer, config),
+        **tokenizer_files(tokenizer, config),
     }
     if not config.model.causal:
         files |= {name: Path(__file__).with_name(name).read_bytes() for name in _CODE}
@@ -54,6 +55,8 @@ def _config_json(workdir: Path, config: Config, tokenizer: Tokenizer, dtype: str
     """The model's config.json: an imported model's own as far as it still describes the model, else a new one."""
     schema, special = schema_of(config.model), tokenizer.special
     values = schema.to_json(config.model, special, tokenizer.pad_id)
+    if not config.model.causal:  # for whoever trains it on
+        values |= {"loss_eps": config.objective.eps, "loss_normalization": config.objective.normalization}
     if not (workdir / SOURCE_CONFIG).exists():
         return values | {"torch_dtype": dtype}
     source = json_files.read(workdir / SOURCE_CONFIG)
@@ -77,8 +80,10 @@ def _config_json(workdir: Path, config: Config, tokenizer: Tokenizer, dtype: str
 def _generation_json(config: Config, tokenizer: Tokenizer, ends: Any) -> dict[str, Any]:
     """How transformers generates by default; `ends` are the end tokens of config.json, where it has them."""
     special = tokenizer.special
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = list(dict.fromkeys([*listed, *special.ends]))
     values = {
-        "eos_token_id": special.eos if ends is None else ends,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": tokenizer.pad_id,
         # What our samplers never write: the mask, padding, rows past the tokenizer's last.
         "suppress_tokens": np.flatnonzero(forbidden_ids(tokenizer, config.model.vocab_size)).tolist(),
@@ -86,13 +91,12 @@ def _generation_json(config: Config, tokenizer: Tokenizer, ends: Any) -> dict[st
     }
     if config.model.causal:
         return values | {"bos_token_id": special.start}
-    if special.eot is not None:
-        values["eos_token_id"] = list(special.ends)
     # Written, as transformers' pipeline has other defaults for models that have none.
     return values | {"do_sample": False, "max_new_tokens": 64}
 
 
-def _tokenizer_files(tokenizer: Tokenizer, config: Config) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: Tokenizer, config: Config) -> dict[str, bytes]:
+    """The tokenizer of an export as transformers loads it, with its chat template; contents by file name."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return {name: text.encode() for name, text in tokenizer.files.items()}
     if not isinstance(tokenizer, SentencePieceTokenizer):
@@ -105,4 +109,5 @@ def _tokenizer_files(tokenizer: Tokenizer, config: Config) -> dict[str, bytes]:
         # Rows of our ARM begin after an end-of-text token, so its prompts must.
         bos_id=tokenizer.special.start if config.model.causal else None,
         model_max_length=config.model.max_length,
+        template=tokenizer.template,
     )

@@ -5,6 +5,7 @@ machine ever holds the model: the one that imports needs no accelerator and a fe
 the workdir reads it onto its mesh, each host its shards. Nothing in the source is executed.
 """
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +15,16 @@ from llada import accounting, json_files
 from llada import config as config_lib
 from llada.config import Config
 from llada.data.tokenizer import Tokenizer
-from llada.errors import UserError
+from llada.errors import StepRemoved, UserError
 from llada.files import new_directory, prefetch, write_atomically
 from llada.interop import layout, schema, source_tokenizer, source_weights
 from llada.interop.source_weights import Pieces
 from llada.objectives import families
 from llada.objectives.families import Family
+from llada.training import run_item
 from llada.training.checkpoint import Checkpoints, require_plain
 from llada.training.corpus import saved_tokenizer
-from llada.training.leaves import create, open_parameters
+from llada.training.leaves import create, finish, open_parameters
 
 _STEPS = 1_000
 _WRITES = 4  # pieces being written at once
@@ -34,7 +36,8 @@ class Source(NamedTuple):
     """A checked source: a config to start from (nested dict), its tokenizer, and its parameters.
 
     `pieces(config)` yields (our leaf, index into it, float32 values) until all parameters of `config` have come.
-    `files` are small files to store beside them, by name; `notes` are what a user should know.
+    `files` are small files to store beside them, by name; `notes` are what a user should know. `again` opens a workdir
+    once more, where training has removed the step that was being read.
     """
 
     config: dict[str, Any]
@@ -42,6 +45,7 @@ class Source(NamedTuple):
     pieces: Callable[[Config], Pieces]
     files: dict[str, bytes]
     notes: tuple[str, ...] = ()
+    again: Callable[[], "Source"] | None = None
 
 
 def open_source(
@@ -53,12 +57,16 @@ def open_source(
     `mask_token` names the mask where the source has none. UserError for whatever does not fit, and, while the pieces
     are read, for NaN and infinity in them unless that is allowed.
     """
-    _require_directory(path)
+    require_directory(path)
     family = None if objective is None else families.FAMILIES[objective]
     try:
         values = json_files.read(path / "config.json", name="config.json")
         if "model_type" not in values and "model" in values:
-            return _open_workdir(path, family, mask_token, allow_nonfinite)
+
+            def open_newest(_: int | None = None) -> Source:
+                return _open_workdir(path, family, mask_token, allow_nonfinite)
+
+            return run_item.newest_again(path / "checkpoints", open_newest, None)._replace(again=open_newest)
         format_, fields, special = schema.read(values)
         if family is None:
             family = families.AUTOREGRESSIVE if fields["causal"] else families.DIFFUSION
@@ -67,7 +75,7 @@ def open_source(
         model = config_lib.from_config_dict(tree).model
         source_weights.check_tensors(weights, model, format_.names)
     except UserError as error:
-        raise UserError(f"--source={path}: {error}") from error
+        raise type(error)(f"--source={path}: {error}") from error
     float32 = weights.dtype(format_.names["final_norm"]) == "F32"
     tree["model"]["dtype"] = "float32" if float32 else "bfloat16"
     tokenizer = source_tokenizer.open_tokenizer(path, special, model, mask_token)
@@ -93,6 +101,15 @@ def open_source(
 def write(source: Source, config: Config, workdir: Path, progress: Report | None = None) -> None:
     """Create `workdir` from a source, its parameters as step 0 of a run not yet begun; all at once or not at all."""
     require_plain(workdir)
+    try:
+        _write(source, config, workdir, progress)
+    except StepRemoved:
+        if source.again is None:
+            raise
+        _write(source._replace(pieces=source.again().pieces), config, workdir, progress)
+
+
+def _write(source: Source, config: Config, workdir: Path, progress: Report | None) -> None:
     pieces = source.pieces(config)
     total, done = accounting.parameters(config.model).total, 0
     with new_directory(workdir, "--workdir") as directory:
@@ -111,10 +128,11 @@ def write(source: Source, config: Config, workdir: Path, progress: Report | None
             write.result()
         if done != total:
             raise AssertionError(f"wrote {done} parameters of {total}")
+        finish(directory, leaves)
         write_atomically(directory / "config.json", (json_files.dumps(config_lib.to_dict(config), 2) + "\n").encode())
 
 
-def _require_directory(path: Path) -> None:
+def require_directory(path: Path) -> None:
     """UserError unless `path` is a directory that can be looked into; names of models on the hub get a hint."""
     if path.is_dir():
         return
@@ -139,7 +157,9 @@ def _open_workdir(path: Path, family: Family | None, mask_token: str | None, all
         tokenizer = tokenizer.with_mask()
         if tokenizer.vocab_size > old.model.vocab_size:
             raise UserError("its tokenizer has no mask token, and its model no row left for one")
-    tree = config_lib.to_dict(old)
+    tree = config_lib.to_dict(old) | {"changes": ()}  # those of its training, which the new one does not go on
+    if family is not families.of(old):  # what trains one family is refused for the other
+        tree["objective"] = dataclasses.asdict(old.objective.plain)
     tree["model"]["causal"], tree["objective"]["name"] = family.causal, family.name
     leaves = open_parameters(checkpoints, item.step)
 
@@ -148,7 +168,9 @@ def _open_workdir(path: Path, family: Family | None, mask_token: str | None, all
             raise UserError(f"--config.model... makes other shapes than --source={path} holds; keep its model")
         for name, leaf in leaves.items():
             for rows in source_weights.row_slices(len(leaf), leaf.chunk_rows):
-                yield name, (rows,), source_weights.finite(name, leaf.read(rows), allow_nonfinite)
+                with checkpoints.usable(item.step):
+                    values = leaf.read(rows)
+                yield name, (rows,), source_weights.finite(name, values, allow_nonfinite)
 
     imported = path / schema.SOURCE_CONFIG
     files = {schema.SOURCE_CONFIG: json_files.read_bytes(imported)} if imported.exists() else {}

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from llada import accounting, json_files
+from llada import accounting, changes, json_files
 from llada.config import Config
+from llada.data import rows
 from llada.data.tokenizer import Tokenizer
+from llada.errors import UserError
 from llada.objectives import families
 from llada.paths import user_path
 from llada.scaling import held_out
@@ -111,14 +111,17 @@ def _training_facts(config: Config, workdir: Path, step: int) -> dict[str, str]:
         return {"training": "imported; no step taken here"}
     tokens = step * config.tokens_per_step
     corpus = "the source files of Python's standard library" if config.data.source == "stdlib" else config.data.source
+    o = changes.at(config, step - 1).optimizer
     facts = {
-        "objective": config.objective.name,
+        "objective": " with ".join(filter(None, (config.objective.name, families.variant(config)))),
         "corpus": f"`{corpus}`, rows of {config.data.sequence_length} tokens",
         "steps, tokens": f"{step:,}, {tokens:,}",
-        "optimizer": f"AdamW, peak learning rate {config.optimizer.peak_learning_rate:g}, "
-        f"weight decay {config.optimizer.weight_decay:g}, batch {config.train.batch_size} rows, "
-        f"schedule `{config.optimizer.schedule}`",
+        "optimizer": f"AdamW, peak learning rate {o.peak_learning_rate:g}, "
+        f"weight decay {o.weight_decay:g}, batch {config.train.batch_size} rows, "
+        f"schedule `{o.schedule}`",
     }
+    if changed := "; ".join(changes.described(config, until=step)):
+        facts["changed while training"] = changed
     path = workdir / "summary.json"
     summary = json_files.read(path) if path.exists() else {}
     if summary.get("step") != step:
@@ -159,8 +162,8 @@ def _prompt(config: Config, workdir: Path, tokenizer: Tokenizer) -> str:
         return "def main():"
     directory = user_path(config.data.directory or workdir / "data", "--config.data.directory")
     try:
-        row = np.load(directory / "train.npy", mmap_mode="r")[0, :64].tolist()
-    except (OSError, ValueError, IndexError):
+        row = rows.open_rows(directory / "train.npy")[0, :64].tolist()
+    except (OSError, UserError, IndexError):
         return "The"
     row = row[row.index(tokenizer.eos_id) + 1 :] if tokenizer.eos_id in row[:-16] else row
     words = tokenizer.decode(token for token in row if token < tokenizer.vocab_size).split()

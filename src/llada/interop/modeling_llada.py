@@ -1,28 +1,39 @@
-"""LLaDA for transformers 4.50 and later, 5.x included: the mask predictor and its reverse process, in plain PyTorch.
+"""LLaDA for transformers 4.50 and later, 5.x included: the mask predictor and its objective, in plain PyTorch.
 
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
     tokens = model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), gen_length=128, block_length=32)
+    loss = model.train()(input_ids, attention_mask, labels=labels).loss
 
-Needs torch, transformers and the configuration beside this file. Parameters are named as in the released LLaDA-8B.
+Needs torch, transformers and the two files beside this one. Parameters are named as in the released LLaDA-8B.
 Shapes: B sequences, L positions given, S positions seen (past ones and those given), D width, H query heads,
-K key/value heads, C channels per head, V vocabulary; in the reverse process L is the canvas, N positions of it.
+K key/value heads, C channels per head, V vocabulary, R masked positions.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .configuration_llada import LLaDAConfig, LLaDAOptions, LLaDASampling
+from .configuration_llada import LLaDAConfig
+from .generation_llada import LLaDAGenerationMixin
 
-ROWS = 256  # positions that meet the vocabulary at once, so that a long canvas never holds all of its logits
+try:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+except ImportError:  # older than what it came with: everything but gradient checkpointing
+    GradientCheckpointingLayer = nn.Module
+
+IGNORED = -100  # the label of a position that is not to be learned, as all of transformers has it
+# In how many portions masked positions meet the vocabulary. Not a number of rows: it must be the same on all ranks,
+# which with ZeRO-3 gather the head's parameters together at each of its calls.
+PORTIONS = 16
 
 
 class LLaDARMSNorm(nn.Module):
@@ -40,7 +51,7 @@ class LLaDARMSNorm(nn.Module):
         return (wide * self.weight.float()).to(x.dtype)
 
 
-class LLaDABlock(nn.Module):
+class LLaDABlock(GradientCheckpointingLayer):
     """Pre-norm attention and SwiGLU, each added to the residual stream."""
 
     def __init__(self, config):
@@ -127,6 +138,10 @@ class LLaDATransformer(nn.Module):
         position_BL = position_ids.to(x_BLD.device).view(-1, L)
         angles = _angles(position_BL, self.config.d_model // self.config.n_heads, self.config.rope_theta)
         mask_B11S = _mask(mask, (B, begin + L), x_BLD.device)
+        if self.training and torch.is_grad_enabled() and not x_BLD.requires_grad:
+            # Only parts of a block are trained. Reentrant checkpointing, which transformers 4 uses unless told not to,
+            # has no gradient for them where no input of the block asks for one.
+            x_BLD = x_BLD.detach().requires_grad_()
         cache, states = (), ()
         for layer, block in enumerate(self.transformer.blocks):
             states += (x_BLD,) if keep else ()
@@ -165,6 +180,7 @@ class LLaDAPreTrainedModel(PreTrainedModel):
     base_model_prefix = ""  # no part of it is a model of its own
     _no_split_modules = ["LLaDABlock"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = GradientCheckpointingLayer is not nn.Module
 
     def _init_weights(self, module):
         """A new model's weights; through torch.nn.init, which transformers keeps from loaded ones."""
@@ -174,7 +190,7 @@ class LLaDAPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
 
 
-class LLaDAModelLM(LLaDAPreTrainedModel, GenerationMixin):
+class LLaDAModelLM(LLaDAPreTrainedModel, LLaDAGenerationMixin):
     """The mask predictor: logits for every position, each seeing all others; `generate` and `fill` sample from it."""
 
     def __init__(self, config):
@@ -210,6 +226,10 @@ class LLaDAModelLM(LLaDAPreTrainedModel, GenerationMixin):
         output_hidden_states=None,
         return_dict=None,
         labels=None,
+        masked_positions=None,
+        p_mask=None,
+        return_logits=None,
+        num_items_in_batch=None,
         **unused,
     ):
         """CausalLMOutputWithPast with logits (B, L, V): position i predicts token i, not the next one.
@@ -219,182 +239,101 @@ class LLaDAModelLM(LLaDAPreTrainedModel, GenerationMixin):
         past_key_values  keys and values of earlier positions, for the positions given to see. A mask predictor's states
                          depend on all tokens: exact if the rest of the canvas was the same, else an approximation
         use_cache        return past_key_values of past and given positions: (keys, values) of every layer
+        labels           (B, L): the tokens to learn, not shifted; -100 at context and padding, which are never masked.
+                         `loss` is then the objective (`objective`), for which some of these positions get masked here
+        masked_positions, p_mask  bool (B, L): which ones, and (B,): the probability of it in each sequence. None:
+                         drawn by torch's generator, in evaluation too; p_mask alone: masks are drawn with it
+        return_logits    None: not in training mode with labels, where only masked positions meet the vocabulary
+        num_items_in_batch  labels in all batches of an update, from Trainer: see `accepts_loss_kwargs`
         """
-        if labels is not None:
-            raise ValueError("LLaDA's objective is not next-token prediction: it has no loss on labels")
         if past_key_values is not None and not isinstance(past_key_values, (tuple, list)):
             raise ValueError("past_key_values must be the tuple of keys and values that a forward pass returns")
         use_cache = self.config.use_cache if use_cache is None else use_cache
         return_dict = self.config.return_dict if return_dict is None else return_dict
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if labels is not None:
+            masked_positions, p_mask = self._masks(labels, masked_positions, p_mask)
+            input_ids, inputs_embeds = self._corrupt(input_ids, inputs_embeds, masked_positions)
+        elif masked_positions is not None or p_mask is not None:
+            raise ValueError("masked_positions and p_mask need labels: without them put mask tokens into input_ids")
         hidden_BLD, cache, states = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, keep
         )
-        logits_BLV = self.model.unembed(hidden_BLD)
-        output = CausalLMOutputWithPast(logits=logits_BLV, past_key_values=cache, hidden_states=states)
+        logits_BLV = loss = None
+        if labels is not None:
+            loss = self.objective(hidden_BLD, labels, masked_positions, p_mask, num_items_in_batch)
+        if return_logits or (return_logits is None and (labels is None or not self.training)):
+            logits_BLV = self.model.unembed(hidden_BLD)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits_BLV, past_key_values=cache, hidden_states=states)
         return output if return_dict else output.to_tuple()
 
-    @torch.no_grad()
-    def generate(self, input_ids=None, attention_mask=None, *, gen_length=None, **options):
-        """Tokens (B, L + gen_length): the prompts and what the reverse process writes behind them.
+    @property
+    def accepts_loss_kwargs(self):
+        """Whether Trainer may pass num_items_in_batch, and then does not divide by gradient_accumulation_steps itself.
 
-        attention_mask  (B, L): 0 where a prompt is padding, on whichever side
-        gen_length      tokens to write (max_new_tokens; max_length with the prompt); None: as many as fit, at most 64
-        steps           over all blocks, a multiple of their number; None: one per token
-        block_length    blocks are filled from left to right, later ones in view as masks; None: one block
-        temperature     0: the most likely tokens; else draws from softmax(logits / temperature)
-        cfg_scale       w of classifier-free guidance without labels; 0 is off
-        remasking       low_confidence: a step keeps its most probable predictions; random: any of them
-        eos             keep; no_logits: end tokens are never written; no_confidence: they are kept last in their block
-        cache           none; prefix (Fast-dLLM): earlier positions keep a block's first keys and values, approximate
-        generator       a torch.Generator of all random numbers
-        Neither the mask token nor ids in `generation_config.suppress_tokens` are ever written. LLaDAOptions reads the
-        other options that transformers has.
+        Tokens need the number of labels in all batches of an update. A mean over sequences is the mean of the batches'
+        means, which are of equally many sequences: there Trainer's own division is the right one.
         """
-        if input_ids is None:  # an empty prompt, as the pipeline passes it
-            input_ids, attention_mask = torch.zeros((1, 0), dtype=torch.long, device=self.device), None
-        asked = LLaDAOptions(gen_length, torch.as_tensor(input_ids).shape[-1], options, self.generation_config)
-        process = _ReverseProcess(self, LLaDASampling(**asked.settings), input_ids, asked.ends)
-        return process.run(input_ids, attention_mask, asked.gen_length, asked.at_most)
+        return self.config.loss_normalization == "token"
 
-    def _prepare_generation_config(self, *_, **__):  # the pipeline of transformers 4 would have us sample
-        return copy.deepcopy(self.generation_config), {}
+    def objective(self, hidden_BLD, labels_BL, masked_BL, p_B, items=None):
+        """The bound on -log p(labelled tokens | all others), in nats per token: Eq. (3) of LLaDA, and Eq. (5) for SFT.
 
-    @torch.no_grad()
-    def fill(self, input_ids, attention_mask=None, **settings):
-        """Tokens (B, L): `input_ids` with every mask token, wherever it stands, replaced.
-
-        Settings are those of `generate` from `steps` to `generator`. Rows must have masks for equally many blocks;
-        with cache="prefix" the prefix ends where the first row's block begins.
+        The sum over masked tokens of nats / p, divided by the number of labelled tokens: in each sequence, and averaged
+        over the sequences that have any, or (config.loss_normalization="token") in the batch, which is `items` tokens.
+        Eq. (3) is that of sequences whose tokens are all labelled.
         """
-        return _ReverseProcess(self, LLaDASampling(**settings), input_ids).run(input_ids, attention_mask, 0)
+        count_B = (labels_BL != IGNORED).sum(dim=1)
+        weight_B = 1 / p_B.float()
+        if self.config.loss_normalization == "token":
+            weight_B = weight_B / (count_B.sum().clamp(min=1) if items is None else items)
+        else:
+            weight_B = weight_B / count_B.clamp(min=1) / (count_B > 0).sum().clamp(min=1)
+        weight_R = weight_B[:, None].expand_as(masked_BL)[masked_BL].to(hidden_BLD.device)
+        hidden_RD, token_R = hidden_BLD[masked_BL.to(hidden_BLD.device)], labels_BL[masked_BL].to(hidden_BLD.device)
+        # Portions may be empty: a batch of which nothing is masked has the loss 0, and gradients, which DDP waits for.
+        portions = (rows_R.tensor_split(PORTIONS) for rows_R in (hidden_RD, token_R, weight_R))
+        return sum(map(functools.partial(checkpoint, self._weighted_nats, use_reentrant=False), *portions))
+
+    def _weighted_nats(self, hidden_RD, token_R, weight_R):
+        """The sum over rows of weight * -log p(token), in float32. Under `checkpoint`, no logits are saved."""
+        logits_RV = self.model.unembed(hidden_RD).float()
+        nats_R = F.cross_entropy(logits_RV, token_R.to(logits_RV.device), reduction="none")
+        return (nats_R * weight_R.to(logits_RV.device)).sum().to(hidden_RD.device)
+
+    def _masks(self, labels_BL, masked_BL, p_B):
+        """(masked_BL, p_B) as given, or drawn: t ~ U[0, 1), p = (1 - eps) t + eps, each labelled position by itself."""
+        labelled_BL, B = labels_BL != IGNORED, len(labels_BL)
+        if p_B is None:
+            if masked_BL is not None:
+                raise ValueError("masked_positions needs p_mask: their nats are weighted by 1 / p")
+            p_B = (1 - self.config.loss_eps) * _uniform((B,), labels_BL.device) + self.config.loss_eps
+        p_B = p_B.to(labels_BL.device)
+        if p_B.shape != (B,):
+            raise ValueError(f"p_mask is {tuple(p_B.shape)}; it must be one probability for each of {B} sequences")
+        if masked_BL is None:
+            return (_uniform(labels_BL.shape, labels_BL.device) < p_B[:, None]) & labelled_BL, p_B
+        masked_BL = masked_BL.to(labels_BL.device).bool()
+        if masked_BL.shape != labels_BL.shape or (masked_BL & ~labelled_BL).any():
+            raise ValueError("masked_positions must have the shape of labels, and only positions that have a label")
+        return masked_BL, p_B
+
+    def _corrupt(self, input_ids, embeds_BLD, masked_BL):
+        """Token ids, or their embeddings where those were given, with the mask token at masked positions."""
+        mask_id = self.config.mask_token_id
+        if mask_id is None:
+            raise ValueError("config.mask_token_id is missing; without it there is no objective")
+        if input_ids is not None:
+            return input_ids.masked_fill(masked_BL.to(input_ids.device), mask_id), embeds_BLD
+        if embeds_BLD is not None:
+            mask_D = self.model.transformer.wte(torch.tensor(mask_id, device=embeds_BLD.device))
+            embeds_BLD = torch.where(masked_BL[..., None].to(embeds_BLD.device), mask_D, embeds_BLD)
+        return None, embeds_BLD
 
 
-class _ReverseProcess:
-    """From masks to tokens, block by block; steps need not ask the device how many masks remain: it is arithmetic."""
-
-    def __init__(self, model, settings, input_ids, ends=None):
-        config, generation, self.device = model.config, model.generation_config, model.device
-        if self.device.type == "meta":  # offloaded: accelerate loads weights module by module
-            self.device = torch.as_tensor(input_ids).device
-        if config.mask_token_id is None:
-            raise ValueError("config.mask_token_id is missing; without it there is nothing to fill")
-        ends = generation.eos_token_id if ends is None else ends
-        ends = config.eos_token_id if ends is None else ends
-        if ends is None and settings.eos != "keep":
-            raise ValueError(f"eos={settings.eos!r} needs eos_token_id in the generation_config or the config")
-        self.model, self.mask_id, self.settings = model, config.mask_token_id, settings
-        self.ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=self.device).view(-1)
-        self.forbidden_V = torch.arange(config.embedding_size, device=self.device) >= config.vocab_size
-        self.forbidden_V[[self.mask_id, *(generation.suppress_tokens or [])]] = True
-        if settings.eos == "no_logits":
-            self.forbidden_V[self.ends] = True
-
-    def run(self, input_ids, attention_mask, gen_length, at_most=None):
-        """`input_ids` and `gen_length` masks (None: as many as fit, but `at_most`), all masks replaced."""
-        tokens_BL = torch.as_tensor(input_ids, dtype=torch.long, device=self.device)
-        allowed_BL = torch.ones_like(tokens_BL) if attention_mask is None else torch.as_tensor(attention_mask)
-        allowed_BL = allowed_BL.to(self.device).bool()
-        if tokens_BL.dim() != 2 or allowed_BL.shape != tokens_BL.shape:
-            raise ValueError(f"not both (rows, tokens): input_ids {tokens_BL.shape}, attention_mask {allowed_BL.shape}")
-        longest = self.model.config.max_sequence_length
-        if gen_length is None:
-            left = longest - int(allowed_BL.sum(dim=1).max())
-            gen_length = min(at_most, left)
-            if left < 1:
-                raise ValueError(f"the prompt fills all of max_sequence_length={longest}; gen_length has no room")
-        if gen_length and ((tokens_BL == self.mask_id) & allowed_BL).any():
-            raise ValueError(f"the prompt holds mask_token_id={self.mask_id}; use fill() to write there")
-        canvas_BL = F.pad(tokens_BL, (0, gen_length), value=self.mask_id)
-        allowed_BL = F.pad(allowed_BL, (0, gen_length), value=True)
-        self.open_BL, self.mask_B11L, self.position_BL = (canvas_BL == self.mask_id) & allowed_BL, None, None
-        lengths, counts = torch.stack([allowed_BL.sum(dim=1), self.open_BL.sum(dim=1)]).tolist()
-        if max(lengths) > longest:
-            what = f"more than max_sequence_length={longest}; shorten the prompt or gen_length={gen_length}"
-            raise ValueError(f"the canvas has {max(lengths)} tokens, {what}")
-        block_length, steps = self.settings.plan(counts)
-        if min(lengths) < canvas_BL.shape[1]:
-            # Counted without padding: a row gets the very angles that it would have alone.
-            self.position_BL = self.both((allowed_BL.cumsum(dim=1) - 1).clamp(min=0))
-            self.mask_B11L = self.both(allowed_BL[:, None, None, :])
-        # Masks from left to right, then positions that are none: a row with fewer masks has slots never written to.
-        slots_BN = torch.argsort((~self.open_BL).int(), dim=1, stable=True)[:, : max(counts)]
-        for slots_BK in slots_BN.split(block_length, dim=1):
-            self.fill_block(canvas_BL, slots_BK, steps)
-        return canvas_BL
-
-    def both(self, x):
-        """A row per row to run: guidance runs a second branch."""
-        return torch.cat([x, x]) if self.settings.cfg_scale else x
-
-    def fill_block(self, canvas_BL, slots_BK, steps):
-        """Write the block's tokens into the canvas; each step keeps its share, larger ones first."""
-        left, begin, past = slots_BK.shape[1], 0, None  # left: masks of the row that has most of them
-        while left:
-            # Positions still masked come first: no others meet the vocabulary.
-            masked_BK = self.open_BL.gather(1, slots_BK) & (canvas_BL.gather(1, slots_BK) == self.mask_id)
-            first_BN = torch.argsort((~masked_BK).int(), dim=1, stable=True)[:, :left]
-            at_BN, masked_BN = slots_BK.gather(1, first_BN), masked_BK.gather(1, first_BN)
-            renew = self.settings.cache == "prefix" and past is None
-            token_BN, confidence_BN, fresh = self.predict(canvas_BL, at_BN, begin, past, renew)
-            keep_BN = self.kept(token_BN, confidence_BN, masked_BN, steps)
-            canvas_BL.scatter_(1, at_BN, torch.where(keep_BN, token_BN, canvas_BL.gather(1, at_BN)))
-            left, steps = left - -(-left // steps), steps - 1
-            if renew:
-                begin = int(slots_BK[:, 0].min())
-                past = tuple((key[:, :, :begin], value[:, :, :begin]) for key, value in fresh)
-
-    def predict(self, canvas_BL, at_BN, begin, past, renew):
-        """A token and its confidence for the positions `at_BN`, and the pass's cache if it is to be renewed.
-
-        The pass computes positions from `begin` on; `past` stands for those before. With guidance a second batch of
-        rows sees the context masked, and hidden states are mixed: logits are linear in them.
-        """
-        tokens_BL, scale = canvas_BL, self.settings.cfg_scale
-        if scale:
-            tokens_BL = torch.cat([canvas_BL, canvas_BL.masked_fill(~self.open_BL, self.mask_id)])
-        position_BL = None if self.position_BL is None else self.position_BL[:, begin:]
-        hidden_BLD, fresh, _ = self.model.model(
-            tokens_BL[:, begin:], self.mask_B11L, position_BL, past=past, use_cache=renew
-        )
-        place_BN1 = self.both(at_BN - begin).clamp(min=0)[..., None].to(hidden_BLD.device)
-        hidden_BND = hidden_BLD.gather(1, place_BN1.expand(-1, -1, hidden_BLD.shape[-1]))
-        if scale:
-            seeing, blind = hidden_BND.float().chunk(2)
-            hidden_BND = ((1 + scale) * seeing - scale * blind).to(hidden_BND.dtype)
-        chosen = [self.choose(rows) for rows in hidden_BND.flatten(0, 1).split(ROWS)]
-        token_BN, confidence_BN = (torch.cat([pair[i] for pair in chosen]).view(at_BN.shape) for i in (0, 1))
-        if self.settings.temperature == 0:
-            # Where a row shows no token all distributions are equal, and only rounding would rank them: leftmost first.
-            seen_BL = canvas_BL != self.mask_id
-            seen_BL = seen_BL if self.mask_B11L is None else seen_BL & self.mask_B11L[: len(seen_BL), 0, 0]
-            confidence_BN = torch.where(seen_BL.any(dim=1, keepdim=True), confidence_BN, confidence_BN[:, :1])
-        return token_BN, confidence_BN, fresh
-
-    def choose(self, hidden_RD):
-        """Tokens, and log p of each under the clean distribution: without temperature and noise."""
-        logits_RV = self.model.model.unembed(hidden_RD).to(self.device, torch.float32)
-        noised_RV = logits_RV = logits_RV.masked_fill(self.forbidden_V, -torch.inf)
-        if self.settings.temperature > 0:
-            # Gumbel-max in float64: coarse noise cuts the tail off (arXiv 2409.02908). MPS has no float64.
-            place = "cpu" if logits_RV.device.type == "mps" else logits_RV.device
-            uniform_RV = self.uniform(logits_RV.shape, place, torch.float64)
-            noised_RV = logits_RV.to(place).double() - self.settings.temperature * (-uniform_RV.log()).log()
-        token_R = noised_RV.argmax(dim=-1).to(logits_RV.device)
-        return token_R, logits_RV.gather(1, token_R[:, None])[:, 0] - logits_RV.logsumexp(dim=-1)
-
-    def kept(self, token_BN, confidence_BN, masked_BN, steps_left):
-        """Which predictions this step keeps; all that remain when it is the last."""
-        score_BN = confidence_BN
-        if self.settings.remasking == "random":
-            score_BN = self.uniform(token_BN.shape, token_BN.device, torch.float32)
-        elif self.settings.eos == "no_confidence":
-            score_BN = score_BN.masked_fill(torch.isin(token_BN, self.ends), torch.finfo(torch.float32).min)
-        order_BN = score_BN.masked_fill(~masked_BN, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        quota_B1 = (masked_BN.sum(dim=1, keepdim=True) + steps_left - 1) // steps_left
-        return masked_BN & (order_BN.argsort(dim=1) < quota_B1)
-
-    def uniform(self, shape, device, dtype):
-        """Numbers from [0, 1), drawn where the generator lives."""
-        where = device if self.settings.generator is None else self.settings.generator.device
-        return torch.rand(shape, generator=self.settings.generator, device=where, dtype=dtype).to(device)
+def _uniform(shape, device):
+    """Numbers from [0, 1), stratified over ranks: Trainer seeds all of them alike, and they would draw the same."""
+    numbers = torch.rand(shape, device=device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        numbers = (numbers + torch.distributed.get_rank() / torch.distributed.get_world_size()) % 1
+    return numbers

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 
 from llada import json_files
-from llada.errors import UserError
+from llada.errors import UserError, in_brief
 from llada.interop.layout import Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -143,7 +143,7 @@ def _header(path: Path) -> tuple[dict[str, dict], int]:
             length = int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(length))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path.name} is not a whole safetensors file: {error}") from error
+        raise UserError(f"{path.name} is not a whole safetensors file: {in_brief(error)}") from error
     entries.pop("__metadata__", None)
     return entries, 8 + length
 

@@ -49,7 +49,7 @@ def read(values: Json) -> tuple[Schema, Json, dict[str, int]]:
     kind = values.get("model_type")
     if kind not in ("llada", *_LLAMA_DEFAULTS):
         known = ", ".join(("llada", *_LLAMA_DEFAULTS))
-        raise UserError(f"config.json has model_type={kind!r}; supported are {known}")
+        raise UserError(f"config.json has model_type={kind!r:.80}; supported are {known}")
     schema = LLADA if kind == "llada" else LLAMA
     return schema, *schema.from_json(values)
 
@@ -152,7 +152,7 @@ def _llada_from_json(source: Json) -> tuple[Json, dict[str, int]]:
     values = _FIXED | _LLADA_DEFAULTS | {name: value for name, value in source.items() if value is not None}
     for name, wanted in _FIXED.items():
         if values[name] != wanted:
-            raise UserError(f"{name}={values[name]!r} is not supported; a LLaDA has {wanted!r}")
+            raise UserError(f"{name}={values[name]!r:.80} is not supported; a LLaDA has {wanted!r:.80}")
     heads, width = _field(values, "n_heads", int), _field(values, "d_model", int)
     one_key_head = _field(values, "multi_query_attention", bool, False)
     model = {
@@ -251,9 +251,9 @@ def _llama_from_json(source: Json) -> tuple[Json, dict[str, int]]:
     values = _LLAMA_DEFAULTS[kind] | present
     for name, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if values.get(name, wanted) != wanted:
-            raise UserError(f"{name}={values[name]!r} is not supported; only {wanted!r} is")
+            raise UserError(f"{name}={values[name]!r:.80} is not supported; only {wanted!r:.80} is")
     if values.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"partial_rotary_factor={values['partial_rotary_factor']!r} is not supported; only 1.0 is")
+        raise UserError(f"partial_rotary_factor={values['partial_rotary_factor']!r:.80} is not supported; only 1.0 is")
     window = _field(values, "sliding_window", int, None)
     length = _field(values, "max_position_embeddings", int)
     if window is not None and _field(values, "use_sliding_window", bool, True):
@@ -263,7 +263,7 @@ def _llama_from_json(source: Json) -> tuple[Json, dict[str, int]]:
     if head_dim is not None and head_dim * heads != width:
         raise UserError(f"head_dim={head_dim} x num_attention_heads={heads} is not hidden_size={width}: not supported")
     if values.get("layer_norm_eps") is not None:
-        raise UserError(f"layer_norm_eps={values['layer_norm_eps']!r} is not supported; norms here are RMSNorm")
+        raise UserError(f"layer_norm_eps={values['layer_norm_eps']!r:.80} is not supported; norms here are RMSNorm")
     model = {
         "layers": _field(values, "num_hidden_layers", int),
         "width": width,
@@ -286,10 +286,10 @@ def _rope_theta(values: Json) -> float:
     """From `rope_theta`, or `rope_parameters` as transformers 5 writes it; UserError for scaled frequencies."""
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise UserError(f"config.json has rope_parameters={scaling!r}; it must be an object")
+        raise UserError(f"config.json has rope_parameters={scaling!r:.80}; it must be an object")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default" or scaling.get("factor", 1.0) != 1.0:
-        raise UserError(f"rope_type={kind!r} is not supported; only unscaled rotary embedding ('default') is")
+        raise UserError(f"rope_type={kind!r:.80} is not supported; only unscaled rotary embedding ('default') is")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError("partial_rotary_factor in rope_parameters is not supported; only 1.0 is")
     return _field(scaling if "rope_theta" in scaling else values, "rope_theta", float)

@@ -21,6 +21,7 @@ import json
 import re
 from typing import Any
 
+from llada.data.huggingface_controls import TEMPLATE_FILE
 from llada.data.sentencepiece_merges import (
     CONTROL,
     SPACE_MARK,
@@ -43,8 +44,11 @@ def tokenizer_files(
     model_max_length: int | None,
     added: dict[int, str] | None = None,
     keep_marks: bool = True,
+    template: str | None = None,
 ) -> dict[str, bytes]:
     """Return the files' contents by name: tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+
+    With a chat `template` also chat_template.jinja.
 
     `proto` is a parsed byte-pair ModelProto; ids are None where it has no such token. With `bos_id` every encoded text
     begins with that token, unless the user passes add_special_tokens=False. `added` are special tokens past the last
@@ -87,6 +91,7 @@ def tokenizer_files(
         "tokenizer.json": _json(tokenizer),
         "tokenizer_config.json": _json(config),
         "special_tokens_map.json": _json(names),
+        **({} if template is None else {TEMPLATE_FILE: template.encode()}),
     }
 
 

@@ -7,15 +7,17 @@ from typing import Any
 
 from llada import json_files
 from llada.config import ModelConfig
-from llada.data import huggingface_tokenizer
+from llada.data import huggingface_controls, huggingface_tokenizer, sentencepiece_tokenizer
+from llada.data.control_tokens import RESERVED
 from llada.data.huggingface_tokenizer import HuggingFaceTokenizer
+from llada.data.sentencepiece_merges import CONTROL
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer, parse_proto
 from llada.data.tokenizer import NAMES
 from llada.errors import UserError
 from llada.interop import sentencepiece_files
 
 # Tokens that makers set aside: free to be the mask of a model that had none.
-_FREE = (re.compile(r"<\|?(reserved|unused|extra)[\w-]*\|?>|\[unused\d+\]"), re.compile(r"<\|?unk\|?>|\[UNK\]"))
+_FREE = (RESERVED, re.compile(r"<\|?unk\|?>|\[UNK\]"))
 
 
 def open_tokenizer(
@@ -71,14 +73,19 @@ def _roles(
 def _from_sentencepiece(path: Path, files: dict[str, str], special: dict[str, int]) -> dict[str, str]:
     """Hugging Face files from a SentencePiece model that came without tokenizer.json."""
     name = str(path / SentencePieceTokenizer.file_name)
-    proto = parse_proto(json_files.read_bytes(Path(name)), name)
+    content = json_files.read_bytes(Path(name))
+    proto = parse_proto(content, name)
     settings = json_files.parse(files.get("tokenizer_config.json", "{}"), f"tokenizer_config.json of {path}")
     added = _added_tokens(path, settings, len(proto.pieces))
     id_of = {piece.piece: token for token, piece in enumerate(proto.pieces)} | {v: k for k, v in added.items()}
     roles = {role: next((id_of[name] for name in names if name in id_of), None) for role, names in NAMES.items()}
     roles |= {role: token for role, token in special.items() if token < len(proto.pieces) or token in added}
+    template = None
+    if huggingface_controls.template_of(files, str(path)) is None:
+        controls = {piece.piece for piece in proto.pieces if piece.type == CONTROL}
+        template = sentencepiece_tokenizer.template_of(content, controls, name)
     try:
-        content = sentencepiece_files.tokenizer_files(
+        made = sentencepiece_files.tokenizer_files(
             proto,
             mask_id=roles["mask"],
             eos_id=roles["eos"],
@@ -88,10 +95,11 @@ def _from_sentencepiece(path: Path, files: dict[str, str], special: dict[str, in
             model_max_length=None,
             added=added,
             keep_marks=False,
+            template=template,
         )
     except UserError as error:
         raise UserError(f"--source={path}: {error}; add its tokenizer.json, if it has one") from error
-    written = {name: text.decode() for name, text in content.items()}
+    written = {name: text.decode() for name, text in made.items()}
     kept = {name: settings[name] for name in ("chat_template", "model_max_length", "padding_side") if name in settings}
     config = json.loads(written["tokenizer_config.json"]) | kept
     return written | {"tokenizer_config.json": json_files.dumps(config, indent=1) + "\n"}

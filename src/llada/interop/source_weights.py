@@ -78,7 +78,7 @@ def finite(name: str, values: np.ndarray, allow_nonfinite: bool) -> np.ndarray:
     if not (allow_nonfinite or (values.max() <= _MOST and values.min() >= -_MOST)):
         raise UserError(
             f"--source: {name} holds NaN or infinity, or a weight beyond {_MOST:g}; "
-            "--allow_nonfinite imports it all the same"
+            "--allow_nonfinite takes it all the same"
         )
     return values
 

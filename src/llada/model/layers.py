@@ -1,4 +1,4 @@
-"""Normalisation, embedding, rotary embedding, SwiGLU: the mathematics of a block, without state.
+"""Normalisation, embedding, rotary embedding, SwiGLU, dropout: the mathematics of a block, without state.
 
 Norms and rotary embedding are float32 whatever the dtype of the matrix products.
 Shapes: B sequences, L tokens, R of their positions, D width, H heads, C channels per head, V vocabulary, F
@@ -83,3 +83,28 @@ def rotate(x_BLHC: jax.Array, angles: Angles) -> jax.Array:
 def swiglu(gate_NF: jax.Array, up_NF: jax.Array) -> jax.Array:
     """`silu(gate) * up`."""
     return recompute_for_gradient(lambda gate, up: jax.nn.silu(gate) * up, gate_NF, up_NF)
+
+
+def row_keys(key_B: jax.Array, layers: int, length: int) -> jax.Array:
+    """Random keys `(layers, B, L)`, one for each row of each layer, from those of the sequences.
+
+    With them a row draws the same wherever it is computed: among all rows, or among those with a target.
+    """
+    fold_in = jnp.vectorize(jax.random.fold_in)  # which broadcasts
+    key_JB = fold_in(key_B[None], jnp.arange(layers)[:, None])
+    return fold_in(key_JB[..., None], jnp.arange(length)[None, None])
+
+
+def dropout(x: jax.Array, row_key: jax.Array | None, branch: int, rate: float) -> jax.Array:
+    """`x` with a share `rate` of its numbers zero and the others divided by 1 - rate; `x` itself without random keys.
+
+    `row_key` has the axes of `x` but for channels; a row draws anew for each `branch`.
+    """
+    if row_key is None:
+        return x
+
+    def keep(key):
+        return jax.random.bernoulli(jax.random.fold_in(key, branch), 1 - rate, x.shape[-1:])
+
+    kept = jax.vmap(keep)(row_key.reshape(-1)).reshape(x.shape)
+    return jnp.where(kept, x.astype(jnp.float32) / (1 - rate), 0.0).astype(x.dtype)

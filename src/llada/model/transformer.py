@@ -6,7 +6,7 @@ into nats without ever holding all logits. Everything outside this folder sees a
 A block is three plain functions, `project`, `rotated` and `block_end`, around `attend`: `Block` composes them for whole
 sequences, `cached.py` for decoding.
 Shapes: B sequences, L tokens, D width, H query heads, K key/value heads, C channels, F feed-forward, V vocabulary,
-N = B L rows, E = H C.
+N = B L rows, E = H C. Of dropout's random keys: J the embedding and the layers, W words of one.
 """
 
 import functools
@@ -27,6 +27,8 @@ from llada.model.attention import Allowed, attend, save_residuals
 
 Parameters = dict[str, Any]
 Heads = tuple[jax.Array, jax.Array, jax.Array]  # queries BLHC, keys BLKC, values BLKC
+
+_ATTENTION, _FFN, _EMBEDDING = range(3)  # what dropout draws for
 
 _INPUT = "layer_input"
 _POLICIES = {
@@ -57,6 +59,7 @@ class Block(nn.Module):
         angles: layers.Angles,
         lengths_B: jax.Array | None,
         segments_BL: jax.Array | None,
+        dropout_BL: jax.Array | None,
     ) -> tuple[jax.Array, None]:
         """Map the residual stream to itself; the second value, which `nn.scan` would stack, is None."""
         c = self.config
@@ -64,7 +67,7 @@ class Block(nn.Module):
         if c.remat == "offload":
             x_BLD = checkpoint_name(x_BLD, _INPUT)
         mixed_BLHC = _attention(c, weights, x_BLD, angles, lengths_B, segments_BL)
-        x_ND = block_end(c, weights, x_BLD, mixed_BLHC, constrain)
+        x_ND = block_end(c, weights, x_BLD, mixed_BLHC, constrain, dropout_BL)
         return constrain(x_ND.reshape(x_BLD.shape), "BLD"), None
 
 
@@ -132,20 +135,24 @@ def block_end(
     x: jax.Array,
     mixed: jax.Array,
     pin: Callable[[jax.Array, str], jax.Array] = lambda x, name: x,
+    dropout: jax.Array | None = None,
 ) -> jax.Array:
     """`x_ND`, the row-wise second half of a block: output projection of the `mixed` values of all heads, then SwiGLU.
 
     `x` is BLD with `mixed` BLHC, or ND with NHC. `weights` are the block's own, those of the products in any dtype;
-    `pin` is `mesh.constrain`, or nothing where rows are those of one device.
+    `pin` is `mesh.constrain`, or nothing where rows are those of one device. With `dropout`, a random key for
+    each row (BL or N), both branches drop out.
     """
     dtype = x.dtype
     with jax.named_scope("attention"):
-        x_ND = pin((x + projections.from_heads(mixed, weights["output"].astype(dtype))).reshape(-1, c.width), "ND")
+        branch = projections.from_heads(mixed, weights["output"].astype(dtype))
+        x_ND = pin((x + layers.dropout(branch, dropout, _ATTENTION, c.dropout)).reshape(-1, c.width), "ND")
     with jax.named_scope("ffn"):
         y_ND = layers.rms_norm(x_ND, weights["ffn_norm"], c.norm_eps)
         gate_NF = pin(y_ND @ weights["gate"].astype(dtype), "NF")
         up_NF = pin(y_ND @ weights["up"].astype(dtype), "NF")
-        return x_ND + layers.swiglu(gate_NF, up_NF) @ weights["down"].astype(dtype)
+        branch_ND = layers.swiglu(gate_NF, up_NF) @ weights["down"].astype(dtype)
+        return x_ND + layers.dropout(branch_ND, dropout, _FFN, c.dropout)
 
 
 class Transformer(nn.Module):
@@ -156,18 +163,27 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BL: jax.Array, lengths_B: jax.Array | None = None, segments_BL: jax.Array | None = None
+        self,
+        tokens_BL: jax.Array,
+        lengths_B: jax.Array | None = None,
+        segments_BL: jax.Array | None = None,
+        dropout_JBL: jax.Array | None = None,
     ) -> tuple[jax.Array, layers.Angles]:
-        """`x_BLD` in the compute dtype, and the rotary angles of its positions."""
+        """`x_BLD` in the compute dtype, and the rotary angles of its positions.
+
+        `dropout_JBL`: random keys of the rows, with which the embedding and the blocks drop out.
+        """
         c = self.config
         normal = nn.initializers.normal(c.init_std)
         embedding_VD = self.param("embedding", normal, (c.vocab_size, c.width))
         if not c.tie_embeddings:
             self.param("head", normal, (c.vocab_size, c.width))
         x_BLD = embed(c, embedding_VD, tokens_BL)
+        if dropout_JBL is not None:
+            x_BLD, dropout_JBL = layers.dropout(x_BLD, dropout_JBL[0], _EMBEDDING, c.dropout), dropout_JBL[1:]
         angles = layers.rotary_angles(tokens_BL.shape[1], c.head_size, c.rope_theta)
         if self.blocks:
-            x_BLD, _ = self._scanned()(x_BLD, angles, lengths_B, segments_BL)
+            x_BLD, _ = self._scanned()(x_BLD, angles, lengths_B, segments_BL, dropout_JBL)
         self.param("final_norm", nn.initializers.ones_init(), (c.width,))
         return x_BLD, angles
 
@@ -183,7 +199,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=self.blocks,
             unroll=min(layers_unrolled(c), self.blocks),
         )
@@ -230,14 +246,17 @@ def up_to_last_attention(
     lengths_B: jax.Array | None = None,
     segments_BL: jax.Array | None = None,
     embedding_VD: jax.Array | None = None,
-) -> tuple[tuple[jax.Array, jax.Array], Callable, Parameters]:
+    dropout_B: jax.Array | None = None,
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], Callable, Parameters]:
     """`(rows, finish, weights)`: `hidden` up to its last row-wise part, which only rows with a target need.
 
       embedding > layer 1 > ... > layer n: attention | output projection > SwiGLU > final norm
       '-- every position: `rows`, here ------------' '-- `finish(weights, rows)`, any flat rows -'
 
-    `rows` are `(x_BLD, mixed_BLE)`; `finish` of them as `(x_ND, mixed_NE)` is `hidden_ND`. Of a masked batch half the
-    rows have a target. `embedding_VD`: what `table` returned for these parameters, to gather it once.
+    `rows` are `(x_BLD, mixed_BLE, words_BLW)`; `finish` of them flat, `(x_ND, mixed_NE, words_NW)`, is `hidden_ND`. Of
+    a masked batch half the rows have a target. `embedding_VD`: what `table` returned for these parameters, to gather it
+    once. `dropout_B`: a random key for each sequence, to drop out with; `words_BLW` are then those of the last layer's
+    rows, uint32, else None.
     """
     dtype = jnp.dtype(config.dtype)
     outside = {name: leaf for name, leaf in params.items() if name != "layers"}
@@ -246,19 +265,27 @@ def up_to_last_attention(
     if embedding_VD is not None:
         outside["embedding"] = fsdp.reuse_gathered(outside["embedding"], embedding_VD)
     before = outside | {"layers": jax.tree.map(lambda leaf: leaf[:-1], params["layers"])}
-    stream: Any = Transformer(config, config.layers - 1).apply({"params": before}, tokens_BL, lengths_B, segments_BL)
+    dropout_JBL = words_BLW = generator = None
+    if dropout_B is not None:
+        dropout_JBL = layers.row_keys(dropout_B, 1 + config.layers, tokens_BL.shape[1])
+        words_BLW, generator = jax.random.key_data(dropout_JBL[-1]), jax.random.key_impl(dropout_B)
+        dropout_JBL = dropout_JBL[:-1]
+    before_last = Transformer(config, config.layers - 1)
+    stream: Any = before_last.apply({"params": before}, tokens_BL, lengths_B, segments_BL, dropout_JBL)
     x_BLD, angles = stream
     mixed_BLHC = _attention(config, last, x_BLD, angles, lengths_B, segments_BL)
     weights = {name: last[name].astype(dtype) for name in ("output", "gate", "up", "down")}
     norms = {"ffn_norm": last["ffn_norm"], "final_norm": params["final_norm"]}
-    rows = x_BLD, mixed_BLHC.reshape(*x_BLD.shape[:2], -1)
-    return rows, functools.partial(_finish, config), weights | norms
+    rows = x_BLD, mixed_BLHC.reshape(*x_BLD.shape[:2], -1), words_BLW
+    return rows, functools.partial(_finish, config, generator), weights | norms
 
 
-def _finish(config, weights, rows):
-    x_ND, mixed_NE = rows
+def _finish(config, generator, weights, rows):
+    x_ND, mixed_NE, words_NW = rows
+    dropout_N = None if words_NW is None else jax.random.wrap_key_data(words_NW, impl=generator)
     mixed_NHC = mixed_NE.reshape(-1, config.heads, config.head_size)
-    return layers.rms_norm(block_end(config, weights, x_ND, mixed_NHC), weights["final_norm"], config.norm_eps)
+    x_ND = block_end(config, weights, x_ND, mixed_NHC, dropout=dropout_N)
+    return layers.rms_norm(x_ND, weights["final_norm"], config.norm_eps)
 
 
 def table(config: ModelConfig, params: Parameters, name: str = "embedding") -> jax.Array:

@@ -1,14 +1,14 @@
 """What a family of models is, once: LLaDA (a diffusion model) and the ARM beside it.
 
 Everything that depends on the family asks here by attribute; no other file compares names. A third family is a file in
-this room with `loss` and `held_out_nats`, an entry below, and its name with its attention in `config.CAUSAL`.
+this room with the functions below, an entry below, and its name with its attention in `config.CAUSAL`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from llada.config import CAUSAL, Config, ObjectiveConfig
-from llada.objectives import autoregressive, diffusion
+from llada.objectives import autoregressive, corruption, diffusion
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,10 @@ class Family:
     estimators     of held-out nats, the default first; "exact" is the log-likelihood itself
     loss           what training minimises
     held_out_nats  `nats_MB`, M estimates of each row's nats
-    head_fraction  expected share of positions that meet the vocabulary head, by ObjectiveConfig
+    head_fraction  expected share of positions that meet the vocabulary head, by ObjectiveConfig and row length
+    bound_trained  whether the training loss estimates what is held out, the bound or the NLL, by ObjectiveConfig
+    answer_loss    what fine-tuning minimises
+    counted        the tokens of `Examples` that it counts
     """
 
     name: str
@@ -32,7 +35,10 @@ class Family:
     estimators: tuple[str, ...]
     loss: Callable
     held_out_nats: Callable
-    head_fraction: Callable[[ObjectiveConfig], float]
+    head_fraction: Callable[[ObjectiveConfig, int], float]
+    bound_trained: Callable[[ObjectiveConfig], bool]
+    answer_loss: Callable
+    counted: Callable
 
     @property
     def causal(self) -> bool:
@@ -58,7 +64,10 @@ DIFFUSION = Family(
     estimators=diffusion.ESTIMATORS,
     loss=diffusion.loss,
     held_out_nats=diffusion.held_out_nats,
-    head_fraction=diffusion.head_fraction,
+    head_fraction=corruption.head_fraction,
+    bound_trained=corruption.estimates_bound,
+    answer_loss=diffusion.answer_loss,
+    counted=diffusion.counted,
 )
 AUTOREGRESSIVE = Family(
     name="autoregressive",
@@ -68,9 +77,21 @@ AUTOREGRESSIVE = Family(
     estimators=("exact",),
     loss=autoregressive.loss,
     held_out_nats=autoregressive.held_out_nats,
-    head_fraction=lambda objective: 1.0,
+    head_fraction=lambda objective, length: 1.0,
+    bound_trained=lambda objective: objective.input_masking == 0,
+    answer_loss=autoregressive.answer_loss,
+    counted=autoregressive.counted,
 )
 FAMILIES = {family.name: family for family in (DIFFUSION, AUTOREGRESSIVE)}
+
+
+def variant(config: Config) -> str:
+    """What a config changes of the paper's objective, and whether its loss is the bound; "" for the paper's own."""
+    o = config.objective
+    if not o.variant:
+        return ""
+    known = of(config).bound_trained(o)
+    return f"{o.variant}; its training loss is {'the bound' if known else 'not a bound, held-out figures are'}"
 
 
 def of(config: Config) -> Family:

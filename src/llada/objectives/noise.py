@@ -5,6 +5,7 @@ and after any resume. `sequence` is the index of a sequence in the global batch 
 held-out set (evaluation).
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,9 @@ SAMPLING = 5
 LIKELIHOOD_TIME = 6
 LIKELIHOOD_MASK = 7
 TIME_DRAW = 8
+PREFIX = 9
+INPUT_MASK = 11
+DROPOUT = 12
 
 
 class Noise(NamedTuple):
@@ -51,12 +55,15 @@ def step_key(seed, step, purpose: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(root_key(seed), purpose), step)
 
 
+def sequence_keys(noise: Noise, purpose: int) -> jax.Array:
+    """`key_B`: each sequence's own key for one purpose."""
+    key = step_key(noise.seed, noise.step, purpose)
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(noise.sequence_B)
+
+
 def uniform(noise: Noise, purpose: int, shape: tuple[int, ...] = ()) -> jax.Array:
     """Uniform [0, 1) float32 of shape (B, *shape), each sequence from its own key."""
-    key = step_key(noise.seed, noise.step, purpose)
-    return jax.vmap(lambda index: jax.random.uniform(jax.random.fold_in(key, index), shape, jnp.float32))(
-        noise.sequence_B
-    )
+    return jax.vmap(lambda key: jax.random.uniform(key, shape, jnp.float32))(sequence_keys(noise, purpose))
 
 
 def times(noise: Noise, sampling: str) -> jax.Array:
@@ -81,6 +88,15 @@ def times(noise: Noise, sampling: str) -> jax.Array:
         # data, so for exchangeable sequences this is the distribution of one independent draw for each.
         t_n = jnp.sort(jax.random.uniform(draw_key, (n,), jnp.float32))[jnp.argsort(jnp.argsort(t_n))]
     return t_n[noise.sequence_B]
+
+
+def example_times(noise: Noise, sampling: str, example_BL: jax.Array) -> jax.Array:
+    """t_BL in [0, 1): a time for each example of a row, 1, 2, ... in `example_BL`.
+
+    The first has the sequence's own time, the next ones are golden-ratio steps away on the circle [0, 1): each is
+    uniform, and those of one row are spread over all of it.
+    """
+    return (times(noise, sampling)[:, None] + (example_BL - 1) * jnp.float32((math.sqrt(5) - 1) / 2)) % 1.0
 
 
 def lengths(noise: Noise, length: int, fraction: float) -> jax.Array | None:

@@ -138,7 +138,7 @@ def _forward(rows, parameters, head_VD, targets_N, weights_N, finish, sizes):
         nats = _add_nats(nats, softmax.nats_R, weights_R, i * R)
         d_x_RD, sum_head_VD = gradients_of_block(softmax, x_RD, head_VD, targets_R, weights_R, sum_head_VD)
         d_parameters, d_rows_R = pull_back(d_x_RD.astype(x_RD.dtype))
-        d_rows = jax.tree.map(lambda all_, d: jax.lax.dynamic_update_slice_in_dim(all_, d, i * R, 0), d_rows, d_rows_R)
+        d_rows = jax.tree.map(lambda all_, d: _with_block(all_, d, i * R), d_rows, d_rows_R)
         return nats, (d_rows, jax.tree.map(jnp.add, sum_parameters, d_parameters), sum_head_VD)
 
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (parameters, head_VD))
@@ -148,6 +148,13 @@ def _forward(rows, parameters, head_VD, targets_N, weights_N, finish, sizes):
     # Summed in float32, handed on in the dtype of what they are gradients of.
     gradients = jax.tree.map(lambda d, x: d.astype(x.dtype), (d_rows, *sums), (rows, parameters, head_VD))
     return (total, nats[compact.position_N]), gradients
+
+
+def _with_block(d_all, d_block, start):
+    """Gradients of all rows with a block's written from `start` on; those of integers stay zero."""
+    if d_block.dtype == jax.dtypes.float0:
+        return d_all
+    return jax.lax.dynamic_update_slice_in_dim(d_all, d_block, start, 0)
 
 
 def _backward(finish, sizes, gradients, cotangents):

@@ -20,7 +20,7 @@ from llada.inference import ancestral, likelihood, sampler
 from llada.inference import settings as settings_lib
 from llada.model import transformer
 from llada.objectives import vocabulary_head
-from llada.objectives.contract import SpecialTokens
+from llada.objectives.contract import Examples, SpecialTokens
 from llada.planning import topology
 from llada.planning.hlo import Trips
 from llada.training import step as step_lib
@@ -135,13 +135,13 @@ def _train(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Progr
     B, L = config.train.batch_size, config.data.sequence_length
     abstract = jax.eval_shape(functools.partial(step_lib.init_state, config))
     state = jax.tree.map(lambda x, s: x.update(sharding=s), abstract, step_lib.state_shardings(config, mesh))
-    batch_BL = _array(mesh, "BL", (B, L), jnp.int32)
+    batch = _batch(config, mesh, B)
     rows = B // config.train.microbatches * L // mesh.devices.size
     tokens = config.tokens_per_step
     return Program(
         "train",
         step_lib.compile_step(config, _special_tokens(config), mesh),
-        (state, batch_BL),
+        (state, batch),
         _training_head_trips(config, rows),
         tokens * accounting.flops_exact_per_token(config),
         tokens * accounting.flops_exact_per_token(config, dense_head=True),
@@ -149,19 +149,25 @@ def _train(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Progr
     )
 
 
+def _batch(config: Config, mesh: jax.sharding.Mesh, B: int) -> Any:
+    """B rows of tokens, or of examples where the config fine-tunes."""
+    tokens_BL = _array(mesh, "BL", (B, config.data.sequence_length), jnp.int32)
+    return Examples(tokens_BL, tokens_BL, tokens_BL) if config.fine_tunes else tokens_BL
+
+
 def _evaluate(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Program:
     """One batch of held-out rows with all of its draws."""
     mesh_lib.check_parameters(config, mesh)
     estimator, L = validation.estimator_for(config), config.data.sequence_length
     B = validation.rows_at_once(config, mesh, config.evaluate.batches * config.train.batch_size)
-    rows_BL = _array(mesh, "BL", (B, L), jnp.int32)
+    rows = _batch(config, mesh, B)
     index_B = _array(mesh, "replicated", (B,), jnp.int32)
     passes = B * L * (1 if estimator == "exact" else config.evaluate.draws)
     per_device = B * L // mesh.devices.size
     return Program(
         "evaluate",
         validation.jitted(config, _special_tokens(config), mesh, estimator),
-        (_inference_parameters(config, mesh, workload), rows_BL, index_B),
+        (_inference_parameters(config, mesh, workload), rows, index_B),
         _training_head_trips(config, per_device),
         passes * accounting.flops_exact_per_token(config) / 3,
         passes * accounting.flops_exact_per_token(config, dense_head=True) / 3,

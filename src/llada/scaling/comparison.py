@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llada import changes, json_files
 from llada import config as config_lib
-from llada import json_files
 from llada.errors import UserError
 from llada.objectives.families import FAMILIES, Family
 from llada.scaling import figure, held_out
 from llada.scaling.held_out import Figures, is_number
 from llada.scaling.numbers import markdown_table, or_dash
+from llada.scaling.series import Series
 from llada.training import metrics as metrics_lib
 
 
@@ -32,11 +33,17 @@ class RunRecord(NamedTuple):
     figures: Figures
     evaluated: Figures | None
     remark: str | None  # on an evaluation that cannot be used
+    variant: str | None = None  # the name of one that stands beside the family's own
+
+    @property
+    def series(self) -> Series:
+        """How it is named and drawn."""
+        return Series(self.family, self.variant)
 
     @property
     def name(self) -> str:
         """In table, picture and report."""
-        return self.family.title
+        return self.series.title
 
 
 class Sampled(NamedTuple):
@@ -91,6 +98,16 @@ def read_run(family: Family, workdir: Path) -> RunRecord:
     )
 
 
+def read_further(workdir: Path) -> RunRecord:
+    """A further finished run, of either family, named by its directory. UserError for what is none, or damaged."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise UserError(f"--also={workdir} holds no {path.name}; let llada train finish there first")
+    family = FAMILIES[config_lib.load(path).objective.name]
+    name = workdir.resolve().name.removeprefix(family.prefix).strip("_-")
+    return read_run(family, workdir)._replace(variant=name or workdir.resolve().name)
+
+
 def _require(path: Path, summary: dict[str, Any], keys: list[str], ok: Callable[[Any], bool], kind: str) -> None:
     for key in keys:
         if not ok(value := summary.get(key)):
@@ -142,12 +159,18 @@ def _loss(run: RunRecord) -> str:
     return or_dash(f.nats_per_token, ".4f") + ("" if f.stderr is None else f" ± {f.stderr:.4f}")
 
 
+def _objective(run: RunRecord) -> str:
+    variant = run.config.objective.variant or "the paper's"
+    return variant if run.family.bound_trained(run.config.objective) else f"{variant}: not a bound"
+
+
 def _below_unigram(run: RunRecord) -> float | None:
     entropy, nats = run.summary["unigram_entropy_nats"], run.figures.nats_per_token
     return None if entropy is None or nats is None else entropy - nats
 
 
 ROWS: tuple[tuple[str, Callable[[RunRecord], str]], ...] = (
+    ("training objective", _objective),
     ("parameters", lambda r: f"{r.summary['parameters']:,}"),
     ("without embeddings", lambda r: f"{r.summary['non_embedding_parameters']:,}"),
     ("tokens", lambda r: f"{r.summary['tokens']:,}"),
@@ -175,13 +198,14 @@ def draw_curves(runs: list[RunRecord]) -> bytes:
     """`curves.png`: held-out nats per token (with two standard errors) and training loss against training FLOPs."""
     title = f"Same size, same {runs[0].summary['tokens'] / 1e6:.2f} M tokens"
     fig, (ax,) = figure.panels(1, title, "Points: held out, two standard errors. Faint lines: training loss.")
+    styles = figure.styles(run.series.key for run in runs)
     for run in runs:
-        colour = figure.COLOURS[run.family.name]
+        colour, marker = styles[run.series]
         flops, losses, _ = _curve(run, "train/loss_nats_per_token")
         ax.plot(flops, losses, color=colour, alpha=0.3, linewidth=1)
         flops, losses, errors = _curve(run, "eval/nats_per_token")
         label = f"{run.name}: held-out {run.family.measure} {or_dash(run.figures.nats_per_token, '.2f')}"
-        ax.errorbar(flops, losses, errors, color=colour, marker="o", capsize=3, label=label)
+        ax.errorbar(flops, losses, errors, color=colour, marker=marker, capsize=3, label=label)
     entropy = runs[0].summary["unigram_entropy_nats"]
     if entropy is not None:
         ax.axhline(entropy, color="0.4", linestyle="--", linewidth=1)
@@ -207,13 +231,16 @@ def report(runs: list[RunRecord], samples: list[Sampled], out: Path, remarks: li
     """`report.md`: what was trained, the table, the curves, the samples, and how to go on."""
     entropy = runs[0].summary["unigram_entropy_nats"]
     texts = "\n\n".join(f"**{s.title}**, given {_code(s.prompt)}:\n\n{_block(s.text)}" for s in samples)
+    remarks = [*remarks, *filter(None, map(_changed, runs))]
     noted, first = "".join(f"\n\n{remark}." for remark in remarks), shlex.quote(str(runs[0].workdir))
     bounds, exact = (" and ".join(run.name for run in runs if run.family.exact is kind) for kind in (False, True))
+    both, every = ("Both", "both") if len(runs) == 2 else ("All", "every")
+    figure_of = "figure is an upper bound on its" if bounds.count(" and ") == 0 else "figures are upper bounds on their"
     explained = (
-        f"The {bounds} figure is an upper bound on its negative log-likelihood (Eq. (6), Monte Carlo), the {exact} "
+        f"The {bounds} {figure_of} negative log-likelihood (Eq. (6), Monte Carlo), the {exact} "
         f"figure is exact: the true gap is at most the one shown. {_provenance(runs)} Errors are standard errors over "
-        "held-out rows; what another seed would change is not in them. Both runs read the same rows in the same order "
-        f"(`rows_digest` {runs[0].summary['rows_digest'][:16]}... in both `summary.json`)."
+        f"held-out rows; what another seed would change is not in them. {both} runs read the same rows in the same "
+        f"order (`rows_digest` {runs[0].summary['rows_digest'][:16]}... in {every} `summary.json`)."
     )
     if entropy is not None:
         explained += f" A model that knew only how often each token occurs would reach {entropy:.4f} nats per token."
@@ -245,6 +272,16 @@ def report(runs: list[RunRecord], samples: list[Sampled], out: Path, remarks: li
 """
 
 
+def _changed(run: RunRecord) -> str:
+    """What a run did not do as planned from the start, in a sentence without its stop; "" for nothing."""
+    said = list(changes.described(run.config))
+    said += [
+        f"after step {now}: back to the parameters of step {then}, without the batches between"
+        for then, now in run.summary.get("rolled_back") or []
+    ]
+    return f"{run.name} was changed while it trained: {'; '.join(said)}" if said else ""
+
+
 def _provenance(runs: list[RunRecord]) -> str:
     """Which evaluation the figures are of."""
     f = runs[0].figures
@@ -253,7 +290,8 @@ def _provenance(runs: list[RunRecord]) -> str:
     draws = "; ".join(
         f"{run.name} {run.figures.draws} draws a row ({run.figures.estimator})" for run in runs if not run.family.exact
     )
-    return f"Both figures are of {rows}, {by}{f': {draws}' if draws else ''}."
+    both = "Both" if len(runs) == 2 else "All"
+    return f"{both} figures are of {rows}, {by}{f': {draws}' if draws else ''}."
 
 
 def _above(runs: list[RunRecord], out: Path) -> str:

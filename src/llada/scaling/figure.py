@@ -9,15 +9,35 @@ import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llada.errors import UserError
 from llada.objectives.families import FAMILIES
+from llada.scaling.series import Series, ordered
 
 COLOURS = dict(zip(FAMILIES, itertools.cycle(("#c8553d", "#2a6f97", "#588157", "#7f5539")), strict=False))
+_OF_VARIANTS = "#588157 #7f5539 #8e5ea2 #d19a00 #0f9b9b #d65c9d #5c677d #8fb339 #f0855a #1b4965 #b08968 #6a040f".split()
+_MARKERS = "sD^vP*X<>ph8"  # of variants; plain families have circles
+ACROSS = 4  # panels of a row
 MEASURES = "; ".join(f"{f.title}: {'exact NLL' if f.exact else 'upper bound on its NLL'}" for f in FAMILIES.values())
+
+
+class Style(NamedTuple):
+    """How a series is drawn."""
+
+    colour: str
+    marker: str
+
+
+def styles(keys: Iterable[str]) -> dict[Series, Style]:
+    """Of all plain families and the variants among `keys`: a colour and a marker each."""
+    series = ordered(keys)
+    of_variants = zip(itertools.cycle(_OF_VARIANTS), itertools.cycle(_MARKERS), strict=True)
+    return {
+        each: Style(*next(of_variants)) if each.variant else Style(COLOURS[each.family.name], "o") for each in series
+    }
 
 
 def require_matplotlib() -> None:
@@ -28,28 +48,36 @@ def require_matplotlib() -> None:
         raise UserError(f"pictures need matplotlib ({error}): pip install 'llada-jax[plots]'") from error
 
 
-def panels(columns: int, title: str, caption: str, sharex: bool = False, sharey: bool = False) -> tuple[Any, list[Any]]:
-    """A figure with a row of axes, the title above and the caption below them, both wrapped to the width."""
+def panels(
+    number: int, title: str, caption: str, sharex: bool = False, sharey: bool = False, small: bool = False
+) -> tuple[Any, list[Any]]:
+    """A figure with axes in rows, the title above and the caption below them, both wrapped to the width.
+
+    `small`: panels of about half the area, for many of a kind.
+    """
     require_matplotlib()
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    width = 8.0 if columns == 1 else 5.6 * columns
+    columns, rows = min(number, ACROSS), math.ceil(number / ACROSS)
+    width = 8.0 if columns == 1 else (3.7 if small else 5.6) * columns
     title, caption = textwrap.fill(title, int(9.2 * width)), textwrap.fill(caption, int(15 * width))
     head, foot = 0.22 * (title.count("\n") + 1) + 0.12, 0.15 * (caption.count("\n") + 1) + 0.08
-    height = 4.6 + head + foot
+    height = (3.1 if small and number > 1 else 4.6) * rows + head + foot
     fig = plt.figure(figsize=(width, height), dpi=150, layout="constrained")
-    axes = fig.subplots(1, columns, sharex=sharex, sharey=sharey, squeeze=False)
+    axes = fig.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False).ravel()
     layout: Any = fig.get_layout_engine()
     layout.set(rect=(0, foot / height, 1, 1 - (head + foot) / height), w_pad=0.08, h_pad=0.06)
     fig.text(0.012, 1 - 0.08 / height, title, fontsize=13, fontweight="bold", va="top")
     fig.text(0.012, 0.07 / height, caption, fontsize=8, color="0.35", va="bottom")
-    for ax in axes[0]:
+    for ax in axes[number:]:
+        ax.remove()
+    for ax in axes[:number]:
         ax.grid(alpha=0.2)
         ax.spines[["top", "right"]].set_visible(False)
-    return fig, list(axes[0])
+    return fig, list(axes[:number])
 
 
 def png(fig) -> bytes:

@@ -1,18 +1,17 @@
 """The grid of a sweep: which runs it has, and every number of theirs that follows from a rule.
 
-Three modes, one grid. isoflop: a run for every budget and size, each with its own annealed schedule (SMDM section 4,
-Chinchilla section 3.2). checkpoints: one run a size at a constant rate, read at every budget (LLaDA section 3.1 reads
-checkpoints of one run a model). repeat: one run a size and amount of unique data, read after every number of epochs
-(Quokka, arXiv 2510.03280; arXiv 2511.03276).
+Four modes, one grid. isoflop: a run for every budget and size, each with its own annealed schedule (SMDM section 4,
+Chinchilla section 3.2); variants: the same, of few sizes. checkpoints: one run a size at a constant rate, read at every
+budget (LLaDA section 3.1 reads checkpoints of one run a model). repeat: one run a size and amount of unique data, read
+after every number of epochs (Quokka, arXiv 2510.03280; arXiv 2511.03276).
 """
 
 import copy
 import dataclasses
-import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,18 @@ from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.errors import UserError
 from llada.objectives.families import FAMILIES
 from llada.paths import user_path
-from llada.scaling.sweep_config import LEAST_SIZES, OF_A_SIZE, UNUSED, SweepConfig, sizes_of
+from llada.scaling.series import Series
+from llada.scaling.sweep_config import (
+    ANNEALED,
+    LEAST_SIZES,
+    OF_A_SIZE,
+    OF_A_VARIANT,
+    SweepConfig,
+    families_of,
+    series_of,
+    sizes_of,
+    window_of,
+)
 
 FLOPS_PER_TOKEN: dict[str, Callable[[Config], float]] = {  # by what budgets are matched in
     "6nd": lambda config: accounting.flops_6nd_per_token(config.model),
@@ -33,24 +43,6 @@ FLOPS_PER_TOKEN: dict[str, Callable[[Config], float]] = {  # by what budgets are
 }
 LEAST_STEPS = 20  # fewer are hardly training, and rounding to whole steps would miss the budget by more than 2.5 %
 MOST_STEPS = 2**31 - 1
-
-# Keys that rules set for each run, and what to use instead: a value of the user's would do nothing.
-LENGTH = "the budgets (or epochs) and the rules of config.sweep say how long a run is and when it is read"
-RULED = {
-    "seed": "use --config.sweep.seeds",
-    "objective.name": "use --config.sweep.objectives",
-    "model.causal": "use --config.sweep.objectives",
-    "data.directory": "all runs share the rows in --workdir/data",
-    "data.unique_tokens": "use --config.sweep.unique_tokens",
-    "train.steps": LENGTH,
-    "train.tokens": LENGTH,
-    "optimizer.schedule": "use config.sweep.warmup_fraction, warmup_steps and decay",
-    "evaluate.every": LENGTH,
-    "evaluate.at": LENGTH,
-    "evaluate.batches": "use --config.sweep.evaluation_rows",
-}
-# Keys that rules start from, or only write out as full paths.
-STARTED_FROM = ("train.batch_size", "data.tokenizer")
 
 
 class Reading(NamedTuple):
@@ -61,10 +53,11 @@ class Reading(NamedTuple):
 
 
 class _Size(NamedTuple):
-    """A size of one family and seed, and all of its config but how long it trains."""
+    """A size of one series and seed, and all of its config but how long it trains."""
 
     name: str
     config: Config
+    series: Series
 
     @property
     def non_embedding(self) -> int:
@@ -86,11 +79,22 @@ class PlannedRun(NamedTuple):
     config: Config
     readings: tuple[Reading, ...]
     retried: str | None = None
+    variant: str | None = None  # of the objective; None: the plain one
+
+    @property
+    def series(self) -> Series:
+        """Family and variant."""
+        return Series(FAMILIES[self.objective], self.variant)
 
     @property
     def tokens(self) -> int:
-        """Read over the whole run."""
+        """Trained on over the whole run."""
         return self.config.steps * self.config.tokens_per_step
+
+    @property
+    def tokens_read(self) -> int:
+        """Of the corpus: where a batch holds each of its rows twice, half of those trained on."""
+        return self.tokens // self.config.row_copies
 
     @property
     def flops(self) -> float:
@@ -110,10 +114,11 @@ def plan(base: dict[str, Any], sweep: SweepConfig, directory: Path) -> list[Plan
     trained = directory / SentencePieceTokenizer.file_name  # once, before the runs
     base["data"]["tokenizer"] = str(user_path(given, "--config.data.tokenizer").absolute() if given else trained)
     # Every size has a run for each of these: a budget, an amount of unique data, or (None) all budgets together.
-    axis = {"isoflop": sweep.budgets, "checkpoints": (None,), "repeat": sweep.unique_tokens}[sweep.mode]
+    axis = {"checkpoints": (None,), "repeat": sweep.unique_tokens}.get(sweep.mode, sweep.budgets)
+    _require_variants_differ(base, sweep)
     runs: list[PlannedRun] = []
-    for value, objective, seed in itertools.product(axis, sweep.objectives, sweep.seeds):
-        sizes = [_sized(base, sweep, size, objective, seed) for size in sizes_of(sweep, objective)]
+    for value, series, seed in itertools.product(axis, series_of(sweep), sweep.seeds):
+        sizes = [_sized(base, sweep, size, series, seed) for size in sizes_of(sweep, series.family.name)]
         sizes.sort(key=lambda size: size.non_embedding)
         if twice := _twice(size.name for size in sizes):
             raise UserError(f"--config.sweep.sizes has two of one name ({twice}); give one of them a key name='...'")
@@ -134,107 +139,57 @@ def _twice(names: Iterable[str]) -> str | None:
     return min((name for name, number in Counter(names).items() if number > 1), default=None)
 
 
-def _sized(base: dict[str, Any], sweep: SweepConfig, size: dict[str, Any], objective: str, seed: int) -> _Size:
+def _require_variants_differ(base: dict[str, Any], sweep: SweepConfig) -> None:
+    """UserError for a variant that is its family's plain objective, or another variant, under another name."""
+    names: dict[Config, str] = {}
+    for name in families_of(sweep):
+        size = sizes_of(sweep, name)[0]
+        plain = Series(FAMILIES[name])
+        for series in (plain, *(s for s in series_of(sweep) if s.variant and s.family is plain.family)):
+            config = _sized(base, sweep, size, series, sweep.seeds[0]).config
+            if (other := names.setdefault(config, series.key)) != series.key:
+                keys = sweep.variants[series.variant]
+                raise UserError(
+                    f"--config.sweep.variants.{series.variant}={keys} is the same objective as {other}; leave it out"
+                )
+
+
+def _sized(base: dict[str, Any], sweep: SweepConfig, size: dict[str, Any], series: Series, seed: int) -> _Size:
     tree = copy.deepcopy(base)
     tree["model"].update({key: value for key, value in size.items() if key not in OF_A_SIZE})
-    tree["model"]["causal"] = FAMILIES[objective].causal
-    tree["seed"], tree["objective"]["name"] = seed, objective
-    if FAMILIES[objective].causal:  # every length up to that of a row is trained on anyway
+    tree["model"]["causal"] = series.family.causal
+    tree["seed"], tree["objective"]["name"] = seed, series.family.name
+    if series.family.causal:  # every length up to that of a row is trained on anyway
         tree["objective"]["random_length_fraction"] = 0.0
+    for key, value in sweep.variants[series.variant].items() if series.variant else ():
+        tree["model" if key in OF_A_VARIANT else "objective"][key] = value
     tree["train"].update(steps=1, tokens=None)
     try:
         config = config_lib.from_config_dict(tree)
     except UserError as error:
         where = f" (in a size of config.sweep.sizes, {size})" if "config.model." in str(error) else ""
+        if series.variant:
+            where = f" (in config.sweep.variants.{series.variant}={sweep.variants[series.variant]})"
         raise UserError(f"{error}{where}") from error
     rate = size.get("peak_learning_rate")
     if rate is None:
         ratio = sweep.reference_width / config.model.width
         rate = config.optimizer.peak_learning_rate * ratio**sweep.learning_rate_exponent
     optimizer = dataclasses.replace(config.optimizer, peak_learning_rate=float(rate))
-    return _Size(_size_name(base, size), dataclasses.replace(config, optimizer=optimizer))
+    return _Size(size_name(base, size), dataclasses.replace(config, optimizer=optimizer), series)
 
 
-def _size_name(base: dict[str, Any], size: dict[str, Any]) -> str:
+def size_name(base: dict[str, Any], size: dict[str, Any]) -> str:
+    """Of a dict of `sweep.sizes`: its own, or from its shape."""
     shape = base["model"] | size
     return size.get("name", f"L{shape['layers']}-d{shape['width']}")
 
 
-def left_out(base: dict[str, Any], sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[str]:
-    """A sentence for every family and budget that is not trained, or not read, in all sizes."""
-    texts = [
-        f"{_size_name(base, size)}: of {size['objective']} alone, which --config.sweep.objectives does not name"
-        for size in sweep.sizes
-        if size.get("objective", sweep.objectives[0]) not in sweep.objectives
-    ]
-    read = {(run.objective, run.size, reading.budget) for run in runs for reading in run.readings}
-    for objective, budget in itertools.product(sweep.objectives, sweep.budgets if sweep.mode != "repeat" else ()):
-        names = [_size_name(base, size) for size in sizes_of(sweep, objective)]
-        if missing := [name for name in names if (objective, name, budget) not in read]:
-            least, most = sweep.tokens_per_parameter.get(objective, (0, math.inf))
-            why = f"tokens per parameter outside {least:g} to {most:g}"
-            if sweep.sizes_per_budget is not None:
-                why += f", or more than sweep.sizes_per_budget={sweep.sizes_per_budget}"
-            texts.append(f"{objective} at {budget:g} FLOPs: {', '.join(missing)} ({why})")
-    return texts
-
-
-def check_used(
-    base: dict[str, Any], sweep: SweepConfig, runs: Sequence[PlannedRun], typed: Collection[str], in_file: bool
-) -> None:
-    """UserError for a key whose value the rules overwrite or the mode does not read, so that it would do nothing.
-
-    typed    keys of the command line, `sweep.` before those of the group
-    in_file  whether keys of the experiment file count as well: those whose value is not the default
-    """
-    base = config_lib.to_dict(knobs.build(Config, base, "config"))
-    for key in knobs.keys(SweepConfig, "sweep."):
-        name = key.name.removeprefix("sweep.")
-        value = getattr(sweep, name)
-        given = any(word == key.name or word.startswith(f"{key.name}.") for word in typed)
-        if name in UNUSED[sweep.mode] and (given or (in_file and value != key.default)):
-            raise UserError(f"--config.{key.name} does nothing in mode {sweep.mode}; leave it out, or see sweep.mode")
-    own_rates = all("peak_learning_rate" in size for size in sweep.sizes)
-    trees = [config_lib.to_dict(run.config) for run in runs]
-    for key in knobs.keys(Config):
-        value = _at(base, key.name)
-        if not (key.name in typed or (in_file and value != key.default)) or key.name in STARTED_FROM:
-            continue
-        if key.name == "optimizer.peak_learning_rate" and not own_rates:
-            continue
-        planned = [_at(tree, key.name) for tree in trees]
-        # Some sizes, or a family, may set it themselves; the rest have the user's value.
-        of_sizes = key.name.startswith("model.") and all(key.name.removeprefix("model.") in s for s in sweep.sizes)
-        changed = any if key.name in RULED or of_sizes else all
-        if changed(other != value for other in planned):
-            instead = RULED.get(key.name) or (
-                "the sizes have their own" if key.name.startswith(("model.", "optimizer.")) else "no run would have it"
-            )
-            raise UserError(
-                f"--config.{key.name}={value!s:.60} would do nothing in a sweep, whose rules set it; {instead}"
-            )
-    drawn = any(not FAMILIES[objective].exact for objective in sweep.objectives)
-    if drawn and _at(base, "evaluate.draws") < 2 and (in_file or "evaluate.draws" in typed):
-        raise UserError(
-            "--config.evaluate.draws=1 tells no Monte Carlo error, by which the fits of a sweep weigh its runs; give 2 "
-            "or more"
-        )
-    if sweep.batch_exponent and sweep.largest_batch < runs[0].config.train.batch_size:
-        raise UserError(
-            f"--config.sweep.largest_batch={sweep.largest_batch} is below --config.train.batch_size="
-            f"{_at(base, 'train.batch_size')}, where the rule for batches begins; raise it"
-        )
-
-
-def _at(tree: dict[str, Any], key: str) -> Any:
-    return functools.reduce(dict.__getitem__, key.split("."), tree)
-
-
 def _budgeted(sweep: SweepConfig, sizes: list[_Size], budgets: list[float]) -> Iterator[PlannedRun]:
-    """Runs of one family and seed that are read at `budgets`: at one, annealed, or at all that suit their size."""
+    """Runs of one series and seed that are read at `budgets`: at one, annealed, or at all that suit their size."""
     wanted: dict[str, list[float]] = {}
-    objective = sizes[0].config.objective.name
-    least, most = sweep.tokens_per_parameter.get(objective, (0, math.inf))
+    series = sizes[0].series
+    least, most = window_of(sweep, series)
     for budget in budgets:
         suited = [
             size
@@ -246,8 +201,9 @@ def _budgeted(sweep: SweepConfig, sizes: list[_Size], budgets: list[float]) -> I
         different = len({size.non_embedding for size in suited})
         if sweep.mode == "isoflop" and different < LEAST_SIZES:
             raise UserError(
-                f"--config.sweep.budgets={budget:g} leaves {different} sizes of {objective} with {least:g} to {most:g} "
-                "tokens per parameter; a parabola needs 3: add sizes, or widen sweep.tokens_per_parameter in the file"
+                f"--config.sweep.budgets={budget:g} leaves {different} sizes of {series.key} with {least:g} to "
+                f"{most:g} tokens per parameter; a parabola needs 3: add sizes, or widen sweep.tokens_per_parameter in "
+                "the file"
             )
         for size in suited:
             wanted.setdefault(size.name, []).append(budget)
@@ -270,17 +226,18 @@ def _read_at_budgets(sweep: SweepConfig, size: _Size, budgets: Sequence[float]) 
         )
     _require_apart("budgets", budgets, steps, size.name)
     readings = tuple(map(Reading, budgets, steps))
-    if sweep.mode == "isoflop":
+    if sweep.mode in ANNEALED:
         return _planned(sweep, size, (f"C={budgets[0]:g}", f"C{budgets[0]:g}"), batch, readings)
     return _planned(sweep, size, ("all budgets", "curve"), batch, readings)
 
 
 def _repeated(sweep: SweepConfig, size: _Size, unique_tokens: float) -> PlannedRun:
     """A run over `unique_tokens` again and again, read after every number of epochs."""
-    batch = _batch(sweep, size.config, unique_tokens * sweep.epochs[-1])
+    copies = size.config.row_copies
+    batch = _batch(sweep, size.config, unique_tokens * sweep.epochs[-1] * copies)
     per_step = batch * size.config.data.sequence_length
     rows = unique_tokens // size.config.data.sequence_length
-    steps = [round(rows * epochs / batch) for epochs in sweep.epochs]
+    steps = [round(rows * epochs * copies / batch) for epochs in sweep.epochs]
     if steps[0] < 1:
         raise UserError(
             f"--config.sweep.epochs={sweep.epochs[0]:g} of --config.sweep.unique_tokens={unique_tokens} is less than "
@@ -325,7 +282,7 @@ def _planned(
     end, per_step = readings[-1].step, batch * size.config.data.sequence_length
     # At most a fifth of the run: a rule in steps must not swallow a short one.
     warmup = min(max(math.ceil(sweep.warmup_fraction * end), sweep.warmup_steps, 1), max(1, end // 5))
-    decay = f" {sweep.decay}" if sweep.mode == "isoflop" else ""
+    decay = f" {sweep.decay}" if sweep.mode in ANNEALED else ""
     tree = config_lib.to_dict(size.config)
     tree["data"].update(data)
     tree["optimizer"]["schedule"] = f"0:0 {warmup * per_step}:1{decay}"
@@ -334,9 +291,10 @@ def _planned(
     tree["evaluate"].update(batches=sweep.evaluation_rows // batch, every=0, at=at)
     config = config_lib.from_config_dict(tree)
     (group, part), seed = labels, f"_s{config.seed}" if len(sweep.seeds) > 1 else ""
-    prefix = FAMILIES[config.objective.name].prefix
-    name = f"{prefix}_{size.name}_{part.replace('+', '')}{seed}"  # what exists already keeps its name: sweep.make
-    return PlannedRun(name, config.objective.name, size.name, config.seed, group, config, readings)
+    series = size.series
+    name = f"{series.prefix}_{size.name}_{part.replace('+', '')}{seed}"  # what exists keeps its name: sweep.make
+    run = PlannedRun(name, series.family.name, size.name, config.seed, group, config, readings)
+    return run._replace(variant=series.variant)
 
 
 def share(runs: Sequence[PlannedRun], only: str | None) -> list[PlannedRun]:
@@ -357,22 +315,3 @@ def share(runs: Sequence[PlannedRun], only: str | None) -> list[PlannedRun]:
         shares[lightest].add(run.name)
         load[lightest] += run.flops
     return [run for run in runs if run.name in shares[pair[0] - 1]]
-
-
-def check_epochs(runs: Sequence[PlannedRun], sweep: SweepConfig, train_tokens: int) -> None:
-    """UserError where a run would read the corpus more often than allowed, or asks for more than there is."""
-    for run in runs:
-        unique = run.config.data.unique_tokens
-        if unique is not None and unique > train_tokens:
-            key = "sweep.unique_tokens" if sweep.mode == "repeat" else "data.unique_tokens"
-            raise UserError(
-                f"--config.{key}={unique} is more than the corpus has, {train_tokens} training tokens; "
-                "lower it or give more text"
-            )
-        read = unique or train_tokens
-        if sweep.mode != "repeat" and run.tokens > sweep.max_epochs * read:
-            raise UserError(
-                f"{run.name} asks for {run.tokens} tokens, {run.tokens / read:.2f} epochs of the corpus's "
-                f"{read}; give more text, smaller budgets, or allow it with --config.sweep.max_epochs="
-                f"{math.ceil(max(r.tokens for r in runs) / read)}"
-            )

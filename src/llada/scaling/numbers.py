@@ -1,7 +1,7 @@
 """How numbers, intervals and tables of them are written in tables, pictures and reports."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 _UNITS = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k"))
@@ -53,6 +53,11 @@ def interval(estimate: dict[str, Any], show: Callable[[float], str] = "{:.3f}".f
     return f"{value} ({low} to {high})"
 
 
+def listed(words: Sequence[str]) -> str:
+    """Words as a, b and c."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
 def or_dash(value: float | None, form: str) -> str:
     """The number in Python's format `form`; a dash where there is none, or none that is finite."""
     return "-" if value is None or not math.isfinite(value) else format(value, form)
@@ -64,3 +69,13 @@ def markdown_table(cells: list[list[str]]) -> str:
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def markdown_list(texts: Iterable[str]) -> str:
+    """A line each."""
+    return "\n".join(f"- {text}" for text in texts)
+
+
+def markdown_cell(text: str) -> str:
+    """Any text as a cell of such a table: on one line, its bars and angle brackets as they are."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

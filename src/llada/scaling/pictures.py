@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from llada.objectives.families import FAMILIES, Family
 from llada.scaling import figure, findings
-from llada.scaling.figure import COLOURS
 from llada.scaling.laws import PUBLISHED, Minimum, Point
-from llada.scaling.numbers import flops, interval, short, times
+from llada.scaling.numbers import flops, interval, listed, short, times
 from llada.scaling.results import FAILED, Result, points
-from llada.scaling.study import FamilyFit, Fitted, Study
+from llada.scaling.series import Series, ordered
+from llada.scaling.study import Fitted, SeriesFit, Study
 
 FARTHEST = 1e4  # times the largest budget: what laws say beyond is not drawn
 
@@ -25,48 +24,53 @@ FARTHEST = 1e4  # times the largest budget: what laws say beyond is not drawn
 
 
 def isoflop(results: Sequence[Result], study: Study, *, annealing_gain: float = 0.0) -> bytes:
-    """Loss against N, a panel a family, with a parabola and its minimum per budget; minima outside the sizes hollow."""
-    families = [f for f in FAMILIES.values() if any(r.family is f for r in results)] or list(FAMILIES.values())
+    """Loss against N, a panel a series, with a parabola and its minimum per budget; minima outside the sizes hollow."""
+    styles = _styles(results, study)
+    series = [each for each in styles if any(r.series == each for r in results)] or list(styles)
     caption = "Dashed: through the minima. Hollow: minimum outside the sizes tried."
-    if len(families) > 1:
+    if len(series) > 1:
         caption = f"Loss axes differ. {caption} {figure.MEASURES}."
-    fig, axes = figure.panels(len(families), _isoflop_title(study), caption, sharex=True)
-    by_family = points(results, annealing_gain)
-    for family, ax in zip(families, axes, strict=True):
-        ax.set(xscale="log", xlabel="parameters without embeddings N", title=family.title)
-        ax.set_ylabel(f"held-out nats per token{_bound(family)}")
-        of_family = [r for r in results if r.family is family]
-        _profiles(ax, family, of_family, by_family.get(family.name, []), study.of(family.name))
+    fig, axes = figure.panels(len(series), _isoflop_title(study), caption, sharex=True)
+    by_series = points(results, annealing_gain)
+    for each, ax in zip(series, axes, strict=True):
+        ax.set(xscale="log", xlabel="parameters without embeddings N", title=each.title)
+        ax.set_ylabel(f"held-out nats per token{_bound(each)}")
+        of_series = [r for r in results if r.series == each]
+        _profiles(ax, styles[each], of_series, by_series.get(each.key, []), study.of(each.key))
     figure.log_ticks(axes[0].xaxis, short)
     return figure.png(fig)
 
 
-def _bound(family: Family) -> str:
-    return "" if family.exact else " (bound)"
+def _styles(results: Sequence[Result], study: Study) -> dict[Series, figure.Style]:
+    return figure.styles([*(r.series.key for r in results), *study.series])
+
+
+def _bound(series: Series) -> str:
+    return "" if series.exact else " (bound)"
 
 
 def _isoflop_title(study: Study) -> str:
     for ratio in findings.size_ratios(study)[:1]:
         budgets = f"{ratio.budgets} budget" + "s" * (ratio.budgets != 1)
         return (
-            f"Best sizes at equal compute: {ratio.family.title}'s is {times(ratio.value)} the "
+            f"Best sizes at equal compute: {ratio.series.title}'s is {times(ratio.value)} the "
             f"{ratio.reference.title}'s ({times(ratio.low)} to {times(ratio.high)}, {budgets})"
         )
-    for family in FAMILIES.values():
-        if inside := [m for m in study.of(family.name).minima if m.inside]:
+    for series in ordered(study.series):
+        if inside := [m for m in study.of(series.key).minima if m.inside]:
             first, last = inside[0], inside[-1]
-            title = f"Best size of {family.title}: {short(first.parameters)} at {flops(first.budget)} FLOPs"
+            title = f"Best size of {series.title}: {short(first.parameters)} at {flops(first.budget)} FLOPs"
             return title + (f", {short(last.parameters)} at {flops(last.budget)}" if len(inside) > 1 else "")
     return "No budget shows a best size yet"
 
 
-def _profiles(ax, family: Family, results: list[Result], runs: list[Point], fitted: FamilyFit) -> None:
-    """The panel of one family."""
+def _profiles(ax, drawn: figure.Style, results: list[Result], runs: list[Point], fitted: SeriesFit) -> None:
+    """The panel of one series."""
     budgets = sorted({r.budget for r in results})
-    shades = dict(zip(budgets, figure.shades(COLOURS[family.name], len(budgets)), strict=True))
+    shades = dict(zip(budgets, figure.shades(drawn.colour, len(budgets)), strict=True))
     profiles = {budget: [p for p in runs if p.budget == budget] for budget in budgets}
     minima = {m.budget: m for m in fitted.minima if profiles.get(m.budget)}
-    style = dict(linestyle="", marker="o", markersize=4, capsize=2, elinewidth=1, zorder=3)
+    style = dict(linestyle="", marker=drawn.marker, markersize=4, capsize=2, elinewidth=1, zorder=3)
     for budget, profile in profiles.items():
         losses, errors = [p.loss for p in profile], [2 * p.stderr for p in profile]
         sizes = [p.parameters for p in profile]
@@ -118,7 +122,7 @@ def _failed(ax, results: Sequence[Result], shades: dict[float, np.ndarray]) -> N
 def frontier(
     results: Sequence[Result], study: Study, predict: float | None = None, *, annealing_gain: float = 0.0
 ) -> bytes:
-    """L*(C) of all families with bands, and the compute gap; thin lines for runs read before annealing."""
+    """L*(C) of all series with bands, and the compute gap; thin lines for runs read before annealing."""
     gap = next(iter(findings.headline_gaps(study)), None)
     fig, (ax,) = figure.panels(1, _frontier_title(gap, study), _frontier_caption(gap, results, study, annealing_gain))
     ax.set(xscale="log", xlabel=_flops_label(results), ylabel="held-out nats per token")
@@ -127,30 +131,31 @@ def frontier(
     reach = max(largest, gap_end, predict or 0.0)  # where the laws' lines end
     labels: list[tuple[float, float, str, str]] = []
     shown = [r.loss for r in results if r.measured and not r.annealed]
-    for family in FAMILIES.values():
-        colour, fitted = COLOURS[family.name], study.of(family.name)
-        measured = [r for r in results if r.family is family and r.measured]
+    for series, style in _styles(results, study).items():
+        colour, fitted = style.colour, study.of(series.key)
+        measured = [r for r in results if r.series == series and r.measured]
         _checkpoints(ax, measured, colour, annealing_gain)
         for m in fitted.minima:
-            ax.errorbar(m.budget, m.loss, 2 * m.loss_stderr, linestyle="", **_mark(m, colour))
+            ax.errorbar(m.budget, m.loss, 2 * m.loss_stderr, linestyle="", **_mark(m, style))
             shown += [m.loss - 2 * m.loss_stderr, m.loss + 2 * m.loss_stderr]
         law = (gap and getattr(fitted.laws, gap.law)) or fitted.laws.best("loss")
         if law is not None:
             _law(ax, study, law, (min(fitted.budgets), max(fitted.budgets)), reach, colour)
             if predict:
-                _prediction(ax, study, law, predict, family)
-            labels.append((reach, float(law.best(reach)), f"{family.title}{_bound(family)}", colour))
+                _prediction(ax, study, law, predict, f"{series.title} predicted", colour)
+            labels.append((reach, float(law.best(reach)), f"{series.title}{_bound(series)}", colour))
             shown += [float(law.best(budget)) for budget in (min(fitted.budgets), reach)]
         elif fitted.minima or measured:
-            ax.plot([], [], " ", color=colour, label=f"{family.title}, no law")
+            ax.plot([], [], " ", color=colour, label=f"{series.title}, no law")
     if predict and labels:
         label = f"{flops(predict)} FLOPs, {times(predict / largest)} the largest budget"
         ax.axvline(predict, color="0.6", linewidth=1, linestyle=":", zorder=1)
         ax.plot([], [], ":", color="0.6", label=label)
     if not ax.has_data():
         figure.note(ax, "no minimum and no law to show")
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, loc="lower left", labelcolor="linecolor")
+    if handles := ax.get_legend_handles_labels()[0]:
+        size = 10 if len(handles) < 4 else 8
+        ax.legend(frameon=False, loc="lower left", labelcolor="linecolor", fontsize=size)
     if shown:
         across = figure.limits([r.budget for r in results] + [reach] * bool(labels), 0.05, log=True)
         ax.set(xlim=across, ylim=figure.limits(shown, 0.08))
@@ -161,22 +166,23 @@ def frontier(
     return figure.png(fig)
 
 
-def _mark(m: Minimum, colour: str) -> dict[str, Any]:
+def _mark(m: Minimum, style: figure.Style) -> dict[str, Any]:
     """How a minimum is drawn against FLOPs: hollow outside the sizes tried."""
-    return dict(color=colour, marker="o", capsize=3, markerfacecolor=colour if m.inside else "white", zorder=4)
+    colour, marker = style
+    return dict(color=colour, marker=marker, capsize=3, markerfacecolor=colour if m.inside else "white", zorder=4)
 
 
 def _frontier_title(gap: findings.Gap | None, study: Study) -> str:
     if gap is None:
-        missing = [f.title for f in FAMILIES.values() if study.of(f.name).laws.best("loss") is None]
+        missing = [s.title for s in ordered(study.series) if study.of(s.key).laws.best("loss") is None]
         title = "Loss at the best size against FLOPs"
-        return f"{title}; no law of {' and '.join(missing)} yet" if missing else title
-    family, reference = gap.family.title, gap.reference.title
+        return f"{title}; no law of {listed(missing)} yet" if missing else title
+    series, reference = gap.series.title, gap.reference.title
     if not math.isfinite(gap.value):
-        return f"Compute-optimal: {family}'s law does not come down to the {reference}'s loss at any budget"
+        return f"Compute-optimal: {series}'s law does not come down to the {reference}'s loss at any budget"
     extrapolated = "" if gap.beyond <= 1 else ", extrapolated"
     return (
-        f"Compute-optimal: {family} needs {times(gap.value)} the FLOPs of the {reference} at the same loss "
+        f"Compute-optimal: {series} needs {times(gap.value)} the FLOPs of the {reference} at the same loss "
         f"({times(gap.low)} to {times(gap.high)}{extrapolated})"
     )
 
@@ -184,7 +190,7 @@ def _frontier_title(gap: findings.Gap | None, study: Study) -> str:
 def _frontier_caption(gap: findings.Gap | None, results: Sequence[Result], study: Study, annealing_gain: float) -> str:
     texts = [f"{figure.MEASURES}.", "The true gap is at most the one shown." if gap else ""]
     texts.append(f"Bands: {study.level:.0%} intervals.")
-    if any(fitted.laws.parametric_loss and not fitted.laws.loss for fitted in study.families.values()):
+    if any(fitted.laws.parametric_loss and not fitted.laws.loss for fitted in study.series.values()):
         texts.append("Laws by L(N, D), as the minima give none.")
     if any(r.measured and not r.annealed for r in results):
         corrected = f", {annealing_gain:.2%} taken off" if annealing_gain else ""
@@ -218,13 +224,13 @@ def _law(ax, study: Study, law: Fitted, budgets: tuple[float, float], reach: flo
     ax.fill_between(grid, *ends.T, color=colour, alpha=0.15, linewidth=0, zorder=1)
 
 
-def _prediction(ax, study: Study, law: Fitted, budget: float, family: Family) -> None:
-    """A family's loss at a budget that the user named, with its interval, in the picture and in the legend."""
+def _prediction(ax, study: Study, law: Fitted, budget: float, name: str, colour: str) -> None:
+    """A series' loss at a budget that the user named, with its interval, in the picture and in the legend."""
     estimate = study.estimate(float(law.best(budget)), law.draws(budget))
     y = estimate["value"]
     ends = [[y - (estimate["low"] or y)], [(estimate["high"] or y) - y]]
-    style = dict(color=COLOURS[family.name], marker="D", markerfacecolor="white", capsize=4, zorder=5, linestyle="")
-    label = f"{family.title} predicted: {interval(estimate, '{:.2f}'.format)}"
+    style = dict(color=colour, marker="D", markerfacecolor="white", capsize=4, zorder=5, linestyle="")
+    label = f"{name}: {interval(estimate, '{:.2f}'.format)}"
     ax.errorbar(budget, y, np.maximum(ends, 0), label=label, **style)
 
 
@@ -235,7 +241,7 @@ def _gap_arrow(ax, gap: findings.Gap) -> None:
     ax.annotate("", (end, gap.loss), (gap.budget, gap.loss), zorder=6, arrowprops=arrow)
     text = (
         f"at {gap.loss:.2f} nats per token:\n"
-        f"{gap.family.title} {flops(end)}, {gap.reference.title} {flops(gap.budget)} FLOPs\n"
+        f"{gap.series.title} {flops(end)}, {gap.reference.title} {flops(gap.budget)} FLOPs\n"
         f"= {times(gap.value)} ({times(gap.low)} to {times(gap.high)})"
     )
     # Losses fall with FLOPs: the top of the panel, right of the middle, is empty whatever the laws.
@@ -251,11 +257,11 @@ def _gap_arrow(ax, gap: findings.Gap) -> None:
 
 
 def allocation(results: Sequence[Result], study: Study) -> bytes:
-    """N*(C) and D*(C) of all families with bands, and the published lines, dotted outside their own budgets."""
+    """N*(C) and D*(C) of all series with bands, and the published lines, dotted outside their own budgets."""
     title, exponents = _allocation_texts(study)
     caption = "Grey: published laws, dotted outside the budgets they were fitted at. "
     fig, axes = figure.panels(2, title, f"{caption}Bands: {study.level:.0%} intervals. {exponents}")
-    budgets = {r.budget for r in results} | {b for fitted in study.families.values() for b in fitted.budgets}
+    budgets = {r.budget for r in results} | {b for fitted in study.series.values() for b in fitted.budgets}
     quantities = {
         "parameters": ("parameters without embeddings N*", [float(r.non_embedding_parameters) for r in results]),
         "tokens": ("tokens D*", [float(r.tokens) for r in results]),
@@ -263,27 +269,35 @@ def allocation(results: Sequence[Result], study: Study) -> bytes:
     for ax, (quantity, (label, values)) in zip(axes, quantities.items(), strict=True):
         ax.set(xscale="log", yscale="log", xlabel=_flops_label(results), ylabel=label)
         if budgets:
-            _allocated(ax, study, quantity, values, (min(budgets) / 2, max(budgets) * 2))
+            across = min(budgets) / 2, max(budgets) * 2
+            _allocated(ax, study, _styles(results, study), quantity, values, across)
         else:
             figure.note(ax, "no runs")
     return figure.png(fig)
 
 
-def _allocated(ax, study: Study, quantity: str, values: list[float], across: tuple[float, float]) -> None:
+def _allocated(
+    ax,
+    study: Study,
+    styles: dict[Series, figure.Style],
+    quantity: str,
+    values: list[float],
+    across: tuple[float, float],
+) -> None:
     """One panel; `values` are those of the runs, `across` the ends of the axis of FLOPs."""
     labels = _published(ax, quantity, *across)
     ends = figure.limits([*values, *(y for _, y, *_ in labels)], 0.1, log=True)
-    for family in FAMILIES.values():
-        colour, fitted = COLOURS[family.name], study.of(family.name)
+    for series, style in styles.items():
+        colour, fitted = style.colour, study.of(series.key)
         for m in fitted.minima:
             y, factor = figure.clamp(getattr(m, quantity), ends), math.exp(min(2 * m.log_parameters_stderr, 3.0))
-            ax.errorbar(m.budget, y, [[y - y / factor], [y * factor - y]], **_mark(m, colour))
+            ax.errorbar(m.budget, y, [[y - y / factor], [y * factor - y]], **_mark(m, style))
         if law := fitted.laws.best(quantity):
             _law(ax, study, law, across, across[1], colour)
             y = figure.clamp(float(law.best(across[1])), ends)
-            labels.append((across[1], y, f"{family.title} $C^{{{law.best.exponent:.2f}}}$", colour))
+            labels.append((across[1], y, f"{series.title} $C^{{{law.best.exponent:.2f}}}$", colour))
         elif fitted.minima:
-            ax.plot([], [], " ", color=colour, label=f"{family.title}, no law")
+            ax.plot([], [], " ", color=colour, label=f"{series.title}, no law")
     ax.set(xlim=across, ylim=ends)
     figure.log_ticks(ax.xaxis, flops)
     figure.log_ticks(ax.yaxis, short)
@@ -311,12 +325,12 @@ def _published(ax, quantity: str, low: float, high: float) -> list[tuple[float, 
 def _allocation_texts(study: Study) -> tuple[str, str]:
     """Title, and the exponents of N* with intervals."""
     exponents = {}
-    for family in FAMILIES.values():
-        if law := study.of(family.name).laws.best("parameters"):
-            exponents[family.title] = study.constants(law)["exponent"]
+    for series in ordered(study.series):
+        if law := study.of(series.key).laws.best("parameters"):
+            exponents[series.title] = study.constants(law)["exponent"]
     if not exponents:
         return "No law of the best size yet", ""
-    title = " and ".join(f"$C^{{{e['value']:.2f}}}$ ({name})" for name, e in exponents.items())
+    title = listed([f"$C^{{{e['value']:.2f}}}$ ({name})" for name, e in exponents.items()])
     intervals = ", ".join(f"{name} {interval(e, '{:.2f}'.format)}" for name, e in exponents.items())
     return f"Compute-optimal: the best size grows as {title}", f"Exponents of N*: {intervals}."
 

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llada.objectives.families import FAMILIES, Family
 from llada.scaling import figure
 from llada.scaling.numbers import count, markdown_table, short, three
-from llada.scaling.results import PAIRS, REFERENCE, Result
+from llada.scaling.results import Result
+from llada.scaling.series import REFERENCE, Series, of_key, ordered
 
 
 class Curve(NamedTuple):
-    """Held-out loss against epochs of one family, size and corpus; means over seeds, epochs rising."""
+    """Held-out loss against epochs of one series, size and corpus; means over seeds, epochs rising."""
 
-    objective: str
+    series: Series
     size: str
     parameters: int  # without embeddings
     unique_tokens: int
@@ -48,14 +48,14 @@ class Curve(NamedTuple):
 
 
 class Crossover(NamedTuple):
-    """Where `family` overtakes the reference of its size on the same unique tokens: epochs of the first such reading.
+    """Where `series` overtakes the reference of its size on the same unique tokens: epochs of the first such reading.
 
     `same_epochs`: its bound is below the reference's loss after equally many epochs, up to `until`. `below_best`: it is
     below the lowest loss that the reference reaches at all. None: at no reading.
     """
 
-    family: Family
-    reference: Family
+    series: Series
+    reference: Series
     curve: Curve
     reference_curve: Curve
     same_epochs: float | None
@@ -71,59 +71,64 @@ class Crossover(NamedTuple):
         return {
             **{key: getattr(self.curve, key) for key in ("size", "parameters", "unique_tokens")},
             **{key: getattr(self, key) for key in ("same_epochs", "below_best", "until")},
-            f"{self.family.name}_best": self.curve.best,
-            f"{self.reference.name}_best": self.reference_curve.best,
-            f"{self.family.name}_still_falling": self.curve.still_falling,
+            f"{self.series.key}_best": self.curve.best,
+            f"{self.reference.key}_best": self.reference_curve.best,
+            f"{self.series.key}_still_falling": self.curve.still_falling,
         }
 
 
 def curves(results: Iterable[Result]) -> list[Curve]:
-    """One per family, size and number of unique tokens, by unique tokens, then size, then family."""
+    """One per series, size and number of unique tokens, by unique tokens, then size, then series."""
     groups: dict[tuple, dict[float, list[Result]]] = {}
     for r in results:
         if r.measured and r.epochs is not None and r.unique_tokens is not None:
-            key = (r.unique_tokens, r.non_embedding_parameters, r.objective, r.size)
+            key = (r.unique_tokens, r.non_embedding_parameters, r.series.key, r.size)
             groups.setdefault(key, {}).setdefault(float(f"{r.epochs:.4g}"), []).append(r)
     drawn = []
-    for (unique_tokens, parameters, objective, size), readings in sorted(groups.items()):
+    for (unique_tokens, parameters, key, size), readings in sorted(groups.items()):
         epochs = tuple(sorted(readings))
         seeds = [readings[e] for e in epochs]
         loss = tuple(sum(r.loss for r in rs) / len(rs) for rs in seeds)
         stderr = tuple(math.hypot(*(r.monte_carlo_stderr or 0.0 for r in rs)) / len(rs) for rs in seeds)
-        drawn.append(Curve(objective, size, parameters, unique_tokens, epochs, loss, stderr))
+        drawn.append(Curve(of_key(key), size, parameters, unique_tokens, epochs, loss, stderr))
     return drawn
 
 
-def _twins(results: Iterable[Result]) -> list[dict[str, Curve]]:
-    """Curves of one size and number of unique tokens, by family."""
-    by_key: dict[tuple, dict[str, Curve]] = {}
+def _pairs(results: Iterable[Result]) -> list[tuple[Series, Series]]:
+    """Every series with the reference, whom the claim is about."""
+    return [(series, REFERENCE) for series in ordered(r.series.key for r in results) if series != REFERENCE]
+
+
+def _twins(results: Iterable[Result]) -> list[dict[Series, Curve]]:
+    """Curves of one size and number of unique tokens, by series."""
+    by_key: dict[tuple, dict[Series, Curve]] = {}
     for curve in curves(results):
-        by_key.setdefault((curve.unique_tokens, curve.size), {})[curve.objective] = curve
+        by_key.setdefault((curve.unique_tokens, curve.size), {})[curve.series] = curve
     return list(by_key.values())
 
 
 def _unpaired(results: Iterable[Result]) -> list[str]:
-    """A sentence for every size and number of unique tokens that one family alone was read at."""
+    """A sentence for every size and number of unique tokens that one series alone was read at."""
     alone = [curve for twins in _twins(results) if len(twins) == 1 for curve in twins.values()]
-    return [f"Size {c.size} at {c.unique_tokens:,} unique tokens was read for {c.objective} alone." for c in alone]
+    return [f"Size {c.size} at {c.unique_tokens:,} unique tokens was read for {c.series.key} alone." for c in alone]
 
 
 def crossovers(results: Sequence[Result]) -> list[Crossover]:
-    """One per pair, size and number of unique tokens that both families were read at, in the order of `curves`."""
+    """One per pair, size and number of unique tokens that both series were read at, in the order of `curves`."""
     return [
-        _crossover(family, reference, twins[family.name], twins[reference.name])
-        for family, reference in PAIRS
+        _crossover(series, reference, twins[series], twins[reference])
+        for series, reference in _pairs(results)
         for twins in _twins(results)
-        if {family.name, reference.name} <= twins.keys()
+        if {series, reference} <= twins.keys()
     ]
 
 
-def _crossover(family: Family, reference: Family, curve: Curve, rival: Curve) -> Crossover:
+def _crossover(series: Series, reference: Series, curve: Curve, rival: Curve) -> Crossover:
     readings = list(zip(curve.epochs, curve.loss, strict=True))
     both = [(e, loss) for e, loss in readings if rival.epochs[0] <= e <= rival.epochs[-1]]
     same_epochs = next((e for e, loss in both if loss < rival.at(e)), None)
     below_best = next((e for e, loss in readings if loss < rival.best[1]), None)
-    return Crossover(family, reference, curve, rival, same_epochs, below_best)
+    return Crossover(series, reference, curve, rival, same_epochs, below_best)
 
 
 # --- picture
@@ -140,22 +145,26 @@ def picture(results: Sequence[Result]) -> bytes:
         + (f" {REFERENCE.title} curves go on above the picture." if cut else "")
     )
     fig, axes = figure.panels(max(len(corpora), 1), _repeat_title(crossed), caption, sharex=True, sharey=True)
+    styles = figure.styles(c.series.key for c in drawn)
     shades = {
-        (name, size): shade
-        for name, colour in figure.COLOURS.items()
-        for size, shade in zip(sizes, figure.shades(colour, len(sizes)), strict=True)
+        (series, size): shade
+        for series, style in styles.items()
+        for size, shade in zip(sizes, figure.shades(style.colour, len(sizes)), strict=True)
     }
+    several = len({x.series for x in crossed}) > 1
     for ax, corpus in zip(axes, corpora, strict=False):
         overtakes = [x for x in crossed if x.curve.unique_tokens == corpus]
-        ax.set_title("\n".join([f"{short(corpus)} unique tokens", *map(_crossing_text, overtakes)]), fontsize=10)
-        _panel(ax, [c for c in drawn if c.unique_tokens == corpus], overtakes, shades)
+        ax.set_title(
+            "\n".join([f"{short(corpus)} unique tokens", *(_crossing_text(x, several) for x in overtakes)]), fontsize=10
+        )
+        _panel(ax, [c for c in drawn if c.unique_tokens == corpus], overtakes, styles, shades)
     axes[0].set_ylabel("held-out nats per token")
     if cut:
         axes[0].set_ylim(*cut)
-    for (name, size), shade in shades.items():
-        if any(c.objective == name for c in drawn):
-            label = f"{FAMILIES[name].title} {short(size)}"
-            axes[-1].plot([], [], color=shade, marker="o", markersize=4, label=label)
+    for (series, size), shade in shades.items():
+        if any(c.series == series for c in drawn):
+            label, marker = f"{series.title} {short(size)}", styles[series].marker
+            axes[-1].plot([], [], color=shade, marker=marker, markersize=4, label=label)
     if drawn:
         figure.log_ticks(axes[0].xaxis, short)
         axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=9, title="parameters")
@@ -164,14 +173,20 @@ def picture(results: Sequence[Result]) -> bytes:
     return figure.png(fig)
 
 
-def _panel(ax, drawn: list[Curve], crossed: list[Crossover], shades: dict[tuple[str, int], np.ndarray]) -> None:
+def _panel(
+    ax,
+    drawn: list[Curve],
+    crossed: list[Crossover],
+    styles: dict[Series, figure.Style],
+    shades: dict[tuple[Series, int], np.ndarray],
+) -> None:
     """The curves of one amount of unique tokens."""
     ax.set(xscale="log", xlabel="epochs")
-    line = dict(marker="o", markersize=4, capsize=2, linewidth=1.4, zorder=3)
+    line = dict(markersize=4, capsize=2, linewidth=1.4, zorder=3)
     ring = dict(markersize=13, markeredgecolor="black", markerfacecolor="none", markeredgewidth=1.2, zorder=5)
     for c in drawn:
-        shade = shades[c.objective, c.parameters]
-        ax.errorbar(c.epochs, c.loss, [2 * e for e in c.stderr], color=shade, **line)
+        shade, marker = shades[c.series, c.parameters], styles[c.series].marker
+        ax.errorbar(c.epochs, c.loss, [2 * e for e in c.stderr], color=shade, marker=marker, **line)
         ax.plot(*c.best, "*", color=shade, markersize=14, markeredgecolor="white", zorder=4)
     for x in crossed:
         for epochs, marker in ((x.same_epochs, "s"), (x.below_best, "o")):
@@ -182,14 +197,15 @@ def _panel(ax, drawn: list[Curve], crossed: list[Crossover], shades: dict[tuple[
 def _cut(drawn: Sequence[Curve]) -> tuple[float, float] | None:
     """Ends of the loss axis where an ARM that learned its corpus by heart would press all else into a flat line."""
     low = min((min(c.loss) for c in drawn), default=0.0)
-    seen = max((x for c in drawn for x in (c.loss[:1] if FAMILIES[c.objective].exact else c.loss)), default=0.0)
+    seen = max((x for c in drawn for x in (c.loss[:1] if c.series.exact else c.loss)), default=0.0)
     top = low + 1.5 * (seen - low)
     return (low - 0.05 * (top - low), top) if low < seen and top < max(max(c.loss) for c in drawn) else None
 
 
-def _crossing_text(x: Crossover) -> str:
+def _crossing_text(x: Crossover, several: bool) -> str:
+    """Of one pair; `several`: whether it must say which."""
     size = f"{short(x.curve.parameters)}: "
-    size = size if len(PAIRS) == 1 else f"{x.family.title} {size}"
+    size = f"{x.series.title} {size}" if several else size
     if x.same_epochs is None and x.below_best is None:
         return f"{size}no crossover up to {short(x.until)} epochs"
     crossed = [f"crossover at {short(x.same_epochs)} epochs"] if x.same_epochs is not None else []
@@ -202,20 +218,20 @@ def _repeat_title(crossed: Sequence[Crossover]) -> str:
     """Of the first pair that was compared."""
     if not crossed:
         return "Loss against epochs over the same tokens"
-    family, reference = crossed[0].family.title, crossed[0].reference.title
-    crossed = [x for x in crossed if x.family is crossed[0].family]
+    series, reference = crossed[0].series.title, crossed[0].reference.title
+    crossed = [x for x in crossed if x.series == crossed[0].series]
     won = [x.below_best for x in crossed if x.below_best is not None]
     passed = [x.same_epochs for x in crossed if x.same_epochs is not None]
     last = short(max(x.until for x in crossed))
     if won:
         share = "" if len(won) == len(crossed) else f" in {len(won)} of {len(crossed)} cases"
-        return f"Repeated data: {family} goes below the {reference}'s best after {_span(won)} epochs{share}"
+        return f"Repeated data: {series} goes below the {reference}'s best after {_span(won)} epochs{share}"
     if passed:
         return (
-            f"Repeated data: {family} passes the {reference} after {_span(passed)} epochs, but not the {reference}'s "
+            f"Repeated data: {series} passes the {reference} after {_span(passed)} epochs, but not the {reference}'s "
             f"best up to {last}"
         )
-    return f"Repeated data: {family} does not pass the {reference} up to {last} epochs"
+    return f"Repeated data: {series} does not pass the {reference} up to {last} epochs"
 
 
 def _span(values: Sequence[float]) -> str:
@@ -232,14 +248,14 @@ def summary(results: Sequence[Result]) -> list[str]:
     if not crossed:
         return ["No size and corpus was read for both families, so there is no crossover to look for."]
     texts = []
-    for family, reference in PAIRS:
-        pairs = [x for x in crossed if x.family is family]
+    for series, reference in _pairs(results):
+        pairs = [x for x in crossed if x.series == series]
         if not pairs:
             continue
         won = [(x.below_best, x) for x in pairs if x.below_best is not None]
         last = three(max(x.until for x in pairs))
         text = (
-            f"{family.title} ends below the {reference.title}'s best loss in {len(won)} of {len(pairs)} pairs of equal "
+            f"{series.title} ends below the {reference.title}'s best loss in {len(won)} of {len(pairs)} pairs of equal "
             "size and unique tokens"
         )
         if not won:
@@ -255,12 +271,12 @@ def summary(results: Sequence[Result]) -> list[str]:
 
 
 def section(results: Sequence[Result]) -> str:
-    """A table of crossovers for each pair of families, in Markdown."""
+    """A table of crossovers for each pair of series, in Markdown."""
     crossed = crossovers(results)
     tables = [
-        _table(family, reference, pairs)
-        for family, reference in PAIRS
-        if (pairs := [x for x in crossed if x.family is family])
+        _table(series, reference, pairs)
+        for series, reference in _pairs(results)
+        if (pairs := [x for x in crossed if x.series == series])
     ]
     alone = "".join(f" {text}" for text in _unpaired(results))
     if not tables:
@@ -269,10 +285,10 @@ def section(results: Sequence[Result]) -> str:
     return "\n\n".join([*tables, f"{text}Losses are held-out nats per token, means over seeds.{alone}"])
 
 
-def _table(family: Family, reference: Family, crossed: Sequence[Crossover]) -> str:
+def _table(series: Series, reference: Series, crossed: Sequence[Crossover]) -> str:
     arm = reference.title
     head = ["unique tokens", "parameters", f"below the {arm} after equally many epochs", f"below the {arm}'s best"]
-    cells = [[*head, f"{family.title}'s best", f"{arm}'s best"]]
+    cells = [[*head, f"{series.title}'s best", f"{arm}'s best"]]
     for x in crossed:
         none = f"no crossover up to {three(x.until)} epochs"
         at = [none if e is None else f"at {three(e)} epochs" for e in (x.same_epochs, x.below_best)]

@@ -20,17 +20,14 @@ from llada.knobs import knob, scalar
 from llada.objectives.families import FAMILIES, Family
 from llada.scaling.held_out import abbreviated, require_same
 from llada.scaling.laws import Point
-from llada.scaling.sweep_config import MATCHED, MODES, MOST
+from llada.scaling.series import NAME, NAME_RULE, Series
+from llada.scaling.sweep_config import ANNEALED, MATCHED, MODES, MOST
 
 FINISHED, RUNNING, WAITING, FAILED = "finished", "running", "waiting", "failed"
 
 # A mask predictor's Monte Carlo error is measured; an ARM has none, and no run is reproducible beyond the order of
 # sums: this floor, in nats per token, keeps its weight finite. The scatter between runs comes from the fits' residuals.
 STDERR_FLOOR = 1e-3
-
-# Every family is compared with the one whose likelihood is exact.
-REFERENCE = next(family for family in FAMILIES.values() if family.exact)
-PAIRS = tuple((family, REFERENCE) for family in FAMILIES.values() if family is not REFERENCE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +45,9 @@ class Result:
     width: int = knob(MISSING, "of the model", above=0)
     parameters: int = knob(MISSING, "all of them", above=0, most=MOST)
     non_embedding_parameters: int = knob(MISSING, "N", above=0, most=MOST)
-    tokens: int = knob(MISSING, "read by this reading", above=0, most=MOST)
+    tokens: int = knob(MISSING, "trained on by this reading", above=0, most=MOST)
     unique_tokens: int | None = knob(MISSING, "of the corpus as used; None before it is prepared", least=0, most=MOST)
-    epochs: float | None = knob(MISSING, "tokens over unique tokens", least=0, most=MOST)
+    epochs: float | None = knob(MISSING, "how often the unique tokens were read", least=0, most=MOST)
     flops_6nd: float = knob(MISSING, "spent by this reading", above=0, most=MOST)
     flops_exact: float = knob(MISSING, "spent by this reading, all matrix products", above=0, most=MOST)
     step: int = knob(MISSING, "of this reading", above=0, most=MOST)
@@ -73,11 +70,20 @@ class Result:
     draws: int | None = knob(None, "Monte Carlo draws a held-out row; 1 where exact", least=0, most=MOST)
     block_cross_document_attention: bool | None = knob(None, "whether documents of a row see themselves only")
     retried: str | None = knob(None, "why a run's rate is not the grid's")
+    variant: str | None = knob(None, "of the objective; None: the plain one")
+    variant_keys: str | None = knob(None, "what the variant changes, key=value")
+    bound_trained: bool | None = knob(None, "whether the training loss estimates the bound, or is the NLL")
+    row_copies: int = knob(1, "how often a batch holds each of its rows", above=0, most=MOST)
 
     @property
     def family(self) -> Family:
         """Of the objective."""
         return FAMILIES[self.objective]
+
+    @property
+    def series(self) -> Series:
+        """Family and variant: what readings are grouped by."""
+        return Series(self.family, self.variant)
 
     @property
     def matched(self) -> str:
@@ -100,25 +106,30 @@ class Result:
         return self.mode == "repeat"
 
     @property
+    def ranked(self) -> bool:
+        """Whether it is of a sweep that ranks variants, and fits nothing."""
+        return self.mode == "variants"
+
+    @property
     def annealed(self) -> bool:
         """Whether the learning rate had come down at this reading."""
-        return self.mode == "isoflop"
+        return self.mode in ANNEALED
 
 
 def points(results: Iterable[Result], annealing_gain: float = 0.0) -> dict[str, list[Point]]:
-    """Measured readings by family, as the fits take them; families in order of appearance.
+    """Measured readings by the keys of their series, as the fits take them; series in order of appearance.
 
     `annealing_gain`: the share of its loss that a reading without annealing would still lose to it, taken off.
     """
-    families: dict[str, list[Point]] = {}
+    by_series: dict[str, list[Point]] = {}
     for r in results:
         if r.measured:
             gain = 1.0 if r.annealed else 1.0 - annealing_gain
             error = r.monte_carlo_stderr
             error = STDERR_FLOOR if error is None or not math.isfinite(error) else max(error, STDERR_FLOOR)
             point = Point(r.budget, r.non_embedding_parameters, r.tokens, gain * r.loss, gain * error)
-            families.setdefault(r.objective, []).append(point)
-    return families
+            by_series.setdefault(r.series.key, []).append(point)
+    return by_series
 
 
 # What must be equal for two losses to compare, and what it means where it is not.
@@ -135,20 +146,30 @@ def check_comparable(results: Sequence[Result]) -> None:
     """UserError unless all readings are of one corpus, tokenizer, set of held-out rows and kind of budget, where known.
 
     And unless runs that differ in the objective alone, and read equally many tokens in equal batches, read the same
-    rows in the same order; and where data-limited readings stand beside others, which one report cannot hold.
+    rows in the same order; and where readings of modes that one report cannot hold stand together, or two variants of
+    one name.
     """
     require_same([(r.run, vars(r)) for r in results], SAME, "leave one of the two out")
-    repeated = {r.data_limited: r.run for r in results}
-    if len(repeated) > 1:
-        raise UserError(f"{repeated[True]} is of mode repeat and {repeated[False]} is not; make a report of each mode")
+    apart = [r for r in results if r.data_limited or r.ranked]  # modes with a report of their own
+    for r in results if apart else ():
+        if (r.data_limited, r.ranked) != (apart[0].data_limited, apart[0].ranked):
+            raise UserError(f"{apart[0].run} is of mode {apart[0].mode} and {r.run} is not; make a report of each mode")
     sizes: dict[tuple, Result] = {}
-    for r in results if True in repeated else ():
-        other = sizes.setdefault((r.objective, r.size), r)
-        if other.non_embedding_parameters != r.non_embedding_parameters:
+    variants: dict[str, Result] = {}
+    for r in results:
+        other = sizes.setdefault((r.series.key, r.size), r)
+        if apart and other.non_embedding_parameters != r.non_embedding_parameters:
             raise UserError(f"{r.run} and {other.run} call two sizes {r.size!r}; leave one out, or name it otherwise")
+        other = variants.setdefault(r.series.key, r)
+        if other.variant_keys != r.variant_keys:
+            raise UserError(
+                f"{other.run} and {r.run} call two variants {r.variant!r} ({other.variant_keys} and {r.variant_keys}); "
+                "leave one out"
+            )
     twins: dict[tuple, Result] = {}
     for r in (r for r in results if r.rows_digest is not None):
-        key = (r.layers, r.width, r.non_embedding_parameters, r.seed, r.batch_size, r.steps, r.unique_tokens)
+        size = (r.layers, r.width, r.non_embedding_parameters, r.seed)
+        key = (*size, r.batch_size, r.row_copies, r.steps, r.unique_tokens)  # what reads a row twice reads other rows
         other = twins.setdefault(key, r)
         if other.rows_digest != r.rows_digest:
             raise UserError(
@@ -161,7 +182,7 @@ def check_comparable(results: Sequence[Result]) -> None:
 # What makes two readings one and the same.
 _IDENTITY = (
     *("run", "objective", "size", "seed", "mode", "matching", "budget", "non_embedding_parameters", "tokens", "step"),
-    *("steps", "batch_size", "peak_learning_rate"),
+    *("steps", "batch_size", "peak_learning_rate", "variant"),
 )
 
 
@@ -245,6 +266,10 @@ def _result(where: str, values: dict[str, Any]) -> Result:
         rule = field.metadata["knob"].broken(value)
         if field.name in ("run", "size") and not (value and value.isprintable()):
             rule = "it must be a name"
+        if field.name == "variant" and value is not None and not NAME.fullmatch(value):
+            rule = NAME_RULE
+        if field.name == "variant_keys" and value is not None and not value.isprintable():
+            rule = "it must be keys and values"
         if field.name == "step" and value > result.steps:
             rule = f"it must be at most steps={result.steps}"
         if rule and not (field.name == "nats_per_token" and not math.isfinite(value)):  # it diverged

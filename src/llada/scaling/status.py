@@ -17,10 +17,11 @@ from rich.text import Text
 
 from llada import accounting
 from llada.errors import UserError
-from llada.objectives.families import FAMILIES
 from llada.scaling.grid import PlannedRun
-from llada.scaling.numbers import short
+from llada.scaling.numbers import or_dash, short
 from llada.scaling.results import FAILED, FINISHED, RUNNING, Result
+from llada.scaling.series import Series, ordered
+from llada.training.metrics import training_loss
 from llada.training.progress import clock
 
 # --- how long runs take: from runs that are finished, a product timed here, or an accelerator's data sheet
@@ -160,21 +161,22 @@ def _failed(run: PlannedRun, results: Sequence[Result]) -> bool:
 
 
 def grid_table(runs: Sequence[PlannedRun], results: Sequence[Result], current: dict[str, str]) -> Table:
-    """Sizes down, budgets (or amounts of data) and families across, losses in the cells; the lowest of a column bold.
+    """Sizes down, budgets (or amounts of data) and series across, losses in the cells; the lowest of a column bold.
 
     `current`: what to write for runs that are under way, by name.
     """
     sizes = list(dict.fromkeys(run.size for run in sorted(runs, key=lambda r: r.config.model.width)))
-    columns = list(dict.fromkeys((run.objective, run.group) for run in runs))
-    columns.sort(key=lambda column: list(FAMILIES).index(column[0]))
+    columns = list(dict.fromkeys((run.series, run.group) for run in runs))
+    order = ordered(run.series.key for run in runs)
+    columns.sort(key=lambda column: order.index(column[0]))
     last = {row.run: row for row in results}
-    cells: dict[tuple[str, str], dict[str, list[Result]]] = {column: {} for column in columns}
+    cells: dict[tuple[Series, str], dict[str, list[Result]]] = {column: {} for column in columns}
     for run in runs:
-        cells[run.objective, run.group].setdefault(run.size, []).append(last[run.name])
+        cells[run.series, run.group].setdefault(run.size, []).append(last[run.name])
     table = Table(title_justify="left")
     table.add_column("size")
-    for objective, group in columns:
-        table.add_column(f"{FAMILIES[objective].title}\n{group}", justify="right")
+    for series, group in columns:
+        table.add_column(f"{series.title}\n{group}", justify="right")
     lowest = {
         column: min((row.loss for rows in by_size.values() for row in rows if row.measured), default=None)
         for column, by_size in cells.items()
@@ -287,8 +289,8 @@ class RunProgress:
         rate = values.get("speed/tokens_per_second")
         left = f", {clock((config.steps - step) * config.tokens_per_step / rate)} left" if rate else ""
         self.board.current[self.run.name] = f"{step / config.steps:.0%}"
-        loss = values["train/loss_nats_per_token"]
-        self.board.line = f"{self.run.name}: step {step}/{config.steps}, loss {loss:.4f}{left}"
+        loss = or_dash(training_loss(values), ".4f")  # none where all of the window was skipped
+        self.board.line = f"{self.run.name}: step {step}/{config.steps}, loss {loss}{left}"
         self.board.show()
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:

@@ -10,9 +10,8 @@ A diffusion loss is a bound, an autoregressive one exact: the compute gap betwee
 """
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -99,7 +98,7 @@ class Fitted(NamedTuple):
 
 @dataclass(frozen=True)
 class Laws:
-    """The laws of one family; None where the runs do not show it."""
+    """The laws of one series; None where the runs do not show it."""
 
     # By approach 2, through the minima.
     parameters: Fitted | None = None  # N*(C)
@@ -121,8 +120,8 @@ class Laws:
         return getattr(self, quantity) or getattr(self, f"parametric_{quantity}")
 
 
-class FamilyFit(NamedTuple):
-    """What the runs of one family show. `reasons`: what is left out or missing, and why."""
+class SeriesFit(NamedTuple):
+    """What the runs of one series show. `reasons`: what is left out or missing, and why."""
 
     budgets: list[float]
     parabolas: list[Parabola]
@@ -131,23 +130,23 @@ class FamilyFit(NamedTuple):
     reasons: dict[str, str]
 
 
-NOTHING = FamilyFit([], [], [], Laws(), {})
+NOTHING = SeriesFit([], [], [], Laws(), {})
 
 
 class Study(NamedTuple):
-    """What `fit` found, by family; `level` is that of every interval."""
+    """What `fit` found, by the key of a series (`scaling/series.py`); `level` is that of every interval."""
 
-    families: dict[str, FamilyFit]
+    series: dict[str, SeriesFit]
     level: float
 
-    def of(self, family: str) -> FamilyFit:
-        """The fit of a family; an empty one where it has no runs."""
-        return self.families.get(family, NOTHING)
+    def of(self, key: str) -> SeriesFit:
+        """The fit of a series; an empty one where it has no runs."""
+        return self.series.get(key, NOTHING)
 
     @property
     def largest_budget(self) -> float | None:
-        """FLOPs, over all families; None without runs."""
-        return max((budget for fitted in self.families.values() for budget in fitted.budgets), default=None)
+        """FLOPs, over all series; None without runs."""
+        return max((budget for fitted in self.series.values() for budget in fitted.budgets), default=None)
 
     def estimate(self, value, draws_S) -> dict[str, Any]:
         """A number as value, low and high, None where not finite; reason: how many draws are not."""
@@ -163,18 +162,18 @@ class Study(NamedTuple):
 
     @_absurd_draws
     def gap(self, a: str, b: str, law: str = "loss") -> dict[str, Any]:
-        """`compute_gap` of family a over b at each of b's budgets, and the budget where it closes, as estimates.
+        """`compute_gap` of series a over b at each of b's budgets, and the budget where it closes, as estimates.
 
         `law` names one of `Laws`. `beyond`: the budget over the largest that a has runs at (for `closes`, that either
         has); above 1, it is extrapolated. Where a is not above b at the smallest budget of both, `closes` is that
         budget.
         """
-        laws = [self.of(family).laws.known().get(law) for family in (a, b)]
+        laws = [self.of(key).laws.known().get(law) for key in (a, b)]
         law_a, law_b = laws
         if law_a is None or law_b is None:
-            missing = [family for family, known in zip((a, b), laws, strict=True) if known is None]
+            missing = [key for key, known in zip((a, b), laws, strict=True) if known is None]
             return {"reason": f"there is no law {law} of {' and '.join(missing)}"}
-        budgets_a, budgets_b = self.families[a].budgets, self.families[b].budgets
+        budgets_a, budgets_b = self.series[a].budgets, self.series[b].budgets
         rows = []
         for budget in budgets_b:
             ratios = (compute_gap(of_a, of_b, of_b(budget)) for of_a, of_b in zip(law_a, law_b, strict=True))
@@ -185,27 +184,29 @@ class Study(NamedTuple):
         closes = self.estimate(best, crossing(law_a.draws, law_b.draws, low, high * REACH))
         return {"ratios": rows, "closes": closes | {"beyond": closes["value"] and closes["value"] / high}}
 
-    def to_json(self) -> dict[str, Any]:
-        """All but the draws, as plain dicts, lists, strings, floats, booleans and None."""
-        families = {
-            family: {
+    def to_json(self, pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
+        """All but the draws, as plain dicts, lists, strings, floats, booleans and None; gaps of the pairs it has."""
+        series = {
+            key: {
                 "minima": [minimum._asdict() for minimum in fitted.minima],
                 "laws": {name: self.constants(law) for name, law in fitted.laws.known().items()},
                 "reasons": fitted.reasons,
             }
-            for family, fitted in self.families.items()
+            for key, fitted in self.series.items()
         }
         gaps = [
             {"a": a, "b": b, "law": law, **self.gap(a, b, law)}
-            for a, b in itertools.combinations(families, 2)
+            for a, b in pairs
+            if {a, b} <= series.keys()
             for law in ("loss", "loss_power", "parametric_loss")
         ]
-        return {"level": self.level, "families": families, "gaps": gaps}
+        # The name in files: series are families, as they are or in a variant.
+        return {"level": self.level, "families": series, "gaps": gaps}
 
 
 @_absurd_draws
-def fit(points_by_family: Mapping[str, Sequence[Point]], draws: int = 500, level: float = 0.95, seed: int = 0) -> Study:
-    """Both approaches on the runs of each family, with `draws` bootstrap draws; gaps are of a family over later ones.
+def fit(points_by_series: Mapping[str, Sequence[Point]], draws: int = 500, level: float = 0.95, seed: int = 0) -> Study:
+    """Both approaches on the runs of each series, with `draws` bootstrap draws.
 
     What the runs do not show is left out, with the reason. UserError only for figures that no run has, or settings
     that cannot be.
@@ -213,8 +214,8 @@ def fit(points_by_family: Mapping[str, Sequence[Point]], draws: int = 500, level
     if draws < 1 or not 0 < level < 1:
         raise UserError(f"draws={draws} must be 1 or more and level={level} between 0 and 1, such as 0.95")
     rng = np.random.default_rng(seed)
-    families = {}
-    for family, points in points_by_family.items():
+    series = {}
+    for key, points in points_by_series.items():
         reasons: dict[str, str] = {}
         budgets = sorted(set(columns(points)[0].tolist()))
         profiles = [[p for p in points if p.budget == budget] for budget in budgets]
@@ -224,8 +225,8 @@ def fit(points_by_family: Mapping[str, Sequence[Point]], draws: int = 500, level
         simulate = functools.partial(bootstrap, draws=draws, rng=rng)
         laws = _approach_2(profiles, fitted, minima, simulate, reasons)
         laws |= _approach_3(points, simulate, reasons)
-        families[family] = FamilyFit(budgets, fitted, [m for m in minima if m], Laws(**laws), reasons)
-    return Study(families, level)
+        series[key] = SeriesFit(budgets, fitted, [m for m in minima if m], Laws(**laws), reasons)
+    return Study(series, level)
 
 
 def _attempt(reasons: dict[str, str], what: str, call: Callable, *arguments) -> Any:

@@ -17,21 +17,22 @@ from typing import Any, NamedTuple
 
 import jax
 
-from llada import accounting, json_files, knobs
+from llada import accounting, changes, json_files, knobs
 from llada import config as config_lib
 from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.data import tokenizer_files
-from llada.data.rows import Metadata, open_corpus
 from llada.errors import Diverged, Interrupted, UserError, disk_error
 from llada.files import Locked, lock, queue_for_lock, write_atomically
+from llada.objectives import families
 from llada.objectives.families import FAMILIES
-from llada.scaling.grid import FLOPS_PER_TOKEN, PlannedRun, check_epochs, check_used, left_out, plan
+from llada.scaling.grid import FLOPS_PER_TOKEN, PlannedRun, plan
+from llada.scaling.grid_checks import check_epochs, check_used, left_out
 from llada.scaling.results import DIVERGED, FAILED, FINISHED, RUNNING, WAITING, Result, failure, write_failure
-from llada.scaling.sweep_config import SweepConfig, parse
-from llada.training import loop
+from llada.scaling.sweep_config import SweepConfig, keys_of, parse
+from llada.training import corpus, loop
 from llada.training import metrics as metrics_lib
-from llada.training.corpus import corpus_for, tokenizer_for
+from llada.training.corpus import Metadata
 from llada.training.optimizer import parse_schedule
 from llada.training.progress import Progress
 
@@ -55,7 +56,7 @@ def make(
     """The sweep that `base` and the group `sweep` describe; nothing is written. UserError as in `grid`.
 
     Also where the directory holds a run of the same name made by other rules, or anything that is no sweep. `typed` and
-    `in_file` are those of `grid.check_used`.
+    `in_file` are those of `check_used`.
     """
     if (directory / "config.json").exists() and not (directory / "sweep.json").exists():
         raise UserError(f"--workdir={directory} is a run or a model, not a sweep; give a directory of its own")
@@ -74,7 +75,7 @@ def make(
 def _check_schedule(run: PlannedRun, sweep: SweepConfig) -> None:
     """What the run itself would refuse of its schedule, before any run begins."""
     try:
-        parse_schedule(run.config.optimizer.schedule, run.tokens)
+        parse_schedule(run.config)
     except UserError as error:
         raise UserError(f"--config.sweep.decay={sweep.decay!r:.80} makes no schedule of {run.name}: {error}") from error
 
@@ -95,7 +96,7 @@ def _as_on_disk(sweep: Sweep, run: PlannedRun) -> PlannedRun:
     workdir = sweep.workdir(run)
     run = _retried(run, workdir / "retry.json")
     if (old := of_plain if run.name == plain else of_seed) is not None:
-        changed = config_lib.differences(old, run.config)
+        changed = changes.differences(old, run.config, recorded=True)
         # Fixed within a sweep: finished runs are not evaluated again, and all are to be evaluated alike.
         for name in ("draws", "batches"):
             before, now = getattr(old.evaluate, name), getattr(run.config.evaluate, name)
@@ -203,9 +204,7 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def require_documents(sweep: Sweep) -> None:
     """UserError where the rows are still to be written and there are no documents for them."""
     if corpus_metadata(sweep) is None:
-        from llada.data import holdout  # not needed where there are rows
-
-        holdout.require_documents(sweep.runs[0].config.data)
+        corpus.require_documents(sweep.runs[0].config)
 
 
 def prepare(sweep: Sweep, log: Callable[[str], None] = lambda text: None) -> None:
@@ -224,13 +223,13 @@ def prepare(sweep: Sweep, log: Callable[[str], None] = lambda text: None) -> Non
         with queue_for_lock(sweep.directory / "prepare.lock", f"prepares {sweep.directory}"):
             _clear(sweep)
             write_atomically(path, (json_files.dumps(tree, indent=2) + "\n").encode())
-            # One tokenizer for all families: with a mask token where one of them needs it.
-            config = max(sweep.runs, key=lambda run: FAMILIES[run.objective].masks).config
+            # One tokenizer for all series: with a mask token where one of them needs it.
+            config = max((run.config for run in sweep.runs), key=_masks)
             given = config.data.tokenizer if sweep.base["data"]["tokenizer"] else None
             data = dataclasses.replace(config.data, tokenizer=given)
-            tokenizer = tokenizer_for(sweep.directory, dataclasses.replace(config, data=data), log)
-            corpus = corpus_for(sweep.directory, config, tokenizer, log=log)
-        check_epochs(sweep.runs, sweep.config, corpus.metadata.train_tokens)
+            tokenizer = corpus.tokenizer_for(sweep.directory, dataclasses.replace(config, data=data), log)
+            made = corpus.corpus_for(sweep.directory, config, tokenizer, log=log)
+        check_epochs(sweep.runs, sweep.config, made.metadata.train_tokens)
     except UserError:
         if before is not None:
             write_atomically(path, before)
@@ -250,12 +249,17 @@ def prepare(sweep: Sweep, log: Callable[[str], None] = lambda text: None) -> Non
         raise UserError(f"--workdir={sweep.directory} cannot be written: {error.strerror}; choose another") from error
 
 
+def _masks(config: Config) -> tuple[bool, bool]:
+    """Whether it needs a mask token: a family that does, the most; an ARM that masks its inputs asks for one."""
+    return families.of(config).masks, config.objective.input_masking > 0
+
+
 def _clear(sweep: Sweep) -> None:
     """Remove the rows and the tokenizer of an earlier grid's other values, where no run has begun with them."""
     if not _is_stale(sweep):
         return
-    for name in ("metadata.json", "train.npy", "holdout.npy"):
-        (sweep.directory / "data" / name).unlink(missing_ok=True)
+    for path in (sweep.directory / "data" / "metadata.json", *(sweep.directory / "data").glob("*.npy")):
+        path.unlink(missing_ok=True)
     if (tokenizer := tokenizer_files.in_workdir(sweep.directory)) is not None:  # it may have been put there by hand
         tokenizer.replace(tokenizer.with_name(f"{tokenizer.name}.replaced"))
 
@@ -267,16 +271,16 @@ def _is_stale(sweep: Sweep) -> bool:
 
     def values(base: dict[str, Any]) -> tuple:
         tree = config_lib.to_dict(knobs.build(Config, base, "config"))
-        return tree["model"]["vocab_size"], {**tree["data"], "unique_tokens": None}
+        return tree["model"]["vocab_size"], {**tree["data"], "unique_tokens": None}, tree["dialogues"]
 
     return values(read(sweep.directory)[0]) != values(sweep.base)
 
 
 def corpus_metadata(sweep: Sweep) -> Metadata | None:
-    """Of the shared rows; None before they are prepared."""
+    """Of the shared rows, or examples; None before they are prepared."""
     directory = sweep.directory / "data"
     exist = (directory / "metadata.json").exists() and not _is_stale(sweep)
-    return open_corpus(directory).metadata if exist else None
+    return corpus.open_corpus(directory, sweep.runs[0].config).metadata if exist else None
 
 
 def state(workdir: Path, steps: int) -> str:
@@ -349,7 +353,7 @@ def _rows(sweep: Sweep, run: PlannedRun, metadata: Metadata | None) -> Iterator[
     count = accounting.parameters(config.model)
     of_run: dict[str, Any] = {
         "run": run.name,
-        **{key: getattr(run, key) for key in ("objective", "size", "seed", "retried")},
+        **{key: getattr(run, key) for key in ("objective", "variant", "size", "seed", "retried")},
         **{key: getattr(sweep.config, key) for key in ("mode", "matching")},
         **{key: getattr(config.model, key) for key in ("layers", "width")},
         **{key: summary.get(key) for key in ("tokens_per_second", "eval_rows_digest")},
@@ -360,6 +364,9 @@ def _rows(sweep: Sweep, run: PlannedRun, metadata: Metadata | None) -> Iterator[
         "batch_size": config.train.batch_size,
         "peak_learning_rate": config.optimizer.peak_learning_rate,
         "block_cross_document_attention": config.objective.block_cross_document_attention,
+        "variant_keys": keys_of(sweep.config, run.series),
+        "bound_trained": families.of(config).bound_trained(config.objective),
+        "row_copies": config.row_copies,
         "draws": 1 if FAMILIES[run.objective].exact else config.evaluate.draws,
         "reason": failure(workdir),
     }
@@ -378,7 +385,7 @@ def _rows(sweep: Sweep, run: PlannedRun, metadata: Metadata | None) -> Iterator[
             budget=reading.budget,
             step=reading.step,
             tokens=tokens,
-            epochs=tokens / unique if unique else None,
+            epochs=tokens / config.row_copies / unique if unique else None,
             flops_6nd=tokens * FLOPS_PER_TOKEN["6nd"](config),
             flops_exact=tokens * FLOPS_PER_TOKEN["exact"](config),
             status=FINISHED if line and status == RUNNING else status,

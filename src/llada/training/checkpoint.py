@@ -1,4 +1,4 @@
-"""Checkpoints through Orbax: parameters, optimizer state, and a JSON item with cursor, config and tokenizer.
+"""Checkpoints through Orbax: parameters, optimizer state, and a JSON item with cursor, config, tokenizer and digests.
 
 On disk as in memory: a nested dict, layers stacked on axis 0. Parameters are an item of their own, so that inference
 reads nothing else, in chunks of one layer, so that an export reads no more than it writes. Nothing is compressed:
@@ -11,6 +11,7 @@ import fnmatch
 import functools
 import logging
 import math
+import shutil
 import sys
 import time
 import warnings
@@ -23,14 +24,16 @@ import orbax.checkpoint as ocp
 
 from llada import config as config_lib
 from llada import mesh as mesh_lib
+from llada import processes
 from llada.config import Config
-from llada.errors import UserError, causes, disk_error
+from llada.errors import DiskError, UserError, causes, disk_error, in_brief
 from llada.model import transformer
-from llada.training import run_item
+from llada.training import arrays, run_item
+from llada.training import digests as digests_lib
+from llada.training.arrays import FILE_BYTES
 from llada.training.run_item import RunItem
 from llada.training.step import TrainState
 
-FILE_BYTES = 128 << 20  # of the files that hold the arrays; several are written at once: twice the speed of one
 _CHUNK_BYTES, _LEAST_CHUNK_BYTES = 16 << 20, 1 << 20
 
 
@@ -46,28 +49,37 @@ def require_plain(workdir: Path) -> None:
 class Checkpoints:
     """The checkpoints of one workdir."""
 
-    def __init__(self, workdir: Path, keep: int | None = None, params_handler: ocp.CheckpointHandler | None = None):
-        """Open them; with `keep`, also to save, retaining that many of the newest."""
+    def __init__(
+        self,
+        workdir: Path,
+        keep: int | None = None,
+        params_handler: ocp.CheckpointHandler | None = None,
+        keep_every: int = 0,
+    ):
+        """Open them; with `keep`, also to save, retaining that many of the newest, and multiples of `keep_every`."""
         _quieten_orbax()
         if keep is not None:
             require_plain(workdir)
         self.directory = (workdir / "checkpoints").resolve()
-        open_manager = functools.partial(
+        self._open = functools.partial(
             ocp.CheckpointManager,
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, keep_period=keep_every or None, create=keep is not None
+            ),
             item_handlers={
                 "params": params_handler or ocp.PyTreeCheckpointHandler(use_compression=False),
                 "optimizer_state": ocp.PyTreeCheckpointHandler(use_compression=False),
                 "run": ocp.JsonCheckpointHandler(),
             },
         )
+        self._saving = False
         for _ in range(20):  # it looks into every step, and training may remove one meanwhile
             with contextlib.suppress(FileNotFoundError):
-                self.manager = open_manager()
+                self.manager = self._open()
                 return
             time.sleep(0.05)
-        self.manager = open_manager()
+        self.manager = self._open()
 
     def steps(self) -> list[int]:
         """Committed steps, ascending, as the disk has them now."""
@@ -81,14 +93,43 @@ class Checkpoints:
     def save(self, state: TrainState, config: Config, cursor: dict, tokenizer: bytes) -> None:
         """Start saving `state`; returns once the arrays have left the device. A step already saved is left alone.
 
-        DiskError where there was no room for this save, or the one before.
+        DiskError where there was no room for this save, or the one before; `start_over` then allows another try.
         """
         step = int(jax.device_get(state.step))
         if step not in self.manager.all_steps():
             moments = ocp.args.PyTreeSave(state.optimizer_state, None, FILE_BYTES)
-            run = run_item.to_json(config, cursor, tokenizer, begun=True)
+            digests = digests_lib.of_items({"params": state.params, "optimizer_state": state.optimizer_state})
+            run = run_item.to_json(config, cursor, tokenizer, begun=True, digests=digests)
             with self._room():
                 self.save_items(step, state.params, run, optimizer_state=moments)
+            self._saving = True
+
+    def failed(self, wait: bool = False) -> DiskError | None:
+        """The DiskError of the save that was started last, once it is known, or after a wait for its end."""
+        if self._saving and (wait or not self.manager.is_saving_in_progress()):
+            self._saving = False
+            try:
+                self.wait()
+            except DiskError as error:
+                return error
+        return None
+
+    def start_over(self) -> None:
+        """After a save that failed: forget it, and remove what it has written, so that the next finds that room."""
+        self._saving = False
+        self.abandon()
+        self._remove_partial()
+        self.manager = self._open()
+
+    def _remove_partial(self) -> None:
+        """What a failed save has written: it would keep a full disk full."""
+        for _ in range(20):  # its threads may still be writing
+            partial = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
+            for path in partial:
+                shutil.rmtree(path, ignore_errors=True)
+            if not partial:
+                break
+            time.sleep(0.05)
 
     def save_items(self, step: int, params: Any, run: dict[str, Any], **more: ocp.args.CheckpointArgs) -> None:
         """Start saving `params` and the JSON item `run`, with `more` items."""
@@ -108,25 +149,36 @@ class Checkpoints:
             run_item.require_same(item, config_lib.load(path), self.directory)
         return item
 
-    def restore(self, step: int, **items: Any) -> dict[str, Any]:
-        """The `items` of `step` (`params`, `optimizer_state`), each given as its shapes, dtypes and shardings.
+    def restore(self, item: RunItem, **items: Any) -> dict[str, Any]:
+        """The `items` of a step (`params`, `optimizer_state`), each given as its shapes, dtypes and shardings.
 
-        Arrays go where those say, whatever mesh wrote them. UserError where the step cannot be used.
+        Arrays go where those say, whatever mesh wrote them. Damaged, on all processes alike, where the step cannot be
+        used; what has no digests is taken as it is.
         """
-        arguments = {name: _to_restore(target) for name, target in items.items()}
-        with self.usable(step):
-            restored = self.manager.restore(step, args=ocp.args.Composite(**arguments))
-            return {name: restored[name] for name in items}
+        run_item.remark(item)
+        with self.usable(item.step):
+            directory = self.directory / str(item.step)
+            return {
+                name: arrays.restore(directory / name, target, item.digests_of(name)) for name, target in items.items()
+            }
 
     def restore_parameters(
         self, config: Config, mesh: jax.sharding.Mesh, step: int | None, dtype: str = "float32"
     ) -> transformer.Parameters:
         """Only the parameters, of `step` or of the latest; UserError where there is none, or none of this run."""
-        step = self.item_of_run(step).step
+        item = self.item_of_run(step)
         abstract = transformer.abstract_parameters(config.model)
         shardings = mesh_lib.parameter_shardings(mesh, abstract)
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), abstract, shardings)
-        return self.restore(step, params=target)["params"]
+        return self.restore(item, params=target)["params"]
+
+    def set_aside(self, step: int) -> str:
+        """Move a damaged step out of the way; returns its new name. All processes call it, and only training may."""
+        with processes.agreement():
+            name = run_item.set_aside(self.directory, step) if processes.is_first() else None
+        name = processes.from_first(name)
+        self.manager.reload()
+        return name
 
     def resolve(self, step: int | None) -> int:
         """`step`, or the latest for None; UserError naming the steps there are."""
@@ -149,8 +201,15 @@ class Checkpoints:
         """`close`; `abandon` on a second Ctrl-C, which asks to end at once."""
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             self.abandon()
-        else:
+            return
+        try:
             self.close()
+        except DiskError as full:
+            error = full
+            raise
+        finally:
+            if isinstance(error, DiskError) and processes.count() == 1:
+                self._remove_partial()
 
     def close(self) -> None:
         """Wait, then close, also where a save has failed."""
@@ -181,9 +240,8 @@ class Checkpoints:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
             *_, first = causes(error, implicit=False)  # Orbax prints the whole specification of an array around it
-            words = " ".join(str(first).split())
-            what = f"{type(first).__name__}: {words[:200]}{'...' if words[200:] else ''}"
-            raise run_item.unusable(self.directory, step, what) from error
+            kind = "" if isinstance(first, arrays.Damage) else f"{type(first).__name__}: "
+            raise run_item.unusable(self.directory, step, f"{kind}{in_brief(first)}") from error
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[None]:
@@ -193,7 +251,7 @@ class Checkpoints:
         except Exception as error:
             good = self.latest()
             saved = "no checkpoint is saved yet" if good is None else f"the checkpoint of step {good} is good"
-            if full := disk_error(error, f"saving a checkpoint in {self.directory} ({saved})"):
+            if full := disk_error(error, f"saving a checkpoint in {self.directory} ({saved})", writable=True):
                 raise full from error
             raise
 
@@ -211,16 +269,15 @@ def _quieten_orbax() -> None:
     def hook(raised: Any) -> None:
         closed = raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"
         code = getattr(raised.object, "cr_code", None)
-        if not closed and (code is None or "orbax" not in code.co_filename):
+        of_orbax = code is not None and "orbax" in code.co_filename and issubclass(raised.exc_type, Exception)
+        if not (closed or of_orbax):
             report(raised)
 
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(
+        lambda r: not ("exception was never retrieved" in r.getMessage() and "orbax" in r.getMessage())
+    )
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-
-
-def _to_restore(target) -> ocp.args.PyTreeRestore:
-    """Restore what `target` describes, onto its shardings."""
-    return ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
 
 
 def _chunks(path, leaf) -> ocp.SaveArgs:

@@ -1,14 +1,16 @@
 """The tokenizer and the rows of a run: opened where they are, else prepared, and compared with those trained on."""
 
 import contextlib
+import functools
 import hashlib
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from llada import json_files
+from llada import json_files, processes
 from llada.config import Config
-from llada.data import rows, tokenizer_files
+from llada.data import control_tokens, examples, rows, tokenizer_files
 from llada.data.tokenizer import Tokenizer
 from llada.errors import DataError, UserError
 from llada.files import write_atomically
@@ -18,6 +20,9 @@ from llada.training.run_item import RunItem
 
 Log = Callable[[str], None]
 Check = Callable[[], None]
+# Of documents, or of dialogues.
+Corpus = rows.Corpus | examples.Corpus
+Metadata = rows.Metadata | examples.Metadata
 
 
 def rows_directory(workdir: Path, config: Config) -> Path:
@@ -33,7 +38,7 @@ def corpus_for(
     digest: str | None = None,
     log: Log = lambda text: None,
     check: Check = lambda: None,
-) -> rows.Corpus:
+) -> Corpus:
     """The run's rows, tokenised once and stored under `data.directory`, or else `workdir/data`.
 
     With the `digest` of what the run has been trained on, other rows are a DataError; those that are prepared again are
@@ -41,23 +46,78 @@ def corpus_for(
     """
     directory = rows_directory(workdir, config)
     if (directory / "metadata.json").exists():
-        corpus = rows.open_matching(directory, config.data, tokenizer.sha256)
+        corpus = open_matching(directory, config, tokenizer)
         require_digest(workdir, directory, corpus, digest)
+        remark(directory, corpus)
         return corpus
-    from llada.data.prepare import prepare  # not needed where there are rows
-
     if digest is None:
-        return prepare(directory, config.data, tokenizer, log, check)
+        return _prepare(directory, config, tokenizer, log, check)
     again = directory / "prepared-again"
     try:
-        require_digest(workdir, directory, prepare(again, config.data, tokenizer, log, check), digest)
-        for name in ("train.npy", "holdout.npy", "metadata.json"):  # which counts, last
-            (again / name).replace(directory / name)
+        require_digest(workdir, directory, _prepare(again, config, tokenizer, log, check), digest)
+        for path in sorted(again.glob("*.npy")):
+            path.replace(directory / path.name)
+        (again / "metadata.json").replace(directory / "metadata.json")  # which counts, last
     finally:
         shutil.rmtree(again, ignore_errors=True)
         with contextlib.suppress(OSError):
             directory.rmdir()  # where there was none before
-    return rows.open_corpus(directory)
+    return open_corpus(directory, config)
+
+
+def remark(directory: Path, corpus: Corpus) -> None:
+    """A line, from the first process, for a corpus whose rows cannot be checked when they are read."""
+    if corpus.metadata.checksums is None and processes.is_first():
+        _remark_unchecked(directory)
+
+
+@functools.cache  # one line in a process
+def _remark_unchecked(directory: Path) -> None:
+    sys.stderr.write(
+        f"the corpus in {directory} was prepared without checksums, by an older llada: damage to its rows stays unseen "
+        "until llada verify reads them\n"
+    )
+
+
+def open_corpus(directory: Path, config: Config) -> Corpus:
+    """What is in a directory of rows, or of examples where the config fine-tunes. DataError if it is damaged."""
+    return examples.open_corpus(directory) if config.fine_tunes else rows.open_corpus(directory)
+
+
+def open_matching(directory: Path, config: Config, tokenizer: Tokenizer | None = None, flag: str = "") -> Corpus:
+    """The same; UserError where it was prepared by other values, or another tokenizer, if that is known."""
+    if config.fine_tunes:
+        return examples.open_matching(directory, config, tokenizer, flag)
+    return rows.open_matching(directory, config.data, tokenizer.sha256 if tokenizer else None, flag)
+
+
+def matches(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> bool:
+    """Whether these values prepared it."""
+    if isinstance(corpus, examples.Corpus):
+        return not examples.differences(corpus.metadata, config, tokenizer)
+    return not rows.differences(corpus.metadata, config.data, tokenizer.sha256)
+
+
+def _prepare(directory: Path, config: Config, tokenizer: Tokenizer, log: Log, check: Check) -> Corpus:
+    if config.fine_tunes:
+        from llada.data import prepare_dialogues  # not needed where there are examples
+
+        return prepare_dialogues.prepare(directory, config, tokenizer, log, check)
+    from llada.data import prepare  # not needed where there are rows
+
+    return prepare.prepare(directory, config.data, tokenizer, log, check)
+
+
+def require_documents(config: Config) -> None:
+    """UserError for a source without a document, or a dialogue: asked before any work begins."""
+    if config.fine_tunes:
+        from llada.data import prepare_dialogues  # only to prepare
+
+        prepare_dialogues.require_dialogues(config)
+    else:
+        from llada.data import holdout  # only to prepare
+
+        holdout.require_documents(config.data)
 
 
 def corpus_digest(workdir: Path, item: RunItem) -> str | None:
@@ -69,7 +129,7 @@ def corpus_digest(workdir: Path, item: RunItem) -> str | None:
     return digest
 
 
-def require_digest(workdir: Path, directory: Path, corpus: rows.Corpus, digest: str | None) -> None:
+def require_digest(workdir: Path, directory: Path, corpus: Corpus, digest: str | None) -> None:
     """DataError unless the rows are those that were trained on; None where that is not known."""
     if digest and corpus.metadata.digest != digest:
         raise DataError(
@@ -89,25 +149,79 @@ def tokenizer_for(
     path = tokenizer_files.in_workdir(workdir)
     named = config.data.tokenizer and user_path(config.data.tokenizer, "--config.data.tokenizer")
 
-    def fitted(tokenizer: Tokenizer, remark: Log = lambda line: None) -> Tokenizer:
-        return tokenizer_files.fitted(tokenizer, config.model.vocab_size, families.of(config).masks, remark)
-
     if path is not None:
-        tokenizer = fitted(tokenizer_files.load(path))
+        tokenizer = fitted(tokenizer_files.load(path), config)
         # A file that has moved is no matter: the workdir's copy counts.
-        if named and named.exists() and fitted(tokenizer_files.load(named)).sha256 != tokenizer.sha256:
+        if named and named.exists() and fitted(tokenizer_files.load(named), config).sha256 != tokenizer.sha256:
             raise UserError(f"--config.data.tokenizer={named} is not the tokenizer that {workdir} was begun with")
         return tokenizer
     if named:
-        tokenizer = fitted(tokenizer_files.load(named), log)
+        tokenizer = fitted(tokenizer_files.load(named), config, log)
         tokenizer_files.require_exportable(tokenizer, f"--config.data.tokenizer={named}")
         write_atomically(workdir / tokenizer.file_name, tokenizer.content)
         return tokenizer
-    from llada.data import holdout, tokenizer_training  # not needed where there is a tokenizer
+    from llada.data import tokenizer_training  # not needed where there is a tokenizer
 
     log(f"training the tokenizer: {config.model.vocab_size:,} pieces, from {config.data.source}")
     path = workdir / tokenizer_training.SentencePieceTokenizer.file_name
-    return tokenizer_training.train_tokenizer(holdout.training(config.data), config.model.vocab_size, path, log, check)
+    texts = _training_texts(config)
+    controls = _template_and_controls(control_tokens.builtin("plain"), config)[1] if config.fine_tunes else []
+    tokenizer = tokenizer_training.train_tokenizer(texts, config.model.vocab_size, path, log, check, controls)
+    with_template = fitted(tokenizer, config)
+    if with_template.sha256 != tokenizer.sha256:  # another one than it was trained with
+        write_atomically(path, with_template.content)
+    return with_template
+
+
+def fitted(tokenizer: Tokenizer, config: Config, remark: Log = lambda line: None) -> Tokenizer:
+    """The tokenizer as the config needs it: `tokenizer_files.fitted` to its model, and `with_dialogue` to fine-tune.
+
+    UserError, too, for an ARM whose inputs are to be masked, and no mask token.
+    """
+    size, share = config.model.vocab_size, config.objective.input_masking
+    tokenizer = tokenizer_files.fitted(tokenizer, size, families.of(config).masks, remark)
+    if share and tokenizer.mask_id is None:
+        raise UserError(
+            f"--config.objective.input_masking={share}: the tokenizer has no mask token, and model.vocab_size={size} "
+            "leaves no id free for one; set it to 0, or begin a model of another size"
+        )
+    return with_dialogue(tokenizer, config) if config.fine_tunes else tokenizer
+
+
+def _training_texts(config: Config) -> Iterator[str]:
+    if config.fine_tunes:
+        from llada.data import prepare_dialogues
+
+        return prepare_dialogues.training_texts(config)
+    from llada.data import holdout
+
+    return holdout.training(config.data)
+
+
+def with_dialogue(tokenizer: Tokenizer, config: Config) -> Tokenizer:
+    """The tokenizer with the chat template that the config asks for, and the control tokens that fine-tuning needs.
+
+    UserError for a template that cannot be read, and where the model has no rows for its tokens.
+    """
+    template, names = _template_and_controls(tokenizer.template, config)
+    return tokenizer.with_dialogue(template, names, config.model.vocab_size)
+
+
+def _template_and_controls(own: str | None, config: Config) -> tuple[str, list[str]]:
+    """The template of the config, else the tokenizer's `own`, else the plain one; the control tokens to be had."""
+    asked = config.dialogues.template or (None if own else "plain")
+    pattern = control_tokens.NAMED
+    if asked is None:
+        template, pattern = own or "", control_tokens.OF_BUILT_IN
+    elif asked in control_tokens.BUILT_IN:
+        template = control_tokens.builtin(asked)
+    else:
+        flag = "--config.dialogues.template"
+        template = json_files.read_text(user_path(asked, flag), name=f"{flag}={asked}")
+    names = list(dict.fromkeys(pattern.findall(template)))
+    if config.dialogues.padding == "rainbow":
+        names += control_tokens.RAINBOW
+    return template, names
 
 
 def saved_tokenizer(workdir: Path, item: RunItem) -> Tokenizer:

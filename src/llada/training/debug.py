@@ -18,7 +18,7 @@ _SOURCE = Path(__file__).resolve().parents[1]
 
 
 class Debugged:
-    """The jitted train step, with what `config` asks for before and around it.
+    """The jitted train step, `program`, with what `config` asks for before and around it.
 
     profile_steps  a trace in workdir/profile, for TensorBoard's profile plugin or xprof, from every process
     dump_hlo       workdir/hlo/train_step.stablehlo.txt, as lowered, and train_step.hlo.txt, as compiled
@@ -26,23 +26,23 @@ class Debugged:
     """
 
     def __init__(self, train_step: Any, config: DebugConfig, workdir: Path, log: Callable[[str], None]):
-        self._train_step, self._config, self._workdir, self._log = train_step, config, workdir, log
+        self.program, self._config, self._workdir, self._log = train_step, config, workdir, log
         self._calls = 0
         self._tracing = False
 
-    def __call__(self, state: Any, batch_BL: jax.Array) -> Any:
-        """`train_step(state, batch_BL)`."""
+    def __call__(self, state: Any, batch: Any) -> Any:
+        """`train_step(state, batch)`."""
         self._calls += 1
         if self._calls == 1 and self._config.dump_hlo:
-            self._dump(state, batch_BL)
+            self._dump(state, batch)
         if self._config.profile_steps:
             self._profile(state)
         if not self._config.nans:
-            return self._train_step(state, batch_BL)
+            return self.program(state, batch)
         # JAX prints what it does on finding one; the program's own standard output is the summary.
         with jax.debug_nans(True), contextlib.redirect_stdout(sys.stderr):
             try:
-                return self._train_step(state, batch_BL)
+                return self.program(state, batch)
             except FloatingPointError as error:
                 raise FloatingPointError(_where(error)) from error
 
@@ -70,8 +70,8 @@ class Debugged:
             jax.profiler.start_trace(directory)
             self._tracing = True
 
-    def _dump(self, state: Any, batch_BL: jax.Array) -> None:
-        lowered = self._train_step.lower(state, batch_BL)
+    def _dump(self, state: Any, batch: Any) -> None:
+        lowered = self.program.lower(state, batch)
         texts = {"stablehlo": lowered.as_text(debug_info=True), "hlo": lowered.compile().as_text()}
         directory = self._workdir / "hlo"
         if is_first():  # all compile, as some compilers agree among processes

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -17,18 +17,30 @@ from llada import accounting, json_files
 from llada.config import Config
 from llada.errors import UserError, disk_error
 from llada.files import write_atomically
+from llada.objectives import families
+from llada.objectives.contract import TIME_BINS
+
+# Of a fine-tuning loss by t: one name for each bin, with the bin's middle.
+BY_TIME = tuple(f"answer_nats_at_t{(i + 0.5) / TIME_BINS:.2f}" for i in range(TIME_BINS))
+_LOSSES = ("train/loss_nats_per_token", "train/loss_not_a_bound")
+PARTS = ("sum", "count")  # a step's `NAME:sum` and `NAME:count` become NAME, their ratio over a window
 
 # name -> unit and meaning; writing a name that is not here is an error.
 METRICS = {
-    "train/loss_nats_per_token": "the objective: Eq. (3) for LLaDA, NLL for the ARM; mean over the window's steps",
+    "train/loss_nats_per_token": "the objective, Eq. (3) or (5), or NLL for the ARM: mean over the window's steps",
+    "train/loss_not_a_bound": "in its place, where the config's objective estimates neither the bound nor the NLL",
     "train/head_nats_per_row": "plain cross-entropy of the rows that met the vocabulary head (masked tokens)",
     "train/head_fraction": "those rows as a share of the tokens",
     "train/grad_norm": "global gradient norm before clipping",
+    "train/clipped_share": "share of the window's steps whose gradient was clipped",
     "train/parameter_norm": "global norm of the parameters after the step",
     "train/learning_rate": "of the window's last step",
-    "train/tokens": "tokens read since step 0",
+    "train/skipped_steps": "steps of the window whose update was skipped: in no mean, though their tokens are read",
+    "train/tokens": "tokens trained on since step 0",
     "train/flops_6nd": "FLOPs since step 0, 6 N D with N non-embedding",
-    "train/flops_exact": "FLOPs since step 0, all matrix products",
+    "train/flops_exact": "FLOPs since step 0, all matrix products; of fine-tuning as if all tokens were answers",
+    "train/padding_share": "fine-tuning: the share of the loss that padding behind the answers is",
+    **{f"train/{name}": "fine-tuning: nats per masked token of answers whose t is near this" for name in BY_TIME},
     "speed/tokens_per_second": "while training: no compilation, evaluation, saving; absent before 3 timed steps",
     "speed/mfu_percent": "exact FLOPs over the devices' bf16 peak; absent where that or the speed is not known",
     "time/seconds": "wall time since step 0, all calls of the run together",
@@ -52,7 +64,8 @@ class Meter:
         saved = saved or {}
         self.config = config
         self.sums: dict[str, float] = dict(saved.get("sums", {}))
-        self.steps_in_window: int = saved.get("steps_in_window", 0)
+        self.steps_in_window: int = saved.get("steps_in_window", 0)  # without those that were skipped
+        self.skipped_in_window: int = saved.get("skipped_in_window", 0)
         self.seconds: float = saved.get("seconds", 0.0)
         self.timed_seconds: float = saved.get("timed_seconds", 0.0)
         self.timed_tokens: int = saved.get("timed_tokens", 0)
@@ -63,7 +76,7 @@ class Meter:
     def state(self) -> dict:
         """A JSON-ready copy: a checkpoint writes it in the background while further steps are added."""
         self.count_wall()
-        names = ("steps_in_window", "seconds", "timed_seconds", "timed_tokens")
+        names = ("steps_in_window", "skipped_in_window", "seconds", "timed_seconds", "timed_tokens")
         return {"sums": dict(self.sums)} | {name: getattr(self, name) for name in names}
 
     def pause(self) -> None:
@@ -76,22 +89,39 @@ class Meter:
 
     def add(self, metrics: dict[str, float]) -> None:
         """Count one finished step."""
+        self._tick()
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps_in_window += 1
+
+    def skip(self) -> None:
+        """Count one whose update was skipped: its time alone."""
+        self._tick()
+        self.skipped_in_window += 1
+
+    def _tick(self) -> None:
         now = time.perf_counter()
         if self._clock is not None:
             self._latest.append(now - self._clock)
             self.timed_seconds += now - self._clock
             self.timed_tokens += self.config.tokens_per_step
         self._clock = now
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.steps_in_window += 1
 
     def window(self, step: int, last: dict[str, float]) -> dict[str, float]:
-        """Close the window that ends with `step` steps done: means, totals, and the speed of the latest timed steps."""
+        """Close the window that ends with `step` steps done: means, totals, and the speed of the latest timed steps.
+
+        A window of skipped steps has no means.
+        """
         self.count_wall()
         mean = {name: total / self.steps_in_window for name, total in self.sums.items()}
-        values = {f"train/{name}": mean[name] for name in last if name != "token_count"}
+        values = {f"train/{name}": mean[name] for name in mean if name != "token_count" and ":" not in name}
+        for name in dict.fromkeys(name.partition(":")[0] for name in mean if ":" in name):
+            total, count = (mean[f"{name}:{part}"] for part in PARTS)
+            values |= {f"train/{name}": total / count} if count else {}
+        if values and not families.of(self.config).bound_trained(self.config.objective):
+            values[_LOSSES[1]] = values.pop(_LOSSES[0])
         values["train/learning_rate"] = last["learning_rate"]
+        values["train/skipped_steps"] = self.skipped_in_window
         values |= run_totals(self.config, step)
         if len(self._latest) >= _FEWEST_TIMED and sum(self._latest) > 0:
             rate = len(self._latest) * self.config.tokens_per_step / sum(self._latest)
@@ -102,6 +132,7 @@ class Meter:
                 values["speed/mfu_percent"] = 100 * flops / (peak * jax.device_count())
         values["time/seconds"] = self.seconds
         self.sums, self.steps_in_window = {}, 0
+        self.skipped_in_window = 0
         return values
 
     @property
@@ -115,6 +146,11 @@ class Meter:
         now = time.perf_counter()
         self.seconds += now - self._last_wall
         self._last_wall = now
+
+
+def training_loss(values: Mapping[str, float]) -> float | None:
+    """Of a line of `metrics.jsonl`, whether it is the bound or not; None where the line has none."""
+    return next((values[name] for name in _LOSSES if name in values), None)
 
 
 def run_totals(config: Config, step: int) -> dict[str, float]:
@@ -186,7 +222,7 @@ class Writer:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json_files.dumps({"step": step} | values) + "\n")
         except OSError as error:
-            if full := disk_error(error, f"writing {self.path}"):
+            if full := disk_error(error, f"writing {self.path}", writable=True):
                 raise full from error
             raise
         if self.board is not None:

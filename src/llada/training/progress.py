@@ -8,6 +8,7 @@ from rich.console import Console
 
 from llada.config import Config
 from llada.objectives import families
+from llada.training.metrics import training_loss
 
 
 class Progress(Protocol):
@@ -38,10 +39,13 @@ class TerminalProgress:
         """Step, loss, rate, gradient norm; speed, MFU and time left where they are known."""
         words = [
             f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}",
-            f"loss {values['train/loss_nats_per_token']:.4f} nats/token",
             f"lr {values['train/learning_rate']:.2e}",
-            f"|g| {values['train/grad_norm']:.2f}",
         ]
+        if (loss := training_loss(values)) is not None:  # a step of the window was not skipped
+            words.insert(1, f"loss {loss:.4f} nats/token")
+            words.append(f"|g| {values['train/grad_norm']:.2f}")
+        if skipped := values.get("train/skipped_steps"):
+            words.append(f"{skipped:.0f} skipped")
         if rate := values.get("speed/tokens_per_second"):
             words.append(f"{rate:,.0f} tokens/s")
             if "speed/mfu_percent" in values:

@@ -10,19 +10,29 @@ from llada import accounting, processes
 from llada import config as config_lib
 from llada import mesh as mesh_lib
 from llada.config import Config, MeshConfig
-from llada.data import rows
 from llada.data.tokenizer import Tokenizer
 from llada.errors import UserError
 from llada.model import transformer
 from llada.paths import user_path
 from llada.training import run_item
 from llada.training.checkpoint import Checkpoints
-from llada.training.corpus import corpus_digest, require_digest, rows_directory, saved_tokenizer
-from llada.training.run_item import StepRemoved
+from llada.training.corpus import (
+    Corpus,
+    corpus_digest,
+    matches,
+    open_corpus,
+    remark,
+    require_digest,
+    rows_directory,
+    saved_tokenizer,
+)
 
 
 class Run(NamedTuple):
-    """Config, parameters, tokenizer, step and mesh, with the model's functions; `workdir` is where it comes from."""
+    """Config, parameters, tokenizer, step and mesh, with the model's functions.
+
+    `workdir` is where it comes from, `corpus_digest` of the rows that it was trained on, where that is known.
+    """
 
     config: Config
     params: transformer.Parameters
@@ -30,6 +40,7 @@ class Run(NamedTuple):
     step: int
     mesh: jax.sharding.Mesh
     workdir: Path | None = None
+    corpus_digest: str | None = None
 
     def __repr__(self) -> str:
         """One line, without the parameters."""
@@ -99,12 +110,11 @@ def load(
         device_mesh = mesh_lib.make(mesh or MeshConfig())
         mesh_lib.check_parameters(config, device_mesh)
     with Checkpoints(workdir) as checkpoints:
-        try:
+
+        def read(step: int | None) -> Run:
             return _open(workdir, checkpoints, config, device_mesh, step, dtype)
-        except StepRemoved:
-            if step is not None:
-                raise
-            return _open(workdir, checkpoints, config, device_mesh, None, dtype)  # training has saved a newer one
+
+        return run_item.newest_again(checkpoints.directory, read, step)
 
 
 def _open(
@@ -114,27 +124,28 @@ def _open(
         step = checkpoints.resolve(step)
     step = processes.from_first(step)
     with processes.agreement():
-        tokenizer = saved_tokenizer(workdir, checkpoints.item(step))
-    return Run(config, checkpoints.restore_parameters(config, mesh, step, dtype), tokenizer, step, mesh, workdir)
+        item = checkpoints.item(step)
+        tokenizer, digest = saved_tokenizer(workdir, item), corpus_digest(workdir, item)
+    params = checkpoints.restore_parameters(config, mesh, step, dtype)
+    return Run(config, params, tokenizer, step, mesh, workdir, digest)
 
 
-def corpus_of_run(workdir: Path, config: Config, tokenizer: Tokenizer, step: int) -> rows.Corpus:
-    """The rows that the run of `step` was trained on, opened where they are and never prepared.
+def corpus_of_run(workdir: Path, config: Config, tokenizer: Tokenizer, digest: str | None) -> Corpus:
+    """The rows that a run was trained on (`Run.corpus_digest`), opened where they are and never prepared.
 
     They lie where the config says, in the workdir, or in the sweep that the workdir belongs to. UserError where there
     are none, DataError where they are others.
     """
-    digest = corpus_digest(workdir, run_item.read(workdir / "checkpoints", step))
     configured = rows_directory(workdir, config)
     directories = list(dict.fromkeys([configured, workdir / "data", workdir.absolute().parent.parent / "data"]))
     for directory in directories:
         if (directory / "metadata.json").exists():
-            corpus = rows.open_corpus(directory)
-            matches = not rows.differences(corpus.metadata, config.data, tokenizer.sha256)
-            if corpus.metadata.digest == digest or (digest is None and matches):
+            corpus = open_corpus(directory, config)
+            if corpus.metadata.digest == digest or (digest is None and matches(corpus, config, tokenizer)):
+                remark(directory, corpus)
                 return corpus
     if (configured / "metadata.json").exists():
-        require_digest(workdir, configured, rows.open_corpus(configured), digest)
+        require_digest(workdir, configured, open_corpus(configured, config), digest)
     raise UserError(
         f"no rows of {workdir} in {' or '.join(map(str, directories[:2]))}; llada train --workdir={workdir} makes them "
         f"from data.source={config.data.source}, or finds them with --config.data.directory=DIR"

@@ -12,9 +12,12 @@ from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.model import transformer
 from llada.objectives import families
-from llada.objectives.contract import LossTerms, SpecialTokens, Unfinished, segments
-from llada.objectives.noise import Noise, root_key
-from llada.training import optimizer
+from llada.objectives.contract import Examples, LossTerms, SpecialTokens, Unfinished, segments
+from llada.objectives.noise import DROPOUT, Noise, root_key, sequence_keys
+from llada.training import guard, optimizer
+from llada.training.metrics import BY_TIME, PARTS
+
+Batch = jax.Array | Examples  # of pre-training and of fine-tuning; arrays (B, L), int32
 
 
 class TrainState(NamedTuple):
@@ -23,12 +26,13 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: transformer.Parameters
     optimizer_state: optax.OptState
+    norms_W: jax.Array | None = None  # of the latest updates' gradients, where there is a guard against spikes
 
 
 def init_state(config: Config) -> TrainState:
     """Step 0, from `config.seed` alone."""
     params = transformer.init(config.model, root_key(config.seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.make(config).init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.make(config).init(params), guard.start(config))
 
 
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
@@ -43,34 +47,51 @@ def state_shardings(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def train_step(
-    state: TrainState, batch_BL: jax.Array, config: Config, special: SpecialTokens
+    state: TrainState, batch: Batch, config: Config, special: SpecialTokens
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """`(next state, metrics)` for the int32 batch of step `state.step`.
+    """`(next state, metrics)` for the batch of step `state.step`.
 
     The loss is a sum over all tokens of the step divided once by their number, so any number of microbatches gives the
     same gradient; noise belongs to sequences, not to microbatches, so they see the same draws too.
-    metrics: float32 scalars, names and units as in `training/metrics.py`.
+    A step whose update `training/guard.py` decides against changes nothing but its number and the schedule's.
+    metrics: float32 scalars, names and units as in `training/metrics.py`; `skipped`: 1 for such a step, else 0.
     """
     # `batch_sums` is a shard_map over the mesh axes `data` and `fsdp`: within `gradients_of_batch` the batch is the
     # sequences of one device, the parameters are its shards, and both results come back added up over devices.
-    of_batch = fsdp.batch_sums(functools.partial(gradients_of_batch, config, special, len(batch_BL)))
-    gradients, terms = of_batch(state.params, (batch_BL, jnp.arange(len(batch_BL))), state.step)
+    batch_size = len(jax.tree.leaves(batch)[0])
+    of_batch = fsdp.batch_sums(functools.partial(gradients_of_batch, config, special, batch_size))
+    gradients, terms = of_batch(state.params, (batch, jnp.arange(batch_size)), state.step)
+    positions = jnp.float32(config.tokens_per_step) if isinstance(batch, Examples) else terms.token_count
+    loss_nats_per_token = terms.nats / terms.token_count
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(gradients) / terms.token_count
-        updates, optimizer_state = optimizer.make(config).update(
-            gradients, state.optimizer_state, state.params, token_count=terms.token_count, norm=grad_norm
+        made, norms_W = guard.decide(config, state.norms_W, loss_nats_per_token, grad_norm)
+        factor = optimizer.clip_factor(config.optimizer.clip_norm, grad_norm, terms.token_count)
+
+        def update():
+            updates, optimizer_state = optimizer.make(config).update(
+                gradients, state.optimizer_state, state.params, factor=factor
+            )
+            return optax.apply_updates(state.params, updates), optimizer_state
+
+        # Not jnp.where: old and new parameters would both have to be held, and on CPU copied.
+        params, optimizer_state = jax.lax.cond(
+            made, update, lambda: (state.params, optimizer.pass_over(state.optimizer_state))
         )
-        params = optax.apply_updates(state.params, updates)
     metrics = {
-        "loss_nats_per_token": terms.nats / terms.token_count,
+        "loss_nats_per_token": loss_nats_per_token,
         "head_nats_per_row": terms.head_nats / jnp.maximum(terms.head_count, 1),
-        "head_fraction": terms.head_count / terms.token_count,
+        "head_fraction": terms.head_count / positions,
         "grad_norm": grad_norm,
+        "clipped_share": (grad_norm > config.optimizer.clip_norm).astype(jnp.float32),
         "parameter_norm": optax.tree.norm(params),
         "learning_rate": optimizer.learning_rate(config)(state.step),
         "token_count": terms.token_count,
+        "skipped": 1.0 - made,
     }
-    return TrainState(state.step + 1, params, optimizer_state), metrics
+    if terms.answers is not None:
+        metrics |= metrics_of_answers(terms)
+    return TrainState(state.step + 1, params, optimizer_state, norms_W), metrics
 
 
 def gradients_of_batch(
@@ -78,54 +99,70 @@ def gradients_of_batch(
     special: SpecialTokens,
     batch_size: int,
     params: transformer.Parameters,
-    batch: tuple[jax.Array, jax.Array],
+    batch: tuple[Batch, jax.Array],
     step: jax.Array,
 ) -> tuple[transformer.Parameters, LossTerms]:
-    """Gradients and LossTerms, as sums over the sequences of `batch`: (tokens_BL, their numbers in the step's batch).
+    """Gradients and LossTerms, as sums over the sequences of `batch`, which have numbers in the step's batch.
 
     `batch_size` is that of the whole step.
     """
-    tokens_BL, sequence_B = batch
-    B, L = tokens_BL.shape
     G = config.train.microbatches
     # Gathered once for all microbatches: a forward pass begins with it, and has nothing to do while it waits.
     embedding_VD = transformer.table(config.model, params)
 
-    def gradient(tokens_BL, sequence_B):
+    def gradient(batch, sequence_B):
         noise = Noise(config.seed, step, sequence_B, batch_size)
-        return jax.grad(loss, has_aux=True)(params, tokens_BL, noise, embedding_VD, config, special)
+        return jax.grad(loss, has_aux=True)(params, batch, noise, embedding_VD, config, special)
 
     if G == 1:
-        return gradient(tokens_BL, sequence_B)
+        return gradient(*batch)
     # Neighbours stay together: their times give all microbatches about the same number of masked rows.
-    split_GBL, split_GB = tokens_BL.reshape(G, B // G, L), sequence_B.reshape(G, B // G)
+    split = jax.tree.map(lambda x: x.reshape(G, len(x) // G, *x.shape[1:]), batch)
 
     def accumulate(sums, microbatch):
         return jax.tree.map(jnp.add, sums, fsdp.reduce_in_loop(gradient(*microbatch))), None
 
-    zeros = (jax.tree.map(jnp.zeros_like, params), LossTerms.zero())
-    return jax.lax.scan(accumulate, zeros, (split_GBL, split_GB))[0]
+    by_time = isinstance(batch[0], Examples) and families.of(config).masks
+    zeros = (jax.tree.map(jnp.zeros_like, params), LossTerms.zero(by_time))
+    return jax.lax.scan(accumulate, zeros, split)[0]
 
 
 def loss(
     params: transformer.Parameters,
-    tokens_BL: jax.Array,
+    batch: Batch,
     noise: Noise,
     embedding_VD: jax.Array,
     config: Config,
     special: SpecialTokens,
 ) -> tuple[jax.Array, LossTerms]:
     """The objective summed over the tokens of a microbatch, to be differentiated, and all of its LossTerms."""
-    segments_BL = segments(tokens_BL, special, config.objective)
+    family = families.of(config)
+    if isinstance(batch, Examples):
+        segments_BL, objective = batch.example_BL, family.answer_loss
+    else:
+        segments_BL, objective = segments(batch, special, config.objective), family.loss
+
+    dropout_B = sequence_keys(noise, DROPOUT) if config.model.dropout else None
 
     def predict(inputs_BL, lengths_B):
         return Unfinished(
-            *transformer.up_to_last_attention(config.model, params, inputs_BL, lengths_B, segments_BL, embedding_VD)
+            *transformer.up_to_last_attention(
+                config.model, params, inputs_BL, lengths_B, segments_BL, embedding_VD, dropout_B
+            )
         )
 
     head_VD = transformer.head(config.model, params)
-    terms = families.of(config).loss(predict, head_VD, tokens_BL, noise, special, config.objective)
+    terms = objective(predict, head_VD, batch, noise, special, config.objective)
     return terms.nats, terms
+
+
+def metrics_of_answers(terms: LossTerms) -> dict[str, jax.Array]:
+    """What fine-tuning also logs: pairs `NAME:sum` and `NAME:count`, to be divided over a window of steps."""
+    answers = terms.answers
+    assert answers is not None
+    pairs = {"padding_share": (answers.padding_nats, terms.nats)}
+    pairs |= {name: (answers.nats_T[i], answers.count_T[i]) for i, name in enumerate(BY_TIME)}
+    return {f"{name}:{part}": value for name, pair in pairs.items() for part, value in zip(PARTS, pair, strict=True)}
 
 
 def compile_step(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llada import mesh as mesh_lib
-from llada import processes
+from llada import processes, signals
 from llada.errors import Interrupted
 
 
@@ -38,7 +38,11 @@ class Stop:
         return (self._received or [0])[0] if self._alone else self._agreed
 
     def post(self) -> None:
-        """Start agreeing on what was received; all processes call it after dispatching the same step."""
+        """Start agreeing on what was received; all processes call it after dispatching the same step.
+
+        From the first on, a signal has something to save.
+        """
+        signals.set_final(frozenset())
         if not self._alone:
             mine = np.full(1, (self._received or [0])[0], np.int32)
             with jax.transfer_guard("allow"):  # JAX takes it for a transfer that nobody asked for
@@ -68,11 +72,13 @@ def stop_signals() -> Iterator[Received]:
     """Yield a list that receives the number of the first SIGINT, SIGTERM or SIGHUP (unless that is ignored: nohup).
 
     A Ctrl-C after it ends the process as usual: someone is waiting. A further SIGTERM does nothing: schedulers send it
-    twice, and have SIGKILL for those that take too long.
+    twice, and have SIGKILL for those that take too long. Before the first step has been dispatched (`Stop.post`)
+    nothing is lost by ending within seconds, also out of a compilation.
     """
     received = Received()
     previous: dict[signal.Signals, Any] = {}
 
+    @signals.stopping
     def handler(number: int, frame: object) -> None:
         received.append(number)
         if len(received) == 1:
@@ -84,7 +90,8 @@ def stop_signals() -> Iterator[Received]:
     if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
         yield received
         return
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signals.set_final(frozenset(signals.STOPPING))
+    for number in signals.STOPPING:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             previous[number] = signal.signal(number, handler)
     try:
@@ -92,3 +99,4 @@ def stop_signals() -> Iterator[Received]:
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
+        signals.set_final(frozenset() if received else None)

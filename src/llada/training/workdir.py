@@ -1,6 +1,6 @@
 """A work directory under training: who may continue it, and what is prepared in it.
 
-config.json  tokenizer.model (or tokenizer.bundle.json)  data/  checkpoints/  metrics.jsonl  summary.json
+config.json  tokenizer.model (or tokenizer.bundle.json)  data/  checkpoints/  metrics.jsonl  calls.jsonl  summary.json
 events.out.tfevents.*
 """
 
@@ -10,18 +10,26 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from llada import changes, json_files, processes
 from llada import config as config_lib
-from llada import json_files, processes
 from llada.config import Config
 from llada.data import tokenizer_files
-from llada.data.rows import Corpus, open_matching
 from llada.data.tokenizer import Tokenizer
-from llada.errors import UserError, disk_error
+from llada.errors import Damaged, UserError, disk_error
 from llada.files import lock, write_atomically
 from llada.paths import writable_directory
 from llada.training import optimizer, run_item
 from llada.training.checkpoint import require_plain
-from llada.training.corpus import corpus_digest, corpus_for, rows_directory, saved_tokenizer, tokenizer_for
+from llada.training.corpus import (
+    Corpus,
+    corpus_digest,
+    corpus_for,
+    open_matching,
+    require_documents,
+    rows_directory,
+    saved_tokenizer,
+    tokenizer_for,
+)
 from llada.training.run_item import RunItem
 
 
@@ -30,7 +38,7 @@ def require_same(config: Config) -> None:
     theirs = config_lib.from_config_dict(processes.from_first(config_lib.to_dict(config)))
     with processes.agreement():
         if theirs != config:
-            changed = "; ".join(config_lib.differences(theirs, config)[:4]) or "in keys that may change between calls"
+            changed = "; ".join(changes.differences(theirs, config)[:4]) or "in keys that may change between calls"
             raise UserError(f"its configuration is not that of process 0 ({changed}); run the same command everywhere")
 
 
@@ -45,7 +53,7 @@ def require_source(workdir: Path, config: Config) -> None:
         has_rows = (directory / "metadata.json").exists()
         if processes.is_first() and d.directory is not None:
             if has_rows:
-                open_matching(directory, d, flag="--config.data.directory=")
+                open_matching(directory, config, flag="--config.data.directory=")
             else:
                 writable_directory(d.directory, "--config.data.directory")
         if processes.is_first() and not run_item.saved_steps(workdir / "checkpoints"):
@@ -53,9 +61,7 @@ def require_source(workdir: Path, config: Config) -> None:
             if d.tokenizer is not None and tokenizer_files.in_workdir(workdir) is None:
                 tokenizer_files.load(d.tokenizer)
             if not (has_rows and has_tokenizer):
-                from llada.data.holdout import require_documents  # only to prepare
-
-                require_documents(d)
+                require_documents(config)
 
 
 @contextlib.contextmanager
@@ -133,38 +139,92 @@ def _prepare_first(
     return tokenizer, corpus
 
 
-def newest(workdir: Path) -> RunItem | None:
-    """What the newest checkpoint says about itself; None where there is none. UserError where it cannot be used."""
-    directory = workdir / "checkpoints"
-    steps = run_item.saved_steps(directory)
-    return run_item.read(directory, steps[-1]) if steps else None
+def newest(workdir: Path, damaged: dict[int, Damaged] | None = None) -> RunItem | None:
+    """What the newest checkpoint says about itself; None where there is none. UserError where it cannot be used.
 
-
-def claim(workdir: Path, config: Config, allow_rate_jump: bool = False) -> int | None:
-    """The step that a run of `config` in `workdir` would go on from; None where there is no checkpoint.
-
-    UserError, on all processes, unless the workdir is this experiment's, or free. What an experiment is, is settled
-    once there is a checkpoint: before, other values replace those of earlier calls, and what these wrote is
-    removed. Refused too is a longer or shorter run whose schedule would make the rate jump, unless allowed.
+    With `damaged` such steps are passed over, and their errors put into it, where an older one is good.
     """
+    directory = workdir / "checkpoints"
+    found: dict[int, Damaged] = {}
+    for step in reversed(run_item.saved_steps(directory)):
+        try:
+            item = run_item.read(directory, step)
+        except Damaged as error:
+            found[step] = error
+            if damaged is None:
+                break
+        else:
+            (damaged if damaged is not None else {}).update(found)
+            return item
+    if found:
+        raise next(iter(found.values()))
+    return None
+
+
+def claim(
+    workdir: Path,
+    config: Config,
+    allow_rate_jump: bool = False,
+    log: Callable[[str], None] = lambda text: None,
+    allow_return: bool | None = None,
+) -> tuple[int | None, Config]:
+    """The step that a run of `config` in `workdir` would go on from, None where there is no checkpoint; and the config.
+
+    The config has the record of what later calls changed (`changes`), which `log` is told, as it is of steps that say
+    nothing true about themselves: they are set aside where there is an older one to go on from. UserError, on all
+    processes, unless the workdir is this experiment's, or free. What an experiment is, is settled once there is a
+    checkpoint: before, other values replace those of earlier calls, and what these wrote is removed. Refused too is a
+    longer or shorter run whose schedule would make the rate jump, unless that is allowed, and a value that the run has
+    left behind, unless that is (default: as `allow_rate_jump`).
+    """
+    allow_return = allow_rate_jump if allow_return is None else allow_return
     item = None
+    damaged: dict[int, Damaged] = {}
     with processes.agreement():
         if processes.is_first():
             require_plain(workdir)
-            item = newest(workdir)
+            item = newest(workdir, damaged)
             path = workdir / "config.json"
             old = config_lib.load(path) if path.exists() else None
             if item is not None:
-                if old is not None and not config_lib.differences(old, config, begun=item.begun):
-                    run_item.require_same(item, config, workdir / "checkpoints")
-                _refuse_another(workdir, config_lib.differences(item.config, config, begun=item.begun))
+                config = _continued(workdir, item, old, config, allow_return)
                 if not allow_rate_jump:
                     _refuse_a_jump(item, config)
+                for step, error in damaged.items():
+                    log(f"{error}: now {run_item.set_aside(workdir / 'checkpoints', step)}")
+                for line in changes.described(config, since=item.step):
+                    log(line)
             elif old is not None and (workdir / "summary.json").exists():
-                _refuse_another(workdir, config_lib.differences(old, config))
+                _refuse_another(workdir, changes.differences(old, config, recorded=True))
             elif old is not None:
                 _clear(workdir, old, config)
-    return processes.from_first(None if item is None else item.step)
+    step, tree = processes.from_first((None if item is None else item.step, config_lib.to_dict(config)))
+    return step, config_lib.from_config_dict(tree)
+
+
+def advice(workdir: Path) -> str:
+    """What to do once all processes have ended together."""
+    steps = run_item.saved_steps(workdir / "checkpoints")
+    return f"start it again on all hosts: it goes on from {f'step {steps[-1]}' if steps else 'the start'}"
+
+
+def _continued(workdir: Path, item: RunItem, old: Config | None, config: Config, allow_return: bool) -> Config:
+    """`config` with the record of what has changed. `old` is what config.json holds: it may know of later changes."""
+    if old is not None and not changes.differences(old, config, begun=item.begun):
+        run_item.require_same(item, config, workdir / "checkpoints")
+    _refuse_another(workdir, changes.differences(item.config, config, begun=item.begun))
+    changed = changes.differences(item.config, config, recorded=True)
+    if changed and item.step >= config.steps:
+        raise UserError(
+            f"--workdir={workdir} has come to its end, step {item.step}, and another value ({'; '.join(changed)}) "
+            "would hold from the next step on; give more --config.train.steps, or the old value"
+        )
+    if not item.begun:
+        return dataclasses.replace(config, changes=())
+    trained, known = (changes.at(c, item.step - 1) for c in (item.config, old or item.config))
+    if old is None or changes.differences(trained, known, recorded=True):
+        old = item.config  # config.json was edited
+    return changes.continued(old, config, item.step, allow_return)
 
 
 def _refuse_a_jump(item: RunItem, config: Config) -> None:
@@ -172,15 +232,18 @@ def _refuse_a_jump(item: RunItem, config: Config) -> None:
     old, step = item.config, item.step
     if not item.begun or old.steps == config.steps or not 0 < step < config.steps:
         return
-    before, planned, now = (
-        float(optimizer.learning_rate(c)(s)) for c, s in ((old, step - 1), (old, step), (config, step))
+    then, now = (changes.at(c, step).optimizer for c in (old, config))
+    if (then.peak_learning_rate, then.schedule) != (now.peak_learning_rate, now.schedule):
+        return  # it is asked for
+    rate, planned, longer = (
+        float(optimizer.learning_rate(changes.at(c, s))(s)) for c, s in ((old, step - 1), (old, step), (config, step))
     )
-    if not math.isclose(planned, now, rel_tol=1e-4):
+    if not math.isclose(planned, longer, rel_tol=1e-4):
         raise UserError(
             f"{old.steps:,} -> {config.steps:,} steps moves the percent positions of optimizer.schedule="
             f"{config.optimizer.schedule!r}: from step {step} to {step + 1} the learning rate would go from "
-            f"{before:.3g} to {now:.3g}; --allow_rate_jump goes on so. A run that is to be extended needs positions in "
-            "tokens from its start, such as '0:0 2M:1'"
+            f"{rate:.3g} to {longer:.3g}; --allow_rate_jump goes on so. A run that is to be extended needs positions "
+            "in tokens from its start, such as '0:0 2M:1'"
         )
 
 
@@ -212,12 +275,14 @@ def _clear(workdir: Path, old: Config, config: Config) -> None:
     """Before the first checkpoint: remove what other values of `data` or the vocabulary's size have prepared here."""
 
     def made_by(c: Config):
-        return c.model.vocab_size, dataclasses.replace(c.data, directory=None, unique_tokens=None)
+        data = dataclasses.replace(c.data, directory=None, unique_tokens=None)
+        return c.model.vocab_size, data, (c.dialogues.template, c.dialogues.too_long, c.dialogues.padding)
 
     if made_by(old) == made_by(config):
         return
-    for name in ("metadata.json", "train.npy", "holdout.npy"):
-        (workdir / "data" / name).unlink(missing_ok=True)
+    for rows in (workdir / "data").glob("*.npy"):
+        rows.unlink()
+    (workdir / "data" / "metadata.json").unlink(missing_ok=True)
     path = tokenizer_files.in_workdir(workdir)
     if path is not None:  # set aside: it may have been put there by hand
         path.replace(path.with_name(f"{path.name}.replaced"))
