@@ -179,3 +179,14 @@ def test_verify_names_what_is_damaged(copy):
     ]
     assert "train.npy: row " in next(line for line in done.stdout.splitlines() if line.startswith("rows: DAMAGED: "))
     assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+
+def test_a_step_that_a_kill_left_half_removed_is_no_damage(copy):
+    half = copy / "checkpoints" / "3"  # keep=3, and 4, 8 and 12 are there
+    shutil.copytree(copy / "checkpoints" / "4", half)
+    shutil.rmtree(half / "params")
+    done = in_process.llada("verify", f"--workdir={copy}")
+    assert done.returncode == 0 and "checkpoints/3 is removed in part: newer ones replace it" in done.stderr
+    shutil.rmtree(copy / "checkpoints" / "8" / "params")
+    done = in_process.llada("verify", f"--workdir={copy}")
+    assert done.returncode == 4 and "checkpoints/8/params: DAMAGED" in done.stdout

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from llada import config as config_lib
 from llada import json_files
-from llada.config import Config
+from llada.config import CheckpointConfig, Config
 from llada.data import examples
 from llada.data.tokenizer import Tokenizer
 from llada.errors import DataError, UserError, causes
@@ -49,6 +49,8 @@ def verify(workdir: Path, progress: Progress | None = None) -> Verified:
         work.read_arrays(directory / str(item.step), item)
     if config and corpus is not None:
         work.check("rows", lambda: _check_rows(work, rows_directory(workdir, config), corpus))
+    if config:
+        _excuse_half_removed(work, steps, config.checkpoint)
     return Verified(work.good, work.damaged, work.remarks)
 
 
@@ -99,6 +101,19 @@ class _Work:
     def _read_leaf(self, leaf: arrays.Leaf) -> None:
         for rows in leaf.blocks():
             self.read(leaf.read(rows).nbytes)
+
+
+def _excuse_half_removed(work: _Work, steps: list[int], kept: CheckpointConfig) -> None:
+    """A step older than those that are kept, and not whole, is no damage: a kill fell into its removal."""
+    for step in steps[: -kept.keep]:
+        parts = [name for name in work.damaged if name.split("/")[:2] == ["checkpoints", str(step)]]
+        if parts and not (kept.keep_every and step % kept.keep_every == 0):
+            for name in parts:
+                del work.damaged[name]
+            work.remarks.append(
+                f"checkpoints/{step} is removed in part: newer ones replace it, and training removes the rest as it "
+                "saves again"
+            )
 
 
 def _open(directory: Path, digests: Digests | None) -> dict[str, arrays.Leaf]:
