@@ -2,15 +2,16 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 
-from llada.data import examples, prepare_dialogues
+from llada.data import examples, prepare_dialogues, unfinished
 from llada.data.packing import packed
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.data.tokenizer_training import train_tokenizer
-from llada.errors import DataError, UserError
+from llada.errors import DataError, DiskError, UserError
 from llada.objectives.contract import ANSWER, CONTEXT, PADDING
 from llada.training.corpus import with_dialogue
 
@@ -223,6 +224,42 @@ def test_a_bad_dialogue_is_named_and_nothing_is_left(config, tokenizer, tmp_path
         prepare_dialogues.prepare(tmp_path / "rows", c, tokenizer)
     assert "\n" not in str(refusal.value)
     assert not list((tmp_path / "rows").glob("*.npy")) and not (tmp_path / "rows" / "metadata.json").exists()
+
+
+@pytest.mark.parametrize("fault", ["killed", "other dialogues", "damaged"])
+def test_a_preparation_that_was_killed_goes_on(config, written, tokenizer, tmp_path, monkeypatch, fault):
+    source, stopped, whole, added = tmp_path / "d.jsonl", tmp_path / "stopped", tmp_path / "whole", []
+    shutil.copy(written[0], source)
+    c, add = config(data__source=f"dialogues:{source}"), prepare_dialogues._Sides.add
+
+    def add_sixty(sides, held, dialogue):
+        if len(added) == 60:
+            shutil.copytree(stopped, tmp_path / "killed")
+            raise KeyboardInterrupt
+        added.append(dialogue)
+        monkeypatch.setattr(unfinished, "_SECONDS", 0 if len(added) < 50 else 1e9)
+        add(sides, held, dialogue)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_dialogues._Sides, "add", add_sixty)
+        prepare_dialogues.prepare(stopped, c, tokenizer)
+    if fault == "other dialogues":
+        source.write_text("".join(reversed(source.read_text().splitlines(keepends=True))))
+    if fault == "damaged":
+        content = bytearray((tmp_path / "killed" / "train.examples.partial").read_bytes())
+        content[80] ^= 1
+        (tmp_path / "killed" / "train.examples.partial").write_bytes(content)
+        with pytest.raises(DiskError, match="not those that were written"):
+            prepare_dialogues.prepare(tmp_path / "killed", c, tokenizer)
+    added.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_dialogues._Sides, "add", lambda *arguments: (added.append(0), add(*arguments)))
+        prepare_dialogues.prepare(tmp_path / "killed", c, tokenizer)
+    assert len(added) == (71 if fault == "killed" else 120)
+    prepare_dialogues.prepare(whole, c, tokenizer)
+    files = sorted(path.name for path in whole.iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "killed").iterdir()) and len(files) == 7
+    assert all((tmp_path / "killed" / name).read_bytes() == (whole / name).read_bytes() for name in files)
 
 
 def test_what_is_too_long_is_cut_or_left_out_and_counted(config, tokenizer, tmp_path):

@@ -39,7 +39,7 @@ def outcomes(count: int, seed: int, folder: Path) -> Iterator[Outcome]:
 def measured(cases: list[list], source: str, changes: dict[str, Any], folder: str) -> Iterator[Outcome]:
     """In a worker: the cases, one after another."""
     for i, (family, kind, seed) in enumerate(cases):
-        model = {"model.layers": 4, "model.width": 256, "model.heads": 4, "model.ffn": 704, "train.batch_size": 32}
+        model = {"model.layers": 4, "model.width": 256, "model.heads": 4, "model.ffn": 704, "train.batch_size": 48}
         model |= {"optimizer.spike_factor": 10.0, "train.log_every": 20, "train.steps": 10_000}
         model |= {"checkpoint.every": 10_000 if kind == "cost" else BETWEEN}
         with _opened(tiny_run.config(source, family, changes | model), seed, Path(folder) / str(i)) as run:
@@ -83,7 +83,7 @@ def _opened(config: Any, seed: int, workdir: Path) -> Any:
 
 
 def _cost(run: Any, what: str) -> Outcome:
-    """Steps of the run and bare ones in turn, each waited for; of both the lower quartile, as others use the cores."""
+    """Steps of the run and bare ones in turn, each waited for: the median of the ratios of neighbours."""
     import jax
 
     from llada import mesh as mesh_lib
@@ -115,9 +115,10 @@ def _cost(run: Any, what: str) -> Outcome:
             if i >= 3:  # compiled, and warm
                 seconds[take].append(time.perf_counter() - start)
     batches.close()
-    (step, median), (bare_step, bare_median) = (statistics.quantiles(found, n=4)[:2] for found in seconds.values())
-    cost = step / bare_step - 1
-    said = f"{100 * cost:+.1f} % of a step of {step:.3f} s (of medians {100 * (median / bare_median - 1):+.1f} %)"
+    step = statistics.median(seconds[take_bare])
+    ratios = [whole / alone - 1 for whole, alone in zip(*seconds.values(), strict=True)]
+    low, cost, high = statistics.quantiles(ratios, n=4)
+    said = f"{100 * cost:+.1f} % of a step of {step:.3f} s (quartiles {100 * low:+.1f} and {100 * high:+.1f} %)"
     wrong = said if cost > MOST_COST else f"a step takes only {step:.3f} s" if step < LEAST_SECONDS else ""
     return Outcome(f"{what}: {said}", "more than 2 %" if cost > MOST_COST else "at most 2 %", wrong, step)
 

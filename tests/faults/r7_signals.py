@@ -1,8 +1,9 @@
 """SIGTERM, SIGINT and SIGHUP at random moments of `llada train`, and what each cost.
 
-Two chains, each of call after call on one workdir. A call gets its signal at a moment drawn from the time that an
-undisturbed one takes: while Python imports, rows are made, a program is compiled, a step, an evaluation or a save is
-done. A run that comes to its end is compared with an undisturbed one. tests/commands/test_endings.py does so twice.
+Two chains, each of call after call on one workdir. Half of the calls get their signal at a moment drawn from the time
+that an undisturbed one takes, half shortly after a line drawn from those that it writes: while Python imports, rows are
+made, a program is compiled, a step, an evaluation or a save is done. A run that comes to its end is compared with an
+undisturbed one. tests/commands/test_endings.py does so twice.
 """
 
 import contextlib
@@ -31,19 +32,25 @@ FULL, SAMPLE = 100, 1
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STEPS = 30
 LATE_SECONDS = 300  # a call that has not ended by then is killed
+AFTER_LINE_SECONDS = 0.3  # to the signal, at most
 MOST_SECONDS = 15  # from a signal to the end, on a machine that may be busy
 
 
 class Trainer:
-    """Calls of `llada train` with the flags `words`, as processes of their own; `seconds`: of an undisturbed one."""
+    """Calls of `llada train` with the flags `words`, as processes; `seconds`, `lines`: of an undisturbed one."""
 
     def __init__(self, words: list[str], environment: dict[str, str], seconds: float = 0.0):
-        self.words, self.environment, self.seconds = words, environment, seconds
+        self.words, self.environment, self.seconds, self.lines = words, environment, seconds, 0
 
     def call(
-        self, workdir: Path, number: signal.Signals | None = None, moment: float = 0, cache: bool = True
+        self,
+        workdir: Path,
+        number: signal.Signals | None = None,
+        moment: float = 0,
+        cache: bool = True,
+        after_lines: int = 0,
     ) -> tuple[int, list[str], int, float]:
-        """A call that gets a signal `moment` seconds after its start, or later: once it listens to signals.
+        """A call that gets a signal `moment` seconds after so many lines, or later: once it listens to signals.
 
         Returns its exit status as a shell has it, the lines of its standard error, how many of them came before the
         signal, and the seconds from the signal to the end.
@@ -57,6 +64,8 @@ class Trainer:
             reader.start()
             before, sent = 0, time.monotonic()
             if number is not None:
+                while process.poll() is None and len(lines) < after_lines:
+                    time.sleep(0.002)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(moment)
                 due = time.monotonic()
@@ -78,14 +87,16 @@ class Trainer:
         start = time.monotonic()
         status, lines, *_ = self.call(workdir)
         assert status == 0, (status, lines)
-        self.seconds = time.monotonic() - start
+        self.seconds, self.lines = time.monotonic() - start, len(lines)
 
     def disturbed(self, workdir: Path, seed: int, case: int) -> tuple[Outcome, int]:
         """A call and the signal that a case draws; also the exit status."""
         rng = random.Random(f"{seed} {case}")
-        part = case * 7 % 10  # every tenth of a call gets its share
-        moment, number = self.seconds * (part + rng.random()) / 10, rng.choice(SIGNALS)
-        status, lines, before, after = self.call(workdir, number, moment, cache=rng.random() < 0.75)
+        moment, line = self.seconds * (case % 10 + rng.random()) / 10, 0  # every tenth of a call gets its share
+        if case // 10 % 2:
+            moment, line = AFTER_LINE_SECONDS * rng.random(), 1 + rng.randrange(self.lines)
+        number, cache = rng.choice(SIGNALS), rng.random() < 0.75
+        status, lines, before, after = self.call(workdir, number, moment, cache, line)
         stops = [line for line in lines if re.match(r"llada.*: (stopped by|interrupted)", line)]
         trained = tiny_run.last_step("\n".join(lines))
         wrong = []
@@ -102,7 +113,8 @@ class Trainer:
         if wrong:
             wrong += ["", *lines[-40:]]
         ended = f"{phase(lines[:before])}: {'stopped' if status else 'done before'}"
-        return Outcome(f"case {case}, {number.name} after {moment:.2f} s", ended, "\n".join(wrong), after), status
+        what = f"case {case}, {number.name} {moment:.2f} s after {f'line {line}' if line else 'its start'}"
+        return Outcome(what, ended, "\n".join(wrong), after), status
 
     def chain(self, folder: Path, expected: Path, cases: range, seed: int) -> Iterator[Outcome]:
         """The signals of some cases, to one run after another."""

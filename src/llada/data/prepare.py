@@ -15,7 +15,7 @@ from llada.data import checksums, holdout, rows
 from llada.data.rows import Corpus, Metadata
 from llada.data.sources import Remark
 from llada.data.tokenizer import Tokenizer
-from llada.data.unfinished import Texts, Unfinished
+from llada.data.unfinished import Held, Unfinished
 from llada.data.waiting import Report
 from llada.errors import DiskError, UserError, disk_error
 from llada.files import queue_for_lock, replacing
@@ -65,7 +65,7 @@ def writable(directory: Path) -> Iterator[None]:
 def _write_corpus(directory: Path, data: DataConfig, tokenizer: Tokenizer, log: Remark, report: Report) -> None:
     settings = dataclasses.asdict(data) | {"tokenizer": tokenizer.sha256, "directory": None, "unique_tokens": None}
     directory.mkdir(parents=True, exist_ok=True)
-    unfinished = Unfinished(directory, settings)
+    unfinished = Unfinished(directory, ("train", "holdout"), settings)
     try:
         train, held_out, token_bytes = _write_sides(unfinished, data, tokenizer, log, report)
         for path, name in zip(unfinished.paths, ("train.npy", "holdout.npy"), strict=True):
@@ -109,18 +109,13 @@ def _write_sides(
     unfinished: Unfinished, data: DataConfig, tokenizer: Tokenizer, log: Remark, report: Report
 ) -> tuple["RowWriter", "RowWriter", int]:
     """Rows of all documents in the partial files: their writers, and the bytes by the tokenizer's count of hold-out."""
-    texts = holdout.split(data, log)
-    if unfinished.state is not None:
-        log(f"going on with the preparation that was stopped in {unfinished.paths[0].parent}")
-        if not unfinished.skip(texts, report):
-            log("the documents are others than before: from the start")
-            texts = holdout.split(data, log)
+    texts = unfinished.left(lambda: holdout.split(data, log), log, report)
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(path.open("r+b" if unfinished.state else "wb")) for path in unfinished.paths]
+        files = unfinished.open(stack)
         sides = [RowWriter(file, data.sequence_length, tokenizer.vocab_size) for file in files]
         if unfinished.state:
-            for side, *state in zip(sides, unfinished.state["sides"], unfinished.state["sizes"], strict=True):
-                side.restore(*state)
+            for side, state in zip(sides, unfinished.state["sides"], strict=True):
+                side.restore(state)
         token_bytes = _write_documents(sides, texts, tokenizer, report, unfinished)
         for name, side in zip(("training", "hold-out"), sides, strict=True):
             _require_rows(name, side, data)
@@ -138,7 +133,8 @@ class RowWriter:
         self.documents = self.tokens = self.bytes = self.rows = self.checksum = 0
         self.counts_V = np.zeros(vocab_size, np.int64)
         self._pending: list[int] = []
-        self._write_header()
+        if not file.tell():
+            self._write_header()
 
     def add(self, ids: list[int], byte_count: int) -> None:
         """Append the ids of a document of so many bytes."""
@@ -161,13 +157,11 @@ class RowWriter:
         counts = {name: getattr(self, name) for name in _COUNTS}
         return counts | {"counts": self.counts_V.tolist(), "pending": self._pending}
 
-    def restore(self, state: dict[str, Any], size: int) -> None:
-        """Go on where a writer of this file stood when the file had so many bytes."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where a writer of this file stood when the file ended where it ends now."""
         for name in _COUNTS:
             setattr(self, name, state[name])
         self.counts_V, self._pending = np.array(state["counts"], np.int64), list(state["pending"])
-        self.file.truncate(size)
-        self.file.seek(size)
 
     def finish(self) -> None:
         """Say in the header how many rows there are; what is left of the last document is dropped."""
@@ -183,7 +177,7 @@ class RowWriter:
 
 
 def _write_documents(
-    sides: list[RowWriter], texts: Texts, tokenizer: Tokenizer, report: Report, unfinished: Unfinished
+    sides: list[RowWriter], texts: Iterator[Held], tokenizer: Tokenizer, report: Report, unfinished: Unfinished
 ) -> int:
     """Give each document to its side; how many bytes the tokenizer counts on the held-out one."""
     train, held_out = sides
@@ -201,9 +195,9 @@ def _write_documents(
     return token_bytes
 
 
-def _groups(texts: Texts) -> Iterator[list[tuple[bool, str]]]:
+def _groups(texts: Iterator[Held]) -> Iterator[list[Held]]:
     """Documents in groups to be encoded together."""
-    group: list[tuple[bool, str]] = []
+    group: list[Held] = []
     characters = 0
     for held, text in texts:
         group.append((held, text))

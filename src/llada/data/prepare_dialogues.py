@@ -1,11 +1,13 @@
 """Dialogues to examples on disk (examples.py): imported only where they have to be prepared."""
 
+import contextlib
+import dataclasses
 import hashlib
 import zlib
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -17,8 +19,9 @@ from llada.data.examples import COLUMNS, SIDES, Corpus, Metadata
 from llada.data.prepare import RowWriter, entropy_nats, not_as_written, writable
 from llada.data.sources import Remark
 from llada.data.tokenizer import Tokenizer
+from llada.data.unfinished import Unfinished
 from llada.data.waiting import Report
-from llada.errors import UserError, disk_error
+from llada.errors import DiskError, UserError, disk_error
 from llada.files import queue_for_lock, replacing
 
 # Of up to so many dialogues the held-out ones are those with the smallest hashes, so that there are some.
@@ -94,12 +97,13 @@ def _argument(source: str, flag: str = "--config.data.source") -> str:
 
 
 class _Writer:
-    """One side being written: its ids go to a file at once, its table is kept until the end."""
+    """One side being written: its ids, and its table, of which a checksum is kept."""
 
-    def __init__(self, file, vocab_size: int):
-        self.ids = RowWriter(file, 1, vocab_size)
-        self.table = array("q")
-        self.dialogues = 0
+    def __init__(self, ids_file: BinaryIO, table_file: BinaryIO, vocab_size: int):
+        self.ids = RowWriter(ids_file, 1, vocab_size)
+        self._table_file = table_file
+        self.table_E6 = np.zeros((0, len(COLUMNS)), np.int64)
+        self.dialogues = self.checksum = 0
         self._shared: list[int] = []  # the ids of the dialogue's last example, and where they begin
         self._start = 0
 
@@ -118,38 +122,98 @@ class _Writer:
         self.ids.add(ids[shared:], 0)
         self._shared = ids
         answer = self._start + len(prompt_ids)
-        self.table.extend((self._start, answer, self._start + len(ids), self.dialogues - 1, turn, label))
+        row_6 = np.array((self._start, answer, self._start + len(ids), self.dialogues - 1, turn, label), np.int64)
+        self._table_file.write(row_6.tobytes())
+        self.checksum = zlib.crc32(row_6.data, self.checksum)
 
-    def finish(self) -> np.ndarray:
-        """The table, int64, and all ids written."""
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes, ready for JSON; between two dialogues."""
+        return {"ids": self.ids.state(), "dialogues": self.dialogues, "checksum": self.checksum}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where a writer of these files stood."""
+        self.ids.restore(state["ids"])
+        self.dialogues, self.checksum = state["dialogues"], state["checksum"]
+
+    def finish(self) -> None:
+        """Have all on disk, and read the table back. DiskError where it is not what was written."""
         self.ids.finish()
-        return np.array(self.table, np.int64).reshape(-1, len(COLUMNS))
+        self._table_file.flush()
+        path = Path(self._table_file.name)
+        self.table_E6 = np.fromfile(path, np.int64).reshape(-1, len(COLUMNS))
+        if zlib.crc32(self.table_E6.data) != self.checksum:
+            raise not_as_written(path.parent)
+
+
+class _Sides:
+    """Both sides being written, with what is counted over them: labels by their number, examples that do not fit."""
+
+    def __init__(self, files: list[BinaryIO], config: Config, tokenizer: Tokenizer):
+        self.both = [_Writer(files[i], files[i + 1], tokenizer.vocab_size) for i in (0, 2)]
+        self.labels: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()
+        self._config, self._tokenizer, self._template = config, tokenizer, ChatTemplate(tokenizer)
+        self._drops = examples.own_start(config, tokenizer)
+
+    def add(self, held: bool, dialogue: Dialogue) -> None:
+        """Give the examples of a dialogue to its side."""
+        side, special = self.both[held], self._tokenizer.special
+        try:
+            turns = self._template.turns(dialogue.messages, dialogue.tools)
+        except UserError as error:
+            raise UserError(f"{dialogue.place}: {error}") from error
+        side.new_dialogue(len(dialogues.text_of(dialogue).encode()))
+        label = self.labels.setdefault(dialogue.label, len(self.labels))
+        for turn in turns:
+            prompt_ids = drop_start(turn.prompt_ids, special, self._drops)
+            answer_ids = list(turn.answer_ids)
+            if not answer_ids or answer_ids[-1] not in special.ends:
+                answer_ids.append(self._tokenizer.eos_id)  # or nothing would say where it ends
+            fitted = _fitted(prompt_ids, answer_ids, self._config, dialogue.place, self.counts)
+            if fitted:
+                side.add(prompt_ids, fitted, turn.index, label)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes, ready for JSON."""
+        of_sides = [side.state() for side in self.both]
+        return {"sides": of_sides, "labels": list(self.labels), "counts": dict(self.counts)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where the writing of these files stood."""
+        for side, of_side in zip(self.both, state["sides"], strict=True):
+            side.restore(of_side)
+        self.labels = {label: number for number, label in enumerate(state["labels"])}
+        self.counts = Counter(state["counts"])
+
+    def __str__(self) -> str:
+        count, tokens = (sum(found) for found in zip(*((x.dialogues, x.ids.tokens) for x in self.both), strict=True))
+        return f"{count:,}, {tokens / 1e6:.1f} M tokens"
 
 
 def _write_corpus(directory: Path, config: Config, tokenizer: Tokenizer, log: Remark, report: Report) -> None:
-    names = [f"{name}{suffix}" for name in SIDES for suffix in (".npy", ".examples.npy")]
-    labels: dict[str, int] = {}
-    counts: Counter[str] = Counter()
-    with (
-        replacing(directory / names[0]) as train_path,
-        replacing(directory / names[1]) as train_table,
-        replacing(directory / names[2]) as holdout_path,
-        replacing(directory / names[3]) as holdout_table,
-        train_path.open("wb") as train_file,
-        holdout_path.open("wb") as holdout_file,
-    ):
-        try:
-            sides = [_Writer(file, tokenizer.vocab_size) for file in (train_file, holdout_file)]
-            _write_dialogues(sides, config, tokenizer, labels, counts, log, report)
-            tables = [side.finish() for side in sides]
-            for name, table_E6 in zip(SIDES, tables, strict=True):
-                _require_examples(name, table_E6, config)
-            for path, table_E6 in zip((train_table, holdout_table), tables, strict=True):
-                with path.open("wb") as file:
-                    np.save(file, table_E6)
-        except OSError as error:
-            raise disk_error(error, f"writing dialogues to {directory}") or error from error
-    train, held_out = sides
+    settings: dict[str, Any] = {"data": dataclasses.asdict(config.data) | {"directory": None}}
+    settings |= {
+        "tokenizer": tokenizer.sha256,
+        "too_long": config.dialogues.too_long,
+        "own_start": examples.own_start(config, tokenizer),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    parts = [f"{name}{suffix}" for name in SIDES for suffix in ("", ".examples")]
+    names = [f"{part}.npy" for part in parts]
+    unfinished = Unfinished(directory, parts, settings, _all_of)
+    try:
+        sides = _write_sides(unfinished, config, tokenizer, log, report)
+        for side, ids_path, ids, table in zip(sides.both, unfinished.paths[::2], names[::2], names[1::2], strict=True):
+            with replacing(directory / ids) as temporary:
+                ids_path.rename(temporary)
+            with replacing(directory / table) as temporary, temporary.open("wb") as file:
+                np.save(file, side.table_E6)
+    except OSError as error:
+        raise disk_error(error, f"writing dialogues to {directory}") or error from error
+    finally:
+        if not unfinished.kept():
+            unfinished.remove()
+    train, held_out = sides.both
     metadata = Metadata(
         kind="dialogues",
         source=config.data.source,
@@ -163,52 +227,52 @@ def _write_corpus(directory: Path, config: Config, tokenizer: Tokenizer, log: Re
         train_documents=train.dialogues,
         train_tokens=train.ids.tokens,
         train_bytes=train.ids.bytes,
-        train_rows=len(tables[0]),
+        train_rows=len(train.table_E6),
         holdout_documents=held_out.dialogues,
         holdout_tokens=held_out.ids.tokens,
         holdout_bytes=held_out.ids.bytes,
-        holdout_rows=len(tables[1]),
-        left_out=counts["left out"],
-        truncated=counts["truncated"],
-        labels=list(labels),
+        holdout_rows=len(held_out.table_E6),
+        left_out=sides.counts["left out"],
+        truncated=sides.counts["truncated"],
+        labels=list(sides.labels),
         unigram_entropy_nats=entropy_nats(train.ids.counts_V),
         digest=_digest(directory, names),
-        checksums=_write_checksums(directory, sides, tables),
+        checksums=_write_checksums(directory, sides.both),
     )
     rows.write_metadata(directory / "metadata.json", metadata)
-    if lost := [f"{count} {what}" for what, count in counts.items() if count]:
+    unfinished.remove()
+    if lost := [f"{count} {what}" for what, count in sides.counts.items() if count]:
         log(f"examples longer than data.sequence_length={config.data.sequence_length}: {', '.join(lost)}")
 
 
-def _write_dialogues(
-    sides: list[_Writer],
-    config: Config,
-    tokenizer: Tokenizer,
-    labels: dict[str, int],
-    counts: Counter[str],
-    log: Remark,
-    report: Report,
-) -> None:
-    """Give the examples of each dialogue to its side; `labels` and `counts` are filled."""
-    template = ChatTemplate(tokenizer)
-    drops = examples.own_start(config, tokenizer)
-    for number, (held, dialogue) in enumerate(split(config, log), 1):
-        side = sides[held]
+def _all_of(dialogue: Dialogue) -> str:
+    """All that the examples of a dialogue depend on."""
+    return f"{dialogues.key(dialogue)} {dialogue.tools!r} {dialogue.label}"
+
+
+def _write_sides(unfinished: Unfinished, config: Config, tokenizer: Tokenizer, log: Remark, report: Report) -> _Sides:
+    """The examples of all dialogues, in the partial files."""
+    found = unfinished.left(lambda: split(config, log), log, report)
+    with contextlib.ExitStack() as stack:
+        files = unfinished.open(stack)
+        sides = _Sides(files, config, tokenizer)
+        if unfinished.state:
+            sides.restore(unfinished.state)
+        for held, dialogue in found:
+            sides.add(held, dialogue)
+            unfinished.add([(held, dialogue)])
+            if unfinished.due():
+                unfinished.save(sides.state(), files)
+            report(f"rendering dialogues: {sides}")
         try:
-            turns = template.turns(dialogue.messages, dialogue.tools)
-        except UserError as error:
-            raise UserError(f"{dialogue.place}: {error}") from error
-        side.new_dialogue(len(dialogues.text_of(dialogue).encode()))
-        label = labels.setdefault(dialogue.label, len(labels))
-        for turn in turns:
-            prompt_ids = drop_start(turn.prompt_ids, tokenizer.special, drops)
-            answer_ids = list(turn.answer_ids)
-            if not answer_ids or answer_ids[-1] not in tokenizer.special.ends:
-                answer_ids.append(tokenizer.eos_id)  # or nothing would say where it ends
-            fitted = _fitted(prompt_ids, answer_ids, config, dialogue.place, counts)
-            if fitted:
-                side.add(prompt_ids, fitted, turn.index, label)
-        report(f"rendering dialogues: {number:,}, {(sides[0].ids.tokens + sides[1].ids.tokens) / 1e6:.1f} M tokens")
+            for side in sides.both:
+                side.finish()
+        except DiskError:
+            unfinished.remove()  # the next call begins at the start
+            raise
+    for name, side in zip(SIDES, sides.both, strict=True):
+        _require_examples(name, side.table_E6, config)
+    return sides
 
 
 def _fitted(
@@ -247,17 +311,17 @@ def _digest(directory: Path, names: list[str]) -> str:
     return sha.hexdigest()
 
 
-def _write_checksums(directory: Path, sides: list[_Writer], tables: list[np.ndarray]) -> str:
+def _write_checksums(directory: Path, sides: list[_Writer]) -> str:
     """Write the crc32 of each example's ids; the sha256 (hex) over all of these, and the tables.
 
     DiskError unless the ids on disk are those that were written.
     """
     of_examples = []
-    for name, side, table_E6 in zip(SIDES, sides, tables, strict=True):
+    for name, side in zip(SIDES, sides, strict=True):
         ids_N = rows.open_rows(directory / f"{name}.npy")[:, 0]
         if zlib.crc32(ids_N.data) != side.ids.checksum:
             raise not_as_written(directory)
-        sums = (zlib.crc32(ids_N[start:end].data) for start, _, end in table_E6[:, :3].tolist())
-        of_examples.append(np.fromiter(sums, np.uint32, len(table_E6)))
+        sums = (zlib.crc32(ids_N[start:end].data) for start, _, end in side.table_E6[:, :3].tolist())
+        of_examples.append(np.fromiter(sums, np.uint32, len(side.table_E6)))
         checksums.write(directory / f"{name}{checksums.SUFFIX}", of_examples[-1])
-    return checksums.sha256(*of_examples, *tables)
+    return checksums.sha256(*of_examples, *(side.table_E6 for side in sides))

@@ -1,34 +1,43 @@
 """What a preparation has written so far, so that a call after a kill goes on from there instead of the start.
 
 preparing.json   settings, documents read, a checksum of their texts, and where each side stands
-SIDE.partial     rows of a side; what lies beyond the size in preparing.json is written again
+*.partial        what has been written; what lies beyond the sizes in preparing.json is written again
+
+A document is a text, or a dialogue.
 """
 
 import itertools
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llada import json_files
+from llada.data.sources import Remark
 from llada.data.waiting import Report
 from llada.errors import UserError
 from llada.files import write_atomically
 
 _SECONDS = 10  # between two records: so much work is lost at most
 
-Texts = Iterator[tuple[bool, str]]
+Held = tuple[bool, Any]  # whether a document is held out, and the document
 
 
 class Unfinished:
     """The record of one directory, which its caller has locked. `state` is the caller's own, as last saved, or None."""
 
-    def __init__(self, directory: Path, settings: dict[str, Any]):
-        """Read the record, if there is one of these settings that fits its files."""
-        self._path, self._settings = directory / "preparing.json", settings
-        self.paths = [directory / "train.partial", directory / "holdout.partial"]
+    def __init__(
+        self, directory: Path, names: Iterable[str], settings: dict[str, Any], text_of: Callable[[Any], str] = str
+    ):
+        """Read the record, if there is one of these settings that fits the files `NAME.partial` of its directory.
+
+        `text_of` is all of a document that what is written for it depends on.
+        """
+        self._path, self._settings, self._text_of = directory / "preparing.json", settings, text_of
+        self.paths = [directory / f"{name}.partial" for name in names]
         self._documents = self._checksum = 0
         self._saved_at = time.monotonic()
         self.state = self._read()
@@ -46,23 +55,39 @@ class Unfinished:
         self._documents, self._checksum = values["documents"], values["texts"]
         return values["state"] | {"sizes": values["sizes"]}
 
-    def skip(self, texts: Texts, report: Report) -> bool:
-        """Read past the texts that have been written; False, with no state left, where they are others now."""
-        checksum = 0
-        for number, (held, text) in enumerate(itertools.islice(texts, self._documents), 1):
-            checksum = _add(checksum, held, text)
-            if number % 1_000 == 0:
-                report(f"reading past {number:,} of {self._documents:,} documents that are tokenised")
-        if checksum == self._checksum:
-            return True
-        self.remove()
-        return False
+    def left(self, documents: Callable[[], Iterator[Held]], log: Remark, report: Report) -> Iterator[Held]:
+        """The documents that have not been written: all of them, with no state left, where the first are others now."""
+        found = documents()
+        if self.state is not None:
+            log(f"going on with the preparation that was stopped in {self._path.parent}")
+            if not self._skip(found, report):
+                log("the documents are others than before: from the start")
+                self.remove()
+                found = documents()
+        return found
 
-    def add(self, texts: list[tuple[bool, str]]) -> None:
-        """Count texts that have been written."""
-        for held, text in texts:
-            self._checksum = _add(self._checksum, held, text)
-        self._documents += len(texts)
+    def _skip(self, documents: Iterator[Held], report: Report) -> bool:
+        """Read past the documents that have been written; whether they are the same."""
+        checksum = 0
+        for number, document in enumerate(itertools.islice(documents, self._documents), 1):
+            checksum = self._add(checksum, *document)
+            if number % 1_000 == 0:
+                report(f"reading past {number:,} of {self._documents:,} documents that are prepared")
+        return checksum == self._checksum
+
+    def open(self, stack: ExitStack) -> list[BinaryIO]:
+        """The files to write, at their ends as recorded, or empty."""
+        files = [stack.enter_context(path.open("r+b" if self.state else "wb")) for path in self.paths]
+        for file, size in zip(files, self.state["sizes"] if self.state else (), strict=False):
+            file.truncate(size)
+            file.seek(size)
+        return files
+
+    def add(self, documents: Iterable[Held]) -> None:
+        """Count documents that have been written."""
+        for document in documents:
+            self._checksum = self._add(self._checksum, *document)
+            self._documents += 1
 
     def due(self) -> bool:
         """Whether it is time to save."""
@@ -88,6 +113,6 @@ class Unfinished:
             path.unlink(missing_ok=True)
         self._documents, self._checksum, self.state = 0, 0, None
 
-
-def _add(checksum: int, held: bool, text: str) -> int:
-    return zlib.crc32(text.encode(errors="surrogatepass"), zlib.crc32(b"+" if held else b"-", checksum))
+    def _add(self, checksum: int, held: bool, document: Any) -> int:
+        text = self._text_of(document)
+        return zlib.crc32(text.encode(errors="surrogatepass"), zlib.crc32(b"+" if held else b"-", checksum))
