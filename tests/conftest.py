@@ -33,7 +33,8 @@ import pytest
 from marks import FILES, LONGEST
 
 from llada.config import default_config, from_config_dict
-from llada.training import loop
+from llada.evaluation import by_time, validation
+from llada.training import loop, step
 
 jax.config.update("jax_default_matmul_precision", "highest")
 # x_BL + y_B is a mistake more often than it is meant: where ranks differ, the code says which axis is added.
@@ -71,10 +72,26 @@ def handlers():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_of_one_file():
-    """Compiled programs go with the file that used them: each is mapped memory, and a process may have so many maps."""
+def not_too_many_programs():
+    """Files share compiled programs until they are too many: each is mapped memory, and a process has 65,530 maps."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+
+
+@pytest.fixture
+def fresh_programs():
+    """A test that changes what is traced takes this, and calls it after each change: programs are shared by config."""
+    shared = (step._compiled_init, step._abstract_state, step._compiled_step, validation._jitted, by_time._compiled)
+
+    def forget():
+        for cached in shared:
+            cached.cache_clear()
+
+    forget()
+    yield forget
+    forget()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The training benchmarks at toy size: they run, both programs compute the same, and figures are recorded."""
 
 import argparse
-import functools
 import re
 import sys
 from pathlib import Path
@@ -31,15 +30,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-OUR_STEP = functools.cache(train_speed.step_lib.compile_step)
-
-
-@pytest.fixture(autouse=True)
-def our_step_compiled_once(monkeypatch):
-    """All rivals of one shape meet the same step."""
-    monkeypatch.setattr(train_speed.step_lib, "compile_step", OUR_STEP)
 
 
 @pytest.fixture(autouse=True)

@@ -211,10 +211,14 @@ def on_host(tree: Any) -> Any:
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x)
         assert isinstance(x.sharding, NamedSharding)
-        replicate = jax.jit(lambda x: x, out_shardings=sharding(x.sharding.mesh, "replicated"))
-        return np.asarray(replicate(x))
+        return np.asarray(_replicate(x.sharding.mesh)(x))
 
     return jax.tree.map(fetch, tree)
+
+
+@functools.cache
+def _replicate(mesh: jax.sharding.Mesh):
+    return jax.jit(lambda x: x, out_shardings=sharding(mesh, "replicated"))
 
 
 def parameter_shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:

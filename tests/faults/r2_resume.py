@@ -4,7 +4,6 @@ A stop is SIGTERM, which saves; a crash is an exception in the middle of the run
 the newest planned checkpoint. Both families, plain, in microbatches, and with parameters sharded over two devices.
 """
 
-import functools
 import json
 import random
 import shutil
@@ -83,11 +82,8 @@ class Crash(Exception):
 
 def resumed(cases: list[list], source: str, changes: dict[str, Any], folder: str) -> Iterator[Outcome]:
     """In a worker: each case, with an undisturbed run for each family and variant."""
-    from llada.evaluation import validation
     from llada.training import loop
 
-    # Tracing is most of a short call: all calls of a worker share what they trace. R10 traces and compiles anew.
-    loop.compile_step, validation.jitted = functools.cache(loop.compile_step), functools.cache(validation.jitted)
     expected: dict[tuple[str, str], Path] = {}
     for values in cases:
         drawn = Case(*values)

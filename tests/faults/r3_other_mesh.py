@@ -3,7 +3,6 @@
 Each topology trains a run up to a step, and on from there. The others restore that step, and go on as well.
 """
 
-import functools
 import hashlib
 import itertools
 import random
@@ -97,9 +96,6 @@ def saved(topology: str, asked: list[str], **common: Any) -> Iterator[dict[str, 
 
 def restored(topology: str, asked: list[list[str]], **common: Any) -> Iterator[dict[str, Any]]:
     """In workers: what others have saved, gone on with here."""
-    from llada.training import loop
-
-    loop.compile_step = functools.cache(loop.compile_step)  # tracing is most of a short call
     for old, family in asked:
         directory = _directory(common["folder"], old, family)
         new = directory.with_name(f"{directory.name}-on-{list(TOPOLOGIES).index(topology)}")

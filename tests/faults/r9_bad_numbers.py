@@ -5,7 +5,6 @@ bits of one in which that update was left out by hand. Four runs of both familie
 of them with a guard against spikes, on two devices by data or by fsdp where a process of its own can have them.
 """
 
-import functools
 import os
 import random
 from collections.abc import Iterator
@@ -111,14 +110,12 @@ def verdicts(config, faults: list[Fault]) -> Iterator[Outcome]:
     at = {fault.step: fault.kind for fault in faults}
     plain = step_lib.loss
     step_lib.loss = with_faults(plain, faults)
+    jax.clear_caches()  # or the program of other faults would serve
     try:
         with jax.set_mesh(mesh):
             train_step = step_lib.compile_step(config, SpecialTokens(mask=3, eos=1), mesh)
             batches = [jax.device_put(rows_BL, mesh_lib.sharding(mesh, "BL")) for rows_BL in rows]
-            init = jax.jit(
-                functools.partial(step_lib.init_state, config), out_shardings=step_lib.state_shardings(config, mesh)
-            )
-            state, reference = init(), init()
+            state, reference = (step_lib.first_state(config, mesh) for _ in range(2))
             for step in range(max(at, default=QUIET) + 3):
                 state, metrics = train_step(state, batches[step % len(rows)])
                 if step not in at:
@@ -135,6 +132,7 @@ def verdicts(config, faults: list[Fault]) -> Iterator[Outcome]:
                 yield Outcome("the steps after the last fault", "other bits", "other bits than without those updates")
     finally:
         step_lib.loss = plain
+        jax.clear_caches()
 
 
 def build(family: str, microbatches: int, guard: bool, mesh: dict[str, int]):

@@ -129,12 +129,13 @@ def test_a_record_that_no_run_wrote_is_refused(tiny):
 
 
 @pytest.fixture
-def faulty(monkeypatch):
+def faulty(monkeypatch, fresh_programs):
     plain = step_lib.loss
 
     def poison(steps):
         faults = [Fault(step - 1, "gradient NaN", 3, 4) for step in steps]
         monkeypatch.setattr(step_lib, "loss", with_faults(plain, faults))
+        fresh_programs()
 
     return poison
 

@@ -89,13 +89,14 @@ class Lines:
 
 
 @pytest.fixture
-def faulty(monkeypatch):
+def faulty(monkeypatch, fresh_programs):
     """`faulty({5: "loss NaN"})`: from then on steps of these numbers, from 0, have that fault."""
     plain = step_lib.loss
 
     def poison(kinds: dict[int, str]):
         faults = [Fault(step, kind, 3, 4) for step, kind in kinds.items()]
         monkeypatch.setattr(step_lib, "loss", with_faults(plain, faults))
+        fresh_programs()
 
     return poison
 

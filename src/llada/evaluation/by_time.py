@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llada import mesh as mesh_lib
-from llada.config import Config
+from llada.config import Config, ModelConfig, ObjectiveConfig
 from llada.evaluation.validation import Validator
 from llada.model import transformer
 from llada.objectives import diffusion, families
@@ -35,9 +35,7 @@ def losses_by_time(
     Of answer and padding, t times their number are masked, the same ones for every model; padding is not counted.
     """
     rows, N = validator.rows, validator.count
-    compiled = jax.jit(
-        functools.partial(_sums, config, special), out_shardings=mesh_lib.sharding(validator.mesh, "replicated")
-    )
+    compiled = _compiled(config.model, config.objective, special, validator.mesh)
     batches = []
     for start in range(0, N, validator.batch):
         index_B = np.arange(start, start + validator.batch)
@@ -56,6 +54,12 @@ def _ratio(t: float, nats_N: np.ndarray, count_N: np.ndarray) -> AtTime:
     # Of a ratio of two means, by its linearisation.
     spread = (nats_N - mean * count_N).std(ddof=1) if N > 1 else np.nan
     return AtTime(t, float(mean), float(spread * np.sqrt(N) / tokens), int(tokens))
+
+
+@functools.lru_cache(maxsize=8)  # a run evaluates again and again
+def _compiled(model: ModelConfig, objective: ObjectiveConfig, special: SpecialTokens, mesh: jax.sharding.Mesh):
+    config = Config(model=model, objective=objective)
+    return jax.jit(functools.partial(_sums, config, special), out_shardings=mesh_lib.sharding(mesh, "replicated"))
 
 
 def _sums(config: Config, special: SpecialTokens, params, rows: Examples, row_B):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llada import mesh as mesh_lib
-from llada.config import Config
+from llada.config import Config, EvaluateConfig
 from llada.data.checksums import CheckedRows
 from llada.data.examples import HeldOut
 from llada.data.rows import chain_digest
@@ -138,7 +138,16 @@ def rows_at_once(config: Config, mesh: jax.sharding.Mesh, rows: int) -> int:
 
 
 def jitted(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh, estimator: str):
-    """`(params, rows, row_B) -> (nats_B, variance_B)` of some rows, to be compiled: see `_row_nats`."""
+    """`(params, rows, row_B) -> (nats_B, variance_B)` of some rows, to be compiled: see `_row_nats`.
+
+    One program for all configs that it cannot tell apart.
+    """
+    draws = EvaluateConfig(draws=config.evaluate.draws)
+    return _jitted(Config(model=config.model, objective=config.objective, evaluate=draws), special, mesh, estimator)
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh, estimator: str):
     return jax.jit(
         functools.partial(_row_nats, config, special, config.evaluate.draws, estimator),
         out_shardings=mesh_lib.sharding(mesh, "replicated"),

@@ -12,7 +12,7 @@ from llada.config import Config
 from llada.errors import Damaged, UserError
 from llada.training import guard, optimizer, run_item
 from llada.training.checkpoint import Checkpoints
-from llada.training.step import TrainState, abstract_state, init_state, state_shardings
+from llada.training.step import TrainState, abstract_state, first_state
 
 
 def restore_or_init(
@@ -36,8 +36,7 @@ def restore_or_init(
         return restored
     if damaged:
         raise damaged[steps[-1]]
-    first = changes.at(config, 0)
-    return jax.jit(lambda: init_state(first), out_shardings=state_shardings(first, mesh))(), {}
+    return first_state(changes.at(config, 0), mesh), {}
 
 
 def roll_back(

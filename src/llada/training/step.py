@@ -9,13 +9,15 @@ import optax
 
 from llada import fsdp
 from llada import mesh as mesh_lib
-from llada.config import Config
+from llada.config import Config, DataConfig, TrainConfig
 from llada.model import transformer
 from llada.objectives import families
 from llada.objectives.contract import Examples, LossTerms, SpecialTokens, Unfinished, segments
 from llada.objectives.noise import DROPOUT, Noise, root_key, sequence_keys
 from llada.training import guard, optimizer
 from llada.training.metrics import BY_TIME, PARTS
+
+_PROGRAMS = 8  # of so many configs are kept in a process
 
 Batch = jax.Array | Examples  # of pre-training and of fine-tuning; arrays (B, L), int32
 
@@ -35,8 +37,39 @@ def init_state(config: Config) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.make(config).init(params), guard.start(config))
 
 
+def seen(config: Config) -> Config:
+    """The part of `config` that a step depends on, its other keys at their defaults: what programs are shared by."""
+    train = TrainConfig(
+        batch_size=config.train.batch_size, microbatches=config.train.microbatches, steps=config.steps or None
+    )
+    return Config(
+        seed=config.seed,
+        model=config.model,
+        objective=config.objective,
+        data=DataConfig(sequence_length=config.data.sequence_length),
+        optimizer=config.optimizer,
+        mesh=config.mesh,
+        train=train,
+    )
+
+
+def first_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+    """`init_state`, made where its shards belong."""
+    return _compiled_init(seen(config), mesh)()
+
+
+@functools.lru_cache(maxsize=_PROGRAMS)
+def _compiled_init(config: Config, mesh: jax.sharding.Mesh):
+    return jax.jit(functools.partial(init_state, config), out_shardings=state_shardings(config, mesh))
+
+
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a TrainState; optimizer moments are sharded as their parameters are."""
+    return _abstract_state(seen(config), mesh)
+
+
+@functools.lru_cache(maxsize=_PROGRAMS)
+def _abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     state = jax.eval_shape(functools.partial(init_state, config))
     return jax.tree.map(lambda x, s: x.update(sharding=s), state, mesh_lib.parameter_shardings(mesh, state))
 
@@ -166,7 +199,15 @@ def metrics_of_answers(terms: LossTerms) -> dict[str, jax.Array]:
 
 
 def compile_step(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh):
-    """The jitted step: state donated, shardings of inputs and outputs from the table in `mesh.py`."""
+    """The jitted step: state donated, shardings of inputs and outputs from the table in `mesh.py`.
+
+    One program for all configs that a step cannot tell apart: runs that follow each other in a process share it.
+    """
+    return _compiled_step(seen(config), special, mesh)
+
+
+@functools.lru_cache(maxsize=_PROGRAMS)
+def _compiled_step(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh):
     shardings = state_shardings(config, mesh)
     replicated = mesh_lib.sharding(mesh, "replicated")
     return jax.jit(
