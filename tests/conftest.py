@@ -15,12 +15,6 @@ from types import SimpleNamespace
 
 import quick_compilation
 
-# What is started by nohup, or in the background, ignores these, and so would all that tests start and send them to.
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 # The same step is built by many tests, and by processes that they start, and compiled by one: pytest's workers share
 # the place that the process which starts them has made.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -61,9 +55,24 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
+def hear_signals():
+    """What is started by nohup, or in the background, ignores these; so does what a command ran in, once it is done.
+
+    All that a test starts, and sends them to, would, too.
+    """
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    for number, handler in usual.items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+hear_signals()
+
+
 @pytest.fixture(autouse=True)
 def handlers():
-    """Signals are heard after a test as before it: what a later one starts would inherit that they are ignored."""
+    """Signals are heard before a test and after it: what it starts would inherit that they are ignored."""
+    hear_signals()
     before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
