@@ -12,19 +12,17 @@ from pathlib import Path
 
 import pytest
 
-MESHES = {  # name -> (data, fsdp, tensor, microbatches): each axis alone, in pairs, and all three
+MESHES = {  # name -> (data, fsdp, tensor, microbatches): each axis alone, a pair, and all three
     "1 device": (1, 1, 1, 1),
     "8 data": (8, 1, 1, 1),
     "4 fsdp": (1, 4, 1, 2),
     "2 tensor": (1, 1, 2, 4),
     "2 data x 2 fsdp": (2, 2, 1, 1),
-    "2 data x 2 tensor": (2, 1, 2, 2),
-    "2 fsdp x 2 tensor": (1, 2, 2, 1),
     "2 x 2 x 2": (2, 2, 2, 2),
 }
-LLADA = ("1 device", "8 data", "4 fsdp", "2 tensor", "2 fsdp x 2 tensor", "2 x 2 x 2")
-ARM = ("1 device", "2 tensor", "2 data x 2 fsdp", "2 data x 2 tensor")
-TUNED = {"LLaDA": ("1 device", "8 data", "4 fsdp", "2 tensor"), "ARM": ("1 device", "2 x 2 x 2")}
+LLADA = ("1 device", "8 data", "4 fsdp", "2 tensor", "2 x 2 x 2")
+ARM = ("1 device", "2 tensor", "2 data x 2 fsdp")
+TUNED = {"LLaDA": ("1 device", "8 data", "2 x 2 x 2"), "ARM": ("1 device", "2 x 2 x 2")}
 DROPPED = {"LLaDA": ("1 device", "2 x 2 x 2"), "ARM": ("1 device", "2 x 2 x 2")}
 BEGUN = ("1 device", "8 data", "2 x 2 x 2")  # whose first state is made there, instead of brought there
 USED = ("1 device", "2 x 2 x 2")  # where texts are written and scored
