@@ -85,7 +85,7 @@ class Rows(NamedTuple):
     lengths_B: Array | None
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """One row of a plan, on its way into a batch."""
 
     pair: Pair
@@ -112,13 +112,13 @@ def log_likelihoods(
         return []
     plans = [_plan(config, pair, special, settings) for pair in pairs]
     rows = [
-        _Row(pair, *row)
+        Row(pair, *row)
         for pair, plan in zip(pairs, plans, strict=True)
         for row in zip(plan.masked_RA, plan.scored_RA, strict=True)
     ]
     ordered = settings.estimator == "confidence_ordered" and not config.causal
     program = functools.partial(order_nats if ordered else row_nats, config, special, settings.cfg_scale, params)
-    nats = _nats_of_rows(program, rows, settings.batch_tokens or scoring_tokens(), progress)
+    nats = values_of_rows(program, rows, settings.batch_tokens or scoring_tokens(), progress)
     results, start = [], 0
     for pair, plan in zip(pairs, plans, strict=True):
         R, A = len(plan.masked_RA), len(pair.answer)
@@ -151,22 +151,31 @@ def rolling(
     Each window is conditioned on as many of the tokens before it as the context holds beside it. Masks of windows are
     drawn independently, so their variances add.
     """
+    pairs = windows(config, ids, window)
+    return joined(log_likelihoods(config, params, pairs, special, settings, progress))
+
+
+def windows(config: ModelConfig, ids: Sequence[int], window: int | None = None) -> list[Pair]:
+    """What `rolling` scores of a text, one pair after the other. UserError where it has no token."""
     window = window_of(config, window)
     if not len(ids):
         raise UserError("--answer is empty; there is nothing to score")
     room = config.max_length - window
-    pairs = [
+    return [
         Pair(ids[max(0, start - room) : start], ids[start : start + window], salt=start)
         for start in range(0, len(ids), window)
     ]
-    windows = log_likelihoods(config, params, pairs, special, settings, progress)
+
+
+def joined(parts: Sequence[LogLikelihood]) -> LogLikelihood:
+    """The sum of the windows of one text."""
     return LogLikelihood(
-        log_likelihood=math.fsum(one.log_likelihood for one in windows),
-        stderr=math.sqrt(math.fsum(one.stderr**2 for one in windows)),
-        tokens=len(ids),
-        estimator=windows[0].estimator,
-        draws=max(one.draws for one in windows),
-        rows=sum(one.rows for one in windows),
+        log_likelihood=math.fsum(one.log_likelihood for one in parts),
+        stderr=math.sqrt(math.fsum(one.stderr**2 for one in parts)),
+        tokens=sum(one.tokens for one in parts),
+        estimator=parts[0].estimator,
+        draws=max(one.draws for one in parts),
+        rows=sum(one.rows for one in parts),
     )
 
 
@@ -218,8 +227,8 @@ def _plan(config: ModelConfig, pair: Pair, special: SpecialTokens, settings: Lik
     return make_plan(pair, settings.estimator, settings.draws, special.mask_id)
 
 
-def _nats_of_rows(program: Callable, rows: list[_Row], batch_tokens: int, progress: OnRows | None) -> np.ndarray:
-    """Nats of every row, by `program(tokens_BL, Rows)` on batches of rows."""
+def values_of_rows(program: Callable, rows: list[Row], batch_tokens: int, progress: OnRows | None) -> np.ndarray:
+    """A number for every row, by `program(tokens_BL, Rows)`, which gives one for each, on batches of rows."""
     nats, done = np.zeros(len(rows)), 0
     lengths = np.array([len(row.pair.prompt) + len(row.pair.answer) for row in rows])
     for index, L in _batches(lengths, batch_tokens):
@@ -242,7 +251,7 @@ def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[tuple[np.ndarra
             yield indices[start : start + size], int(L)
 
 
-def _stacked(rows: list[_Row], L: int) -> tuple[np.ndarray, Rows]:
+def _stacked(rows: list[Row], L: int) -> tuple[np.ndarray, Rows]:
     """The rows as a batch of L tokens. Rows that fill it up score nothing.
 
     Their number is rounded up to a power of two (few shapes, few compilations) and to the devices of the mesh.
@@ -276,7 +285,7 @@ def row_nats(
             inputs_BL = autoregressive.shift_right(tokens_BL, special.start)
         else:
             inputs_BL = jnp.where(masked_BL, special.mask_id, tokens_BL)
-        hidden_BLD = _hidden(config, special, scale, params, inputs_BL, open_BL, rows.lengths_B)
+        hidden_BLD = guided_hidden(config, special, scale, params, inputs_BL, open_BL, rows.lengths_B)
         head_VD = transformer.head(config, params)
         _, nats_BL = weighted_nats(hidden_BLD, head_VD, tokens_BL, scored_BL.astype(jnp.float32), scoring_rows())
         return jnp.sum(nats_BL, axis=1)
@@ -303,7 +312,7 @@ def order_nats(
     def step(carry):
         masked_BL, nats_B = carry
         inputs_BL = jnp.where(masked_BL, special.mask_id, tokens_BL)
-        hidden_BLD = _hidden(config, special, scale, params, inputs_BL, rows.open_BL, rows.lengths_B)
+        hidden_BLD = guided_hidden(config, special, scale, params, inputs_BL, rows.open_BL, rows.lengths_B)
         confidence_BL = choose(hidden_BLD, head_VD, masked_BL, forbidden_F, temperature=0).confidence_BK
         confidence_BL = equalize_if_blank(confidence_BL, inside_BL & ~masked_BL)
         best_B1 = jnp.argmax(jnp.where(masked_BL, confidence_BL, -jnp.inf), axis=1, keepdims=True)
@@ -316,8 +325,8 @@ def order_nats(
         return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), step, start)[1]
 
 
-def _hidden(config, special, scale, params, inputs_BL, open_BL, lengths_B) -> jax.Array:
-    """`hidden_BLD` of the inputs, guided."""
+def guided_hidden(config, special, scale, params, inputs_BL, open_BL, lengths_B) -> jax.Array:
+    """`hidden_BLD` of a mask predictor's or an ARM's inputs, guided where `scale` is not 0."""
     if scale:
         inputs_BL = guidance.add_unconditional(inputs_BL, open_BL, special.mask_id, scale)
     hidden_BLD = transformer.hidden(config, params, inputs_BL, guidance.duplicate(lengths_B, scale))
