@@ -1,11 +1,13 @@
 """lm-evaluation-harness's own program with our models in it: python -m llada.commands.harness run --model llada ...
 
 --model_args workdir=DIR[,step=N][,dtype=bfloat16][,template=plain] and any field of `inference/settings.py` that says
-how texts are written, or of `LikelihoodConfig`: draws=32,cfg_scale=0.5,block_length=32. All other flags are lm-eval's.
+how texts are written, or of `LikelihoodConfig`: draws=32,cfg_scale=0.5,block_length=32. All other flags are lm-eval's;
+--batch_size changes nothing, as batches are ours.
 Its --cache_requests keeps rendered dialogues as plain text, which is not what a chat template means: use it without
 --apply_chat_template. `llada lm_eval` has presets, all checkpoints, and several processes besides.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -22,9 +24,9 @@ def register() -> None:
     from llada.commands import lm_eval_flags
 
     lm_eval_flags.require_lm_eval()
-    from lm_eval.api.registry import register_model
+    from llada.evaluation.lm_eval import HarnessModel  # before lm-eval, whose surroundings it sets
 
-    from llada.evaluation.lm_eval import HarnessModel
+    from lm_eval.api.registry import register_model  # isort: skip
 
     class FromWorkdir(HarnessModel):
         """A checkpoint of a workdir, by lm-eval's --model_args."""
@@ -67,14 +69,32 @@ def _opened(workdir: str, step: int | None, template: str | None, arguments: dic
 
 
 def main() -> int:
-    """Register, and run lm-eval's program on the words of the command line."""
-    environment.pin_jax_settings()
-    processes.start()
-    register()
-    from lm_eval.__main__ import cli_evaluate
+    """Register, and run lm-eval's program on the words of the command line; one process of several writes."""
+    try:
+        environment.pin_jax_settings()
+        environment.use_compilation_cache()
+        processes.start()
+        register()
+        from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+        if not processes.is_first():
+            sys.argv[1:] = without_output(sys.argv[1:])
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
+        cli_evaluate()
+    except UserError as error:
+        print(f"llada: {error}", file=sys.stderr)
+        return error.status
     return 0
+
+
+def without_output(words: list[str]) -> list[str]:
+    """The words without --output_path and its value: lm-eval then writes no file."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word.partition("=")[0] not in ("--output_path", "-o"):
+            kept.append(word)
+        skip = not skip and word in ("--output_path", "-o")
+    return kept
 
 
 if __name__ == "__main__":

@@ -101,8 +101,8 @@ def _evaluate(
 
     opened = opening.open_run(model.workdir, model.step, mesh)
     of_leaves = _of_leaves(settings, loaded)
-    identity = _identity(opened)
-    facts = identity | _facts(opened, of_leaves)
+    identity = identity_of(opened, opening.DTYPE.value)
+    facts = identity | facts_of(opened, of_leaves) | {"preset": asked.PRESET.value}
     with progress.bar("requests answered") as show:
         harness = Harness(opened, asked.template(opened), show)
         with harness_cache.opened(_cache(out, identity), identity) as harness.cache:
@@ -129,8 +129,8 @@ def _cache(out: Path, identity: dict[str, Any]) -> Path | None:
     return out / "requests" / f"{digest[:16]}.jsonl"
 
 
-def _identity(opened: "Run") -> dict[str, Any]:
-    """What the numbers depend on, beside a request and its settings."""
+def identity_of(opened: "Run", dtype: str) -> dict[str, Any]:
+    """What the numbers depend on, beside a request and its settings; `dtype` is that of the parameters."""
     import jax
 
     from llada.training import digests
@@ -139,13 +139,13 @@ def _identity(opened: "Run") -> dict[str, Any]:
         "parameters_sha256": digests.combined(digests.of_items({"params": opened.params})["params"]),
         "objective": opened.config.objective.name,
         "tokenizer_sha256": opened.tokenizer.sha256,
-        "dtype": opening.DTYPE.value,
+        "dtype": dtype,
         "device_kind": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
 
 
-def _facts(opened: "Run", settings: "dict[str, Settings]") -> dict[str, Any]:
+def facts_of(opened: "Run", settings: "dict[str, Settings]") -> dict[str, Any]:
     """What results say of the model and of how it was asked."""
     from llada import accounting
     from llada.training import calls
@@ -156,7 +156,6 @@ def _facts(opened: "Run", settings: "dict[str, Settings]") -> dict[str, Any]:
         "parameters": accounting.parameters(opened.config.model).total,
         "likelihood": "exact" if causal else "a bound, or an estimate of one, by the estimator of each task",
         "mesh": dict(opened.mesh.shape),
-        "preset": asked.PRESET.value,
         "settings": {task: each.described(causal) for task, each in settings.items()},
         "surroundings": calls.surroundings(),
     }

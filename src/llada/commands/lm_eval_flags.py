@@ -38,7 +38,6 @@ ESTIMATOR = FLAGS.define_string(
 DRAWS = FLAGS.define_integer("draws", 128, "masks per answer; answers with fewer masks than that are enumerated")
 GEN_LENGTH = FLAGS.define_integer("gen_length", None, "tokens to write; default the task's max_gen_toks")
 WINDOW = FLAGS.define_integer("window", None, "tokens per window of a long text; default half the context")
-BATCH_TOKENS = FLAGS.define_integer("batch_tokens", None, "tokens per forward pass; default by device", lower_bound=1)
 BOOTSTRAP = FLAGS.define_integer(
     "bootstrap_iters", 1000, "of standard errors that have no formula (perplexities, BLEU); 0: none", lower_bound=0
 )
@@ -164,15 +163,13 @@ def _settings_of(row: Row, causal: bool) -> "Settings":
     flags: dict[str, Any] = {flag.name: flag.value for flag in WRITING if flag.present}
     if causal:
         flags = {name: value for name, value in flags.items() if name not in [flag.name for flag in _OF_DIFFUSION]}
-        scoring = LikelihoodConfig(batch_tokens=BATCH_TOKENS.value)
-        return Settings(scoring, Options()._replace(**flags), length, WINDOW.value)
+        return Settings(LikelihoodConfig(), Options()._replace(**flags), length, WINDOW.value)
     chosen = {name: getattr(row, name) for name in ("block_length", "cfg_scale", "eos")} | flags
     scale = chosen.pop("cfg_scale") or 0.0
     scoring = LikelihoodConfig(
         estimator=ESTIMATOR.value,
         draws=DRAWS.value if DRAWS.present or row.draws is None else row.draws,
         cfg_scale=scale,
-        batch_tokens=BATCH_TOKENS.value,
     )
     return Settings(scoring, Options()._replace(**chosen, cfg_scale=scale or None), length, WINDOW.value)
 

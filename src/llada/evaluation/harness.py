@@ -1,7 +1,8 @@
 """Requests of an evaluation harness, answered by either family: log-likelihoods of answers and texts, and texts.
 
-Batches are ours: requests are sorted by length and settings, finished in portions, and each portion is cached before
-the next. What a request gets does not depend on the others, on the size of a batch or on the cache.
+Batches are ours: requests are sorted by length and settings, finished in portions, and each portion is kept before the
+next is begun. Batches are filled up to one size for each length, so a request gets the same bits whatever the others
+are, and whatever was finished before.
 Letters: A answer tokens, L tokens of prompt and answer.
 """
 
@@ -185,8 +186,6 @@ class Harness:
 
     def _scoring_job(self, pairs: tuple[Pair, ...], settings: Settings) -> _Job:
         scoring = None if self.run.config.model.causal else dataclasses.asdict(settings.scoring)
-        if scoring is not None:
-            del scoring["batch_tokens"]  # changes no bit
         ids = [[list(map(int, pair.prompt)), list(map(int, pair.answer)), pair.salt] for pair in pairs]
         return _Job(_key("score", scoring, settings.greedy, ids), pairs, settings)
 
@@ -241,9 +240,9 @@ class Harness:
 
         for settings, group in itertools.groupby(sorted(jobs, key=order), lambda job: job.settings):
             scoring = LikelihoodConfig(batch_tokens=settings.scoring.batch_tokens) if model.causal else settings.scoring
-            for portion in self._portions(list(group), scoring.batch_tokens or scoring_tokens()):
+            for portion in self._portions(list(group), scoring.batch_tokens or scoring_tokens(full=True)):
                 pairs = [pair for job in portion for pair in job.pairs]
-                scores = likelihood.log_likelihoods(model, params, pairs, special, scoring)
+                scores = likelihood.log_likelihoods(model, params, pairs, special, scoring, full=True)
                 own = np.zeros(len(pairs), bool)
                 if settings.greedy:
                     own = greedy.are_greedy(model, params, pairs, special, self._forbidden_F, scoring)
@@ -269,14 +268,17 @@ class Harness:
         def order(job: _Job):
             return repr(job.options), len(job.pairs[0].prompt)
 
+        def open_of(job: _Job) -> int:
+            return 0 if job.options is None or run.config.model.causal else job.options.gen_length
+
         def alike(job: _Job):
             assert job.options is not None
-            return repr(job.options._replace(seed=0))
+            return repr(job.options._replace(seed=0)), generation.rounded_up(len(job.pairs[0].prompt) + open_of(job))
 
         for _, group in itertools.groupby(sorted(jobs, key=lambda job: (alike(job), order(job))), alike):
             for batch in _batched(list(group), generation.BATCH):
                 requests = [_generation_request(job.pairs[0], job.options) for job in batch]
-                texts = generation.generate(run.config, run.params, run.tokenizer, requests, round_up=True)
+                texts = generation.generate(run.config, run.params, run.tokenizer, requests, round_up=True, full=True)
                 self.tally.rows += texts[0].forward_passes * len(texts)
                 yield {job.key: self._text(job, text.ids) for job, text in zip(batch, texts, strict=True)}
 

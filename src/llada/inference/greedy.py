@@ -34,7 +34,10 @@ def are_greedy(
     forbidden_F: Array,
     settings: LikelihoodConfig,
 ) -> np.ndarray:
-    """Bool, for each pair; `forbidden_F` are ids that are never written. Guidance is that of `settings`."""
+    """Bool, for each pair; `forbidden_F` are ids that are never written. Guidance is that of `settings`.
+
+    Batches are full: `likelihood.log_likelihoods`.
+    """
     rows = []
     for pair in pairs:
         likelihood.check_pair(config, pair, special)
@@ -42,7 +45,7 @@ def are_greedy(
         rows.append(likelihood.Row(pair, plan.masked_RA[0], plan.scored_RA[0]))
     same = matches_left_to_right if config.causal else matches_by_confidence
     program = functools.partial(same, config, special, settings.cfg_scale, params, np.asarray(forbidden_F))
-    return likelihood.values_of_rows(program, rows, settings.batch_tokens or scoring_tokens(), None) > 0
+    return likelihood.values_of_rows(program, rows, settings.batch_tokens or scoring_tokens(True), full=True) > 0
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

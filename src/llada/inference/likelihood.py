@@ -100,10 +100,12 @@ def log_likelihoods(
     special: SpecialTokens,
     settings: LikelihoodConfig = LikelihoodConfig(),
     progress: OnRows | None = None,
+    full: bool = False,
 ) -> list[LogLikelihood]:
     """`log p(answer | prompt)` of every pair, in their order. UserError for one that cannot be, before any is scored.
 
-    Rows are spread over the batch axes of the mesh that is set. `progress(done, total)` counts rows.
+    Rows are spread over the batch axes of the mesh that is set. `progress(done, total)` counts rows. With `full` all
+    batches of a length have one size, filled up where rows are few: a pair then gets the same bits whatever the others.
     """
     check_settings(config, settings)
     for pair in pairs:
@@ -118,7 +120,7 @@ def log_likelihoods(
     ]
     ordered = settings.estimator == "confidence_ordered" and not config.causal
     program = functools.partial(order_nats if ordered else row_nats, config, special, settings.cfg_scale, params)
-    nats = values_of_rows(program, rows, settings.batch_tokens or scoring_tokens(), progress)
+    nats = values_of_rows(program, rows, settings.batch_tokens or scoring_tokens(full), progress, full)
     results, start = [], 0
     for pair, plan in zip(pairs, plans, strict=True):
         R, A = len(plan.masked_RA), len(pair.answer)
@@ -227,12 +229,15 @@ def _plan(config: ModelConfig, pair: Pair, special: SpecialTokens, settings: Lik
     return make_plan(pair, settings.estimator, settings.draws, special.mask_id)
 
 
-def values_of_rows(program: Callable, rows: list[Row], batch_tokens: int, progress: OnRows | None) -> np.ndarray:
+def values_of_rows(
+    program: Callable, rows: list[Row], batch_tokens: int, progress: OnRows | None = None, full: bool = False
+) -> np.ndarray:
     """A number for every row, by `program(tokens_BL, Rows)`, which gives one for each, on batches of rows."""
     nats, done = np.zeros(len(rows)), 0
     lengths = np.array([len(row.pair.prompt) + len(row.pair.answer) for row in rows])
     for index, L in _batches(lengths, batch_tokens):
-        nats[index] = mesh_lib.on_host(program(*_stacked([rows[i] for i in index], L)))[: len(index)]
+        B = _batch_size(batch_tokens, L) if full else 1 << (len(index) - 1).bit_length()
+        nats[index] = mesh_lib.on_host(program(*_stacked([rows[i] for i in index], B, L, full)))[: len(index)]
         done += len(index)
         if progress is not None:
             progress(done, len(rows))
@@ -245,18 +250,23 @@ def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[tuple[np.ndarra
     padded = np.array([padded_length(length) for length in lengths])
     for L in np.unique(padded):
         indices = order[padded[order] == L]
-        size = max(1, batch_tokens // int(L))
-        size = 1 << (size.bit_length() - 1)
+        size = _batch_size(batch_tokens, L)
         for start in range(0, len(indices), size):
             yield indices[start : start + size], int(L)
 
 
-def _stacked(rows: list[Row], L: int) -> tuple[np.ndarray, Rows]:
-    """The rows as a batch of L tokens. Rows that fill it up score nothing.
+def _batch_size(batch_tokens: int, L: int) -> int:
+    """Rows of a full batch: a power of two."""
+    return 1 << (max(1, batch_tokens // int(L)).bit_length() - 1)
 
-    Their number is rounded up to a power of two (few shapes, few compilations) and to the devices of the mesh.
+
+def _stacked(rows: list[Row], B: int, L: int, full: bool) -> tuple[np.ndarray, Rows]:
+    """The rows as a batch of B rows of L tokens. Rows that fill it up score nothing.
+
+    B, a power of two (few shapes, few compilations), is rounded up to the devices of the mesh. With `full` lengths are
+    given even where all are L, so that there is one program for each L.
     """
-    B = mesh_lib.local_batch(1 << (len(rows) - 1).bit_length(), jax.sharding.get_abstract_mesh())
+    B = mesh_lib.local_batch(B, jax.sharding.get_abstract_mesh())
     tokens_BL = np.zeros((B, L), np.int32)
     masked_BL, scored_BL, open_BL = (np.zeros((B, L), bool) for _ in range(3))
     lengths_B = np.full(B, L, np.int32)
@@ -265,8 +275,8 @@ def _stacked(rows: list[Row], L: int) -> tuple[np.ndarray, Rows]:
         tokens_BL[b, :start], tokens_BL[b, start:end] = pair.prompt, pair.answer
         masked_BL[b, start:end], scored_BL[b, start:end] = masked_A, scored_A
         open_BL[b, start:end], lengths_B[b] = True, end
-    full = bool((lengths_B == L).all())
-    return tokens_BL, Rows(masked_BL, scored_BL, open_BL, None if full else lengths_B)
+    padded = full or bool((lengths_B != L).any())
+    return tokens_BL, Rows(masked_BL, scored_BL, open_BL, lengths_B if padded else None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
