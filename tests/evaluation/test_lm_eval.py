@@ -425,6 +425,12 @@ def test_pictures_show_one_metric_a_task_and_errors_in_percent():
     assert downstream.table(found)[1] == ["a", "4", "1e9", "25.0 ± 1.0"]
 
 
+def test_without_the_extra_it_is_one_line(trained, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    done = in_process.llada("lm_eval", f"--workdir={trained['arm'].workdir}", "--tasks=choice")
+    assert done.returncode == 2 and "pip install 'llada-jax[eval]'" in done.stderr
+
+
 def test_copies_of_runs_have_one_name_each(trained, tasks, tmp_path):
     for place in ("runs", ""):
         (tmp_path / place / "same").mkdir(parents=True)
