@@ -104,6 +104,10 @@ def models(workdir: Path) -> list[Model]:
         step = None if AT.value is None else _step(AT.value)
         run_lib.read_config(workdir)
         steps = saved_steps(workdir / "checkpoints")
+        if steps and step not in (None, *steps):
+            raise UserError(
+                f"--at={step} is not saved in {workdir / 'checkpoints'}; saved: {', '.join(map(str, steps))}"
+            )
         if step is None and steps:
             step = steps[-1]
         return [Model(workdir, step)]

@@ -18,8 +18,8 @@ from llada.errors import UserError
 from llada.evaluation.harness import Harness, Settings, Text, Until
 from llada.inference.chat import Options
 
-# lm-eval reads these when it is imported: no bars in a log, and no processes forked beside JAX's threads.
-os.environ.setdefault("LMEVAL_DISABLE_MULTIPROC", "1")
+# lm-eval and its libraries read these: no bars in a log, and no processes forked beside JAX's threads.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

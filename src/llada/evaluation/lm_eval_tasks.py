@@ -57,7 +57,7 @@ def manager(names: Iterable[str], include_path: Path | None) -> TaskManager:
     found = TaskManager(include_path=None if include_path is None else str(include_path))
     for name in names:
         if name not in found.task_index:
-            close = difflib.get_close_matches(name, found.all_tasks, n=1)
+            close = difflib.get_close_matches(name, found.all_tasks, n=1, cutoff=0.75)
             hint = f"; did you mean {close[0]}?" if close else ";"
             where = (
                 "lm-eval's own and those of --include_path" if include_path else "lm-eval's; --include_path adds more"
