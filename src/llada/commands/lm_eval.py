@@ -107,7 +107,7 @@ def _evaluate(
         harness = Harness(opened, asked.template(opened), show)
         with harness_cache.opened(_cache(out, identity), identity) as harness.cache:
             results = lm_eval_tasks.evaluate(
-                HarnessModel(harness, lambda task: of_leaves[task or ""], facts),
+                HarnessModel(harness, of_leaves.__getitem__, facts),
                 loaded,
                 model.name,
                 out if processes.is_first() else None,
@@ -197,7 +197,7 @@ def _dry_run(models: Sequence[Model], settings: "dict[Path, dict[str, Settings]]
         steps = [model.step for model in models if model.workdir == workdir]
         opened = run_lib.describe(workdir, steps[0])
         of_leaves = _of_leaves(own, loaded)
-        model = HarnessModel(Harness(opened, asked.template(opened)), lambda task, known=of_leaves: known[task or ""])
+        model = HarnessModel(Harness(opened, asked.template(opened)), of_leaves.__getitem__)
         plans = lm_eval_tasks.plan(model, loaded, asked.LIMIT.value, _options(Model(workdir, steps[0])))
         print(f"{workdir}: {opened.config.objective.name}, {len(steps)} checkpoint(s)")
         for each, facts in zip(loaded, plans, strict=True):

@@ -79,6 +79,7 @@ def rows() -> list[Row]:
 
 
 def include_path() -> Path | None:
+    """The directory of more tasks, None where none is given. UserError for what is no directory."""
     if INCLUDE_PATH.value is None:
         return None
     path = user_path(INCLUDE_PATH.value, "--include_path")
@@ -200,4 +201,5 @@ def template(opened: "Run") -> "ChatTemplate | None":
 
 
 def is_chat() -> bool:
+    """Whether contexts are dialogues: --chat, or a preset of instruct models."""
     return CHAT.value or (PRESET.value is not None and PRESETS[PRESET.value].chat)

@@ -125,7 +125,7 @@ class Harness:
 
     def score(self, requests: Sequence[tuple[Text, str]], settings: Sequence[Settings]) -> list[Scored]:
         """log p(answer | context) of each, with the settings of each. UserError for an answer that fits no context."""
-        jobs = [self._pair_job(*request, own) for request, own in zip(requests, settings, strict=True)]
+        jobs = [self._pair_job(request, own) for request, own in zip(requests, settings, strict=True)]
         return [Scored(*result) for result in self._answered(jobs, self._score)]
 
     def score_texts(self, texts: Sequence[str], settings: Sequence[Settings]) -> list[Scored]:
@@ -142,12 +142,12 @@ class Harness:
     def planned(self, kind: str, requests: Sequence[Any], settings: Sequence[Settings]) -> dict[str, int]:
         """What `kind` (score, score_texts, write) will do, without the model: requests, most rows, their tokens."""
         before = dataclasses.replace(self.tally)
-        make = {
-            "score": lambda request, own: self._pair_job(*request, own),
+        makers: dict[str, Callable[..., _Job]] = {
+            "score": self._pair_job,
             "score_texts": self._windows_job,
             "write": self._text_job,
-        }[kind]
-        jobs = {job.key: job for job in (make(*each) for each in zip(requests, settings, strict=True))}
+        }
+        jobs = {job.key: job for job in (makers[kind](*each) for each in zip(requests, settings, strict=True))}
         costs = [self._cost(job) for job in jobs.values()]
         found = {"requests": len(requests), "truncated": self.tally.truncated - before.truncated}
         self.tally = before
@@ -161,7 +161,8 @@ class Harness:
 
     # Requests to ids.
 
-    def _pair_job(self, context: Text, answer: str, settings: Settings) -> _Job:
+    def _pair_job(self, request: tuple[Text, str], settings: Settings) -> _Job:
+        context, answer = request
         tokenizer, longest = self.run.tokenizer, self.run.config.model.max_length
         if isinstance(context, str):
             prompt, ids = canvas.encode_pair(tokenizer, context, answer, ("the context", "the answer"))

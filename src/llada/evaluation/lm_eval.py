@@ -37,7 +37,7 @@ class HarnessModel(LM):
     def __init__(
         self,
         harness: Harness,
-        settings_of: Callable[[str | None], Settings] = lambda task: Settings(),
+        settings_of: Callable[[str], Settings] = lambda task: Settings(),
         facts: Mapping[str, Any] | None = None,
     ):
         """`facts`: what results say of the model, beside what happened to requests."""
@@ -115,7 +115,7 @@ class HarnessModel(LM):
         return self.harness.template
 
     def _settings(self, requests) -> list[Settings]:
-        return [self.settings_of(request.task_name) for request in requests]
+        return [self.settings_of(request.task_name or "") for request in requests]
 
     def _pairs(self, requests) -> tuple[list[tuple[Text, str]], list[Settings]]:
         pairs = [(self._text(request.args[0]), request.args[1]) for request in requests]
