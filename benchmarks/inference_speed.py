@@ -3,6 +3,8 @@
   sampler     the exact sampler against LLaDA's loop: prompt 64, answer 128, blocks of 32, one token a step
   dual        dual cache and confidence threshold against Fast-dLLM's algorithm
   likelihood  128 draws of a 16-token answer in 128 tokens, against LLaDA's Monte Carlo loop on the same masks
+  lm_eval     log-likelihoods of --requests multiple-choice requests as `llada lm_eval` computes them, against the loop
+              of LLaDA's lm-eval adapter: request by request, 128 draws each, 8 rows a pass; not run unless named
 
 Both programs run alternately in one process, after one run each to compile and warm up; every pair asserts that the
 tokens (or the likelihood) are the same. Prints medians and ranges of seconds and of the ratio per pair. Weights are
@@ -11,6 +13,7 @@ confidences pass the threshold. Needs torch.
 """
 
 import argparse
+import functools
 import os
 
 import jax
@@ -107,6 +110,52 @@ def scoring(shape: str):
     return ours, theirs, same
 
 
+def multiple_choice(shape: str, count: int):
+    """Two functions that return log p of `count` answers, four to a question of 16 to 48 tokens, 1 to 12 tokens long.
+
+    Where ours draws masks, the loop is given the same ones, repetitions included. Answers with fewer masks than draws
+    ours enumerates; there the loop has 128 draws, and what ours gives is compared with the loop on all masks, untimed.
+    """
+    config, params, model, special = build(shape)
+    rng = np.random.default_rng(1)
+    settings = likelihood.LikelihoodConfig(draws=128)
+    pairs = []
+    for number in range(count):
+        if number % 4 == 0:
+            prompt = rng.integers(0, special.mask, rng.integers(16, 49)).tolist()
+        pairs.append(likelihood.Pair(prompt, rng.integers(0, special.mask, rng.integers(1, 13)).tolist()))
+    masks = [mask_plans.draw_masks(p, settings.estimator, settings.draws, special.mask_id)[0].copy() for p in pairs]
+    plans = [mask_plans.make_plan(p, settings.estimator, settings.draws, special.mask_id) for p in pairs]
+
+    def loop(pair, masks_MA, weights_M=None, batch_size=8):
+        pieces = torch.tensor(pair.prompt), torch.tensor(pair.answer)
+        masks_MA = torch.from_numpy(masks_MA)
+        how = dict(mask_id=special.mask, batch_size=batch_size)
+        return torch_reference.log_likelihood(model, *pieces, masks_MA, weights_M, **how)
+
+    def ours():
+        scores = likelihood.log_likelihoods(config, params, pairs, special, settings, full=True)
+        return [score.log_likelihood for score in scores]
+
+    def theirs():
+        return [loop(pair, masks_MA) for pair, masks_MA in zip(pairs, masks, strict=True)]
+
+    @functools.cache
+    def exact():
+        """Of the answers that ours enumerates, by their index."""
+        enumerated = {i: plan for i, plan in enumerate(plans) if not plan.sampled}
+        return {
+            i: loop(pairs[i], plan.masked_RA, plan.weight_M * len(plan.weight_M), 64) for i, plan in enumerated.items()
+        }
+
+    def same(a, b):
+        expected = [exact().get(i, value) for i, value in enumerate(b)]
+        np.testing.assert_allclose(a, expected, rtol=1e-4)
+        return {"requests": count, "enumerated": len(exact()), "rows": sum(len(plan.masked_RA) for plan in plans)}
+
+    return ours, theirs, same
+
+
 def row(facts: dict) -> dict[str, str]:
     """What docs/benchmarks.md shows of them."""
     return {
@@ -126,6 +175,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="20m")
     parser.add_argument("--batch", type=int, default=1, help="prompts sampled together; the published script has 3")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=200, help="of lm_eval")
     record.add_flags(parser)
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count())
@@ -133,6 +183,7 @@ def main() -> None:
         "sampler": lambda: sampling(options.shape, dual=False, batch=options.batch),
         "dual": lambda: sampling(options.shape, dual=True),
         "likelihood": lambda: scoring(options.shape),
+        "lm_eval": lambda: multiple_choice(options.shape, options.requests),
     }
     rows = []
     for name in options.which:

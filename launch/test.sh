@@ -9,7 +9,7 @@ source "$(dirname "$0")/common.sh"
 print_help "$@"
 cd "$(dirname "$0")/.."
 source launch/setup.sh
-make_environment requirements.txt requirements-plots.txt requirements-hf.txt requirements-serve.txt requirements-test.txt
+make_environment requirements.txt requirements-plots.txt requirements-hf.txt requirements-serve.txt requirements-eval.txt requirements-test.txt
 install_beside transformers4 requirements-transformers4.txt
 if pinned; then
   install_beside tpu requirements-tpu.txt

@@ -58,6 +58,10 @@ GUARANTEES: dict[str, list[tuple[str, list[str]]]] = {
             ],
         ),
         (
+            "An evaluation of tasks that was killed goes on, and every request gets the bits it gets in any company",
+            ["evaluation/test_lm_eval.py::test_a_killed_evaluation_goes_on_and_gets_the_same_bits"],
+        ),
+        (
             "JAX's environment (x64, another generator) changes no figure",
             [
                 "commands/test_surroundings.py::test_variables_that_would_change_figures_are_ignored_in_one_line_each",

@@ -85,6 +85,7 @@ def test_partition_specs_and_libraries_stay_in_their_rooms():
         "tensorboardX": {"training/metrics"},
         "starlette": {"serving/app"},
         "uvicorn": {"serving/server"},
+        "lm_eval": {"evaluation/lm_eval", "evaluation/lm_eval_tasks", "commands/harness", "commands/lm_eval"},
     }
     for word, allowed in homes.items():
         users = {name for name in modules_by_name if re.search(rf"\b{word}\b", code_of(name))}

@@ -107,7 +107,7 @@ def test_the_answer_ends_at_an_end_token(talker):
 
 
 def test_lengths_are_rounded_to_a_few():
-    rounded = [generation._rounded_up(length) for length in range(1, 4097)]
+    rounded = [generation.rounded_up(length) for length in range(1, 4097)]
     assert sorted(set(rounded)) == [64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
     assert all(length <= up <= max(64, 2 * length) for length, up in enumerate(rounded, 1))
 
@@ -126,7 +126,7 @@ def test_lengths_are_rounded_to_a_few():
     ],
 )
 def test_options_are_cut_to_the_context(options, room, wanted):
-    fitted = chat._fitted(options, room)
+    fitted = chat.fitted(options, room)
     assert (fitted.gen_length, fitted.block_length, fitted.steps) == wanted
     generation.sampler_settings(generation.Request(prompt="", **fitted._asdict()), fitted.gen_length)
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "pre-train a model; continues from the checkpoint in the workdir, if there is one",
     "evaluate": "held-out bound (LLaDA) or NLL (ARM), with its standard error",
     "likelihood": "log p(answer | prompt): a bound with its standard error (LLaDA), or exact (ARM)",
+    "lm_eval": "tasks of lm-evaluation-harness, at one checkpoint or at all, and scores against FLOPs",
     "sample": "text from a trained model: continue a prompt or fill gaps",
     "chat": "a dialogue with a tuned model: in the terminal, from a pipe, or over HTTP",
     "export": "a checkpoint as a Hugging Face directory, for PyTorch",

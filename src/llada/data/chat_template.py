@@ -34,6 +34,18 @@ _TRIALS = ([("user", "0")], [("user", "0"), ("assistant", "1")], [("system", "2"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Rendered:
+    """A dialogue as far as an answer begins: as a text, in which people may have spelled control tokens, and as ids.
+
+    after_text  whether text, and no control token, is what the answer follows
+    """
+
+    text: str
+    ids: list[int]
+    after_text: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
     """One answer of a dialogue, and what is before it.
 
@@ -56,7 +68,7 @@ class ChatTemplate:
         source = tokenizer.template if source is None else source
         if source is None:
             raise UserError(f"the tokenizer has no chat template; set {_FLAG} to plain, llada or a file")
-        self._name, self._tokenizer = name, tokenizer
+        self.source, self._name, self._tokenizer = source, name, tokenizer
         self._template = Template(source, name)
         self._variables = {name: text for name, text in tokenizer.named.items() if isinstance(text, str)}
         # One character cannot be broken: such a token stays text.
@@ -88,6 +100,22 @@ class ChatTemplate:
         dialogue = _Shielded(self, messages, tools)
         return self._ids(dialogue, dialogue.prompt(len(messages)))
 
+    def rendered(self, messages: Sequence[dict], tools: Any = None) -> Rendered:
+        """The dialogue so far and whatever begins an answer. UserError if it cannot be rendered."""
+        dialogue = _Shielded(self, messages, tools)
+        prompt = dialogue.prompt(len(messages))
+        text = prompt.replace(dialogue.shield, "")
+        return Rendered(text, self._ids(dialogue, prompt), self._ends_in_text(prompt))
+
+    def _ends_in_text(self, prompt: str) -> bool:
+        """Whether a prompt ends in text, and not in a control token."""
+        return bool(prompt) and self._split.split(prompt)[-1] != ""
+
+    def answer_ids(self, rendered: Rendered, text: str) -> list[int]:
+        """Ids of the plain text that an answer begins with; it spells no control token. [] for no text."""
+        place = "text" if rendered.after_text else "token" if rendered.ids else "start"
+        return self._text_ids(text, place) if text else []
+
     def turns(self, messages: Sequence[dict], tools: Any = None) -> list[Turn]:
         """Every answer of a dialogue with its prompt: prompt_ids are `prompt_ids` of the messages before it.
 
@@ -106,8 +134,8 @@ class ChatTemplate:
                 if not self._split.sub("", answer, count=1).strip():  # but for the token that ends it
                     raise UserError(f"{self._name} writes nothing for message {k + 1}, an answer")
                 prompt_ids = self._ids(dialogue, prompt)
-                after_text = bool(prompt) and self._split.split(prompt)[-1] != ""
-                found.append(Turn(prompt_ids, self._ids(dialogue, answer, after_text, not prompt), len(found)))
+                answer_ids = self._ids(dialogue, answer, self._ends_in_text(prompt), not prompt)
+                found.append(Turn(prompt_ids, answer_ids, len(found)))
         return found
 
     def _until_end(self, text: str) -> str:

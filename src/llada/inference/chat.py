@@ -184,7 +184,7 @@ class Chat:
                 "room for an answer; /reset starts a new one, --trim drops its oldest turns"
             )
         if not self.run.config.model.causal:
-            options = _fitted(options, room)
+            options = fitted(options, room)
         return _request(prompt_ids, options._replace(gen_length=min(options.gen_length, room)))
 
 
@@ -210,8 +210,8 @@ def _of_answers(observe: Watcher, starts: list[int]) -> generation.Watcher:
     return watch
 
 
-def _fitted(options: Options, room: int) -> Options:
-    """The options for `room` open positions at most: blocks, and steps per block, stay as they are while they fit."""
+def fitted(options: Options, room: int) -> Options:
+    """A mask predictor's options for `room` open positions: blocks, and steps per block, stay while they fit."""
     length = min(options.gen_length, room)
     steps = _one_per_token(options) if options.steps is None else options.steps
     if length == options.gen_length:

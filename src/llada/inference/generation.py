@@ -98,12 +98,14 @@ def generate(
     requests: Sequence[Request],
     observe: Watcher | None = None,
     round_up: bool = False,
+    full: bool = False,
 ) -> list[Generated]:
     """Answer the requests, in their order. UserError for one that cannot be answered, before any is run.
 
     `observe` sees the canvases of a batch after each of its steps; what it raises is raised here. `seconds` excludes
     compilation. With `round_up` lengths are padded to 64, 128, 192, 256, 384, 512, 768 ... tokens and batches to powers
-    of two: requests of many lengths then share a few programs, and get what they get without it.
+    of two: requests of many lengths then share a few programs, and get what they get without it. With `full` all
+    batches have one size, BATCH: requests of one rounded length get the same bits whatever the others.
     """
     jobs = [_job(config, tokenizer, request) for request in requests]
     groups: dict[tuple, list[int]] = {}
@@ -117,7 +119,7 @@ def generate(
             batch = indices[start : start + BATCH]
             batch_jobs = [jobs[i] for i in batch]
             # The last job is repeated until the batch divides over the devices of the mesh.
-            B = 1 << (len(batch) - 1).bit_length() if round_up else len(batch)
+            B = BATCH if full else 1 << (len(batch) - 1).bit_length() if round_up else len(batch)
             B = mesh_lib.local_batch(B, jax.sharding.get_abstract_mesh())
             rows = batch_jobs + [batch_jobs[-1]] * (B - len(batch))
             if observe is None:
@@ -227,7 +229,7 @@ def _sample(
     behind = 0 if settings else jobs[0].open_count
     longest = int(prompt_length_B.max() if settings is None else lengths_B.max())
     if round_up:
-        longest = max(longest, min(_rounded_up(longest), model.max_length - behind))
+        longest = max(longest, min(rounded_up(longest), model.max_length - behind))
     canvas_BL = np.full((len(jobs), longest + behind), tokenizer.pad_id, np.int32)
     for row_L, job in zip(canvas_BL, jobs, strict=True):
         row_L[: len(job.canvas_L)] = job.canvas_L
@@ -242,7 +244,7 @@ def _sample(
     return sampler.reverse_process(model, params, canvas_BL, settings, special, forbidden_V, seed_B, padded_B, observe)
 
 
-def _rounded_up(length: int) -> int:
+def rounded_up(length: int) -> int:
     """The next of 64, 128, and from there on two lengths an octave."""
     unit = max(_SHORTEST, 1 << max(0, (length - 1).bit_length() - 2))
     return -(-length // unit) * unit

@@ -85,7 +85,7 @@ class Rows(NamedTuple):
     lengths_B: Array | None
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """One row of a plan, on its way into a batch."""
 
     pair: Pair
@@ -100,10 +100,12 @@ def log_likelihoods(
     special: SpecialTokens,
     settings: LikelihoodConfig = LikelihoodConfig(),
     progress: OnRows | None = None,
+    full: bool = False,
 ) -> list[LogLikelihood]:
     """`log p(answer | prompt)` of every pair, in their order. UserError for one that cannot be, before any is scored.
 
-    Rows are spread over the batch axes of the mesh that is set. `progress(done, total)` counts rows.
+    Rows are spread over the batch axes of the mesh that is set. `progress(done, total)` counts rows. With `full` all
+    batches of a length have one size, filled up where rows are few: a pair then gets the same bits whatever the others.
     """
     check_settings(config, settings)
     for pair in pairs:
@@ -112,13 +114,13 @@ def log_likelihoods(
         return []
     plans = [_plan(config, pair, special, settings) for pair in pairs]
     rows = [
-        _Row(pair, *row)
+        Row(pair, *row)
         for pair, plan in zip(pairs, plans, strict=True)
         for row in zip(plan.masked_RA, plan.scored_RA, strict=True)
     ]
     ordered = settings.estimator == "confidence_ordered" and not config.causal
     program = functools.partial(order_nats if ordered else row_nats, config, special, settings.cfg_scale, params)
-    nats = _nats_of_rows(program, rows, settings.batch_tokens or scoring_tokens(), progress)
+    nats = values_of_rows(program, rows, settings.batch_tokens or scoring_tokens(full), progress, full)
     results, start = [], 0
     for pair, plan in zip(pairs, plans, strict=True):
         R, A = len(plan.masked_RA), len(pair.answer)
@@ -151,22 +153,31 @@ def rolling(
     Each window is conditioned on as many of the tokens before it as the context holds beside it. Masks of windows are
     drawn independently, so their variances add.
     """
+    pairs = windows(config, ids, window)
+    return joined(log_likelihoods(config, params, pairs, special, settings, progress))
+
+
+def windows(config: ModelConfig, ids: Sequence[int], window: int | None = None) -> list[Pair]:
+    """What `rolling` scores of a text, one pair after the other. UserError where it has no token."""
     window = window_of(config, window)
     if not len(ids):
         raise UserError("--answer is empty; there is nothing to score")
     room = config.max_length - window
-    pairs = [
+    return [
         Pair(ids[max(0, start - room) : start], ids[start : start + window], salt=start)
         for start in range(0, len(ids), window)
     ]
-    windows = log_likelihoods(config, params, pairs, special, settings, progress)
+
+
+def joined(parts: Sequence[LogLikelihood]) -> LogLikelihood:
+    """The sum of the windows of one text."""
     return LogLikelihood(
-        log_likelihood=math.fsum(one.log_likelihood for one in windows),
-        stderr=math.sqrt(math.fsum(one.stderr**2 for one in windows)),
-        tokens=len(ids),
-        estimator=windows[0].estimator,
-        draws=max(one.draws for one in windows),
-        rows=sum(one.rows for one in windows),
+        log_likelihood=math.fsum(one.log_likelihood for one in parts),
+        stderr=math.sqrt(math.fsum(one.stderr**2 for one in parts)),
+        tokens=sum(one.tokens for one in parts),
+        estimator=parts[0].estimator,
+        draws=max(one.draws for one in parts),
+        rows=sum(one.rows for one in parts),
     )
 
 
@@ -218,12 +229,15 @@ def _plan(config: ModelConfig, pair: Pair, special: SpecialTokens, settings: Lik
     return make_plan(pair, settings.estimator, settings.draws, special.mask_id)
 
 
-def _nats_of_rows(program: Callable, rows: list[_Row], batch_tokens: int, progress: OnRows | None) -> np.ndarray:
-    """Nats of every row, by `program(tokens_BL, Rows)` on batches of rows."""
+def values_of_rows(
+    program: Callable, rows: list[Row], batch_tokens: int, progress: OnRows | None = None, full: bool = False
+) -> np.ndarray:
+    """A number for every row, by `program(tokens_BL, Rows)`, which gives one for each, on batches of rows."""
     nats, done = np.zeros(len(rows)), 0
     lengths = np.array([len(row.pair.prompt) + len(row.pair.answer) for row in rows])
     for index, L in _batches(lengths, batch_tokens):
-        nats[index] = mesh_lib.on_host(program(*_stacked([rows[i] for i in index], L)))[: len(index)]
+        B = _batch_size(batch_tokens, L) if full else 1 << (len(index) - 1).bit_length()
+        nats[index] = mesh_lib.on_host(program(*_stacked([rows[i] for i in index], B, L, full)))[: len(index)]
         done += len(index)
         if progress is not None:
             progress(done, len(rows))
@@ -236,18 +250,23 @@ def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[tuple[np.ndarra
     padded = np.array([padded_length(length) for length in lengths])
     for L in np.unique(padded):
         indices = order[padded[order] == L]
-        size = max(1, batch_tokens // int(L))
-        size = 1 << (size.bit_length() - 1)
+        size = _batch_size(batch_tokens, L)
         for start in range(0, len(indices), size):
             yield indices[start : start + size], int(L)
 
 
-def _stacked(rows: list[_Row], L: int) -> tuple[np.ndarray, Rows]:
-    """The rows as a batch of L tokens. Rows that fill it up score nothing.
+def _batch_size(batch_tokens: int, L: int) -> int:
+    """Rows of a full batch: a power of two."""
+    return 1 << (max(1, batch_tokens // int(L)).bit_length() - 1)
 
-    Their number is rounded up to a power of two (few shapes, few compilations) and to the devices of the mesh.
+
+def _stacked(rows: list[Row], B: int, L: int, full: bool) -> tuple[np.ndarray, Rows]:
+    """The rows as a batch of B rows of L tokens. Rows that fill it up score nothing.
+
+    B, a power of two (few shapes, few compilations), is rounded up to the devices of the mesh. With `full` lengths are
+    given even where all are L, so that there is one program for each L.
     """
-    B = mesh_lib.local_batch(1 << (len(rows) - 1).bit_length(), jax.sharding.get_abstract_mesh())
+    B = mesh_lib.local_batch(B, jax.sharding.get_abstract_mesh())
     tokens_BL = np.zeros((B, L), np.int32)
     masked_BL, scored_BL, open_BL = (np.zeros((B, L), bool) for _ in range(3))
     lengths_B = np.full(B, L, np.int32)
@@ -256,8 +275,8 @@ def _stacked(rows: list[_Row], L: int) -> tuple[np.ndarray, Rows]:
         tokens_BL[b, :start], tokens_BL[b, start:end] = pair.prompt, pair.answer
         masked_BL[b, start:end], scored_BL[b, start:end] = masked_A, scored_A
         open_BL[b, start:end], lengths_B[b] = True, end
-    full = bool((lengths_B == L).all())
-    return tokens_BL, Rows(masked_BL, scored_BL, open_BL, None if full else lengths_B)
+    padded = full or bool((lengths_B != L).any())
+    return tokens_BL, Rows(masked_BL, scored_BL, open_BL, lengths_B if padded else None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -276,7 +295,7 @@ def row_nats(
             inputs_BL = autoregressive.shift_right(tokens_BL, special.start)
         else:
             inputs_BL = jnp.where(masked_BL, special.mask_id, tokens_BL)
-        hidden_BLD = _hidden(config, special, scale, params, inputs_BL, open_BL, rows.lengths_B)
+        hidden_BLD = guided_hidden(config, special, scale, params, inputs_BL, open_BL, rows.lengths_B)
         head_VD = transformer.head(config, params)
         _, nats_BL = weighted_nats(hidden_BLD, head_VD, tokens_BL, scored_BL.astype(jnp.float32), scoring_rows())
         return jnp.sum(nats_BL, axis=1)
@@ -303,7 +322,7 @@ def order_nats(
     def step(carry):
         masked_BL, nats_B = carry
         inputs_BL = jnp.where(masked_BL, special.mask_id, tokens_BL)
-        hidden_BLD = _hidden(config, special, scale, params, inputs_BL, rows.open_BL, rows.lengths_B)
+        hidden_BLD = guided_hidden(config, special, scale, params, inputs_BL, rows.open_BL, rows.lengths_B)
         confidence_BL = choose(hidden_BLD, head_VD, masked_BL, forbidden_F, temperature=0).confidence_BK
         confidence_BL = equalize_if_blank(confidence_BL, inside_BL & ~masked_BL)
         best_B1 = jnp.argmax(jnp.where(masked_BL, confidence_BL, -jnp.inf), axis=1, keepdims=True)
@@ -316,8 +335,8 @@ def order_nats(
         return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), step, start)[1]
 
 
-def _hidden(config, special, scale, params, inputs_BL, open_BL, lengths_B) -> jax.Array:
-    """`hidden_BLD` of the inputs, guided."""
+def guided_hidden(config, special, scale, params, inputs_BL, open_BL, lengths_B) -> jax.Array:
+    """`hidden_BLD` of a mask predictor's or an ARM's inputs, guided where `scale` is not 0."""
     if scale:
         inputs_BL = guidance.add_unconditional(inputs_BL, open_BL, special.mask_id, scale)
     hidden_BLD = transformer.hidden(config, params, inputs_BL, guidance.duplicate(lengths_B, scale))

@@ -76,6 +76,13 @@ def make_plan(pair: Pair, estimator: str, draws: int, mask_id: int) -> Plan:
     return Plan(masked_RA, masked_RA, row_M.reshape(-1), weight_M, sampled=True)
 
 
+def most_rows(A: int, estimator: str, draws: int) -> int:
+    """How many rows `make_plan` makes of an answer of A tokens at most: masks that are drawn twice count once."""
+    if estimator == "chain_rule":
+        return A
+    return 1 if A == 1 else min(draws, 2**A - 1) if A < 63 else draws
+
+
 def single_row(A: int, masked: bool) -> Plan:
     """All tokens scored in one row, where all or none of them are masked."""
     return Plan(np.full((1, A), masked), np.ones((1, A), bool), np.zeros(1, int), np.ones(1), sampled=False)

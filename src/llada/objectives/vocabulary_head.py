@@ -47,9 +47,12 @@ def scoring_rows(where: str | None = None) -> int:
     return 64 if (where or platform()) == "cpu" else 512
 
 
-def scoring_tokens() -> int:
-    """Tokens of a batch of texts to score. On CPU larger batches only fall out of the caches."""
-    return 4096 if platform() == "cpu" else 16_384
+def scoring_tokens(full: bool = False) -> int:
+    """Tokens of a batch of texts to score; of one that is filled up, so that its size never changes, perhaps fewer.
+
+    On CPU larger batches only fall out of the caches, and what fills them up costs as much as the rest.
+    """
+    return (1024 if full else 4096) if platform() == "cpu" else 16_384
 
 
 def choosing_rows(where: str | None = None) -> tuple[int, ...]:

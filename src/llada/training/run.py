@@ -130,6 +130,17 @@ def _open(
     return Run(config, params, tokenizer, step, mesh, workdir, digest)
 
 
+def describe(workdir: str | os.PathLike, step: int | None = None) -> Run:
+    """As `load`, without parameters and on one device of this process: for what needs config and tokenizer only."""
+    workdir = user_path(workdir, "--workdir")
+    config = read_config(workdir)
+    with Checkpoints(workdir) as checkpoints:
+        step = checkpoints.resolve(step)
+        item = checkpoints.item(step)
+    tokenizer, digest = saved_tokenizer(workdir, item), corpus_digest(workdir, item)
+    return Run(config, {}, tokenizer, step, mesh_lib.make(MeshConfig()), workdir, digest)
+
+
 def corpus_of_run(workdir: Path, config: Config, tokenizer: Tokenizer, digest: str | None) -> Corpus:
     """The rows that a run was trained on (`Run.corpus_digest`), opened where they are and never prepared.
 
