@@ -148,9 +148,9 @@ def log_likelihoods(
     ordered = settings.estimator in ORDERED and not config.causal
     forbidden_F = np.zeros(0, np.int32)
     if ordered:
-        all_V = np.zeros(config.vocab_size, bool)
-        own = settings.estimator == "sampler" and forbidden_V is not None
-        forbidden_F = forbidden_list(forbidden_V if own else all_V, special.mask)
+        if forbidden_V is None or settings.estimator != "sampler":
+            forbidden_V = np.zeros(config.vocab_size, bool)
+        forbidden_F = forbidden_list(forbidden_V, special.mask)
         _check_writable(pairs, forbidden_F)
     order_of = functools.lru_cache(None)(lambda A: _order(settings, A) if ordered else (None, 0))
     passes = [order_of(len(pair.answer))[1] for pair in pairs]

@@ -90,6 +90,7 @@ def score_blocks(
     `remasking="top_probability"` (DUEL, arXiv 2603.01367).
     """
     canvas, passes = _filled(setup, params, new_canvas(canvas_BL, scored=True), rows)
+    assert canvas.log_p_BL is not None  # it was scored
     return canvas.log_p_BL, canvas.step_BL, passes
 
 
