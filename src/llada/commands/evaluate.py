@@ -126,15 +126,27 @@ def _check(config: Config) -> None:
         raise UserError(f"--rows={ROWS.value} and --batches={BATCHES.value} exclude each other")
     if TASK.value == "dialogues" and not config.fine_tunes:
         raise UserError(f"--task=dialogues is for fine-tuned runs; this one's data.source={config.data.source}")
-    scored = OF_SAMPLER if ESTIMATOR.value == "sampler" else ()
-    given = [flag.name for flag in OPTIONS if flag.present and flag not in scored]
-    if GENERATE.value and scored:
-        raise UserError(f"--generate={GENERATE.value} and --estimator=sampler read the same flags; run one at a time")
+    given = [flag.name for flag in OPTIONS if flag.present]
+    if ESTIMATOR.value == "sampler":
+        _check_sampler(given)
+        given = []
     if GENERATE.value and TASK.value != "dialogues":
         raise UserError(f"--generate={GENERATE.value} is for --task=dialogues")
     if given and not GENERATE.value:
         raise UserError(f"--{given[0]} says how answers are written; --generate=N, how many, is missing")
     generation.check(config, generation.Request(prompt="", **_options()))
+
+
+def _check_sampler(given: list[str]) -> None:
+    """UserError for flags, among those that say how to write, which the sampler that is scored does not have."""
+    allowed = [flag.name for flag in OF_SAMPLER]
+    if GENERATE.value:
+        raise UserError(f"--generate={GENERATE.value} and --estimator=sampler read the same flags; run one at a time")
+    if other := [name for name in given if name not in allowed]:
+        raise UserError(
+            f"--{other[0]} is not for --estimator=sampler, whose order is that of --remasking=top_probability; it "
+            f"takes --{', --'.join(allowed)}"
+        )
 
 
 OF_SAMPLER = (
