@@ -144,7 +144,7 @@ def test_at_temperature_0_both_rankings_are_one(params):
 
 
 def any_order(logits, text):
-    """`log_p_S` of the six orders: the chain rule over all ids, in each of them."""
+    """`log_p_S` of the six orders that LLaDA Eq. (15) is a mean of: the chain rule over all ids, in each of them."""
     found = []
     for order in itertools.permutations(range(L)):
         canvas, total = [MASK] * L, 0.0

@@ -73,9 +73,9 @@ class Plan(NamedTuple):
 class OrdersPlan(NamedTuple):
     """The rows of M random orders of an answer: an upper bound on its log-likelihood, from above.
 
-    As any-order model, p(a) is the mean over all orders of p(a | order), the product of the order's chain rule (LLaDA
-    Eq. (15)); the bounds of Eqs. (4) and (6) are means of its logarithm. A tangent lies above the logarithm, so for any
-    number psi > 0
+    As any-order model, p(a) is the mean over all orders of p(a | order), the product of the order's chain rule, as in
+    LLaDA Eq. (15); the bounds of Eqs. (4) and (6) are means of its logarithm. A tangent lies above the logarithm, so
+    for any number psi > 0
 
         log p(a)  <=  log psi - 1 + p(a) / psi,
 
