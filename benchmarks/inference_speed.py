@@ -16,41 +16,21 @@ import argparse
 import functools
 import os
 
-import jax
+import inference_shapes
 import numpy as np
 import record
 import timing
 import torch
 import torch_reference
 
-from llada.config import ModelConfig
 from llada.inference import likelihood, mask_plans, sampler
 from llada.inference.settings import SamplerConfig
-from llada.model import transformer
-from llada.objectives.contract import SpecialTokens
-
-SHAPES = {  # layers, width, heads, ffn, vocabulary
-    "20m": (12, 384, 6, 1024, 126_464),
-    "100m": (12, 768, 12, 2048, 126_464),
-    "toy": (2, 64, 2, 128, 1024),
-}
 
 
 def build(name: str, head_scale: float = 1.0):
-    """`(config, parameters, PyTorch model, special tokens)` with random weights.
-
-    They are larger than at the start of training, where confidences at masked positions differ by little more than
-    rounding and two programs may rank them differently.
-    """
-    layers, width, heads, ffn, vocab = SHAPES[name]
-    unroll = layers if jax.default_backend() == "cpu" else 1
-    config = ModelConfig(
-        **dict(layers=layers, width=width, heads=heads, ffn=ffn, vocab_size=vocab, max_length=512),
-        **dict(dtype="float32", scan_unroll=unroll, init_std=0.1),
-    )
-    params = jax.jit(lambda key: transformer.init(config, key))(jax.random.key(0))
-    params["head"] = params["head"] * head_scale
-    return config, params, torch_reference.from_jax(config, params), SpecialTokens(mask=vocab - 128, eos=vocab - 383)
+    """`(config, parameters, PyTorch model, special tokens)` with random weights."""
+    config, params, special = inference_shapes.build(name, head_scale)
+    return config, params, torch_reference.from_jax(config, params), special
 
 
 def sampling(shape: str, dual: bool, batch: int = 1):
@@ -172,7 +152,7 @@ def main() -> None:
     """Run what is named, or all, and print a line of JSON for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="*", default=["sampler", "dual", "likelihood"])
-    parser.add_argument("--shape", choices=SHAPES, default="20m")
+    parser.add_argument("--shape", choices=inference_shapes.SHAPES, default="20m")
     parser.add_argument("--batch", type=int, default=1, help="prompts sampled together; the published script has 3")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--requests", type=int, default=200, help="of lm_eval")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llada.errors import UserError
-from llada.inference import compiled_loop, generation, likelihood
+from llada.inference import compiled_loop, generation, likelihood, row_batches
 from llada.inference.generation import Request
 from llada.training import run as run_lib
 
@@ -82,7 +82,7 @@ def runs_nothing(trained, monkeypatch):
 
     monkeypatch.setattr(run_lib, "load", load)
     monkeypatch.setattr(generation, "_sample", ran)
-    monkeypatch.setattr(likelihood, "_batches", ran)
+    monkeypatch.setattr(row_batches, "_batches", ran)
 
 
 def ends(*arguments) -> str | None:

@@ -1,10 +1,12 @@
-"""llada compare --llada=DIR --arm=DIR --out=DIR [--prompt=TEXT] [--infill=TEXT]
+"""llada compare --llada=DIR --arm=DIR --out=DIR [--estimator=NAME,NAME] [--prompt=TEXT] [--infill=TEXT]
 
 A LLaDA and its ARM twin side by side: a table of sizes, FLOPs and held-out figures, loss against FLOPs in
 OUT/curves.png, samples of both, all in OUT/report.md. Refuses runs that read other rows, or in another order, and
 figures of other held-out rows. Where both runs have an evaluation of the same rows by llada evaluate, that counts.
 --also=DIR[,DIR] sets further finished runs beside the two, such as a LLaDA with another training objective.
---config.mesh.fsdp=N and --dtype open models that one device does not hold.
+The gap is told by each measure that llada evaluate has taken of both on the same rows, and which of them is a bound and
+which exact; --estimator=sampler,chain_rule asks for these. --config.mesh.fsdp=N and --dtype open models that one device
+does not hold.
 
 Of runs that were fine-tuned on dialogues the report is on the answers that llada evaluate --task=dialogues --generate=N
 had both write: how many are exact, for each task and turn, in OUT/report.md and OUT/answers.png.
@@ -31,6 +33,9 @@ LLADA = FLAGS.define_string("llada", None, "workdir of the finished LLaDA run")
 ARM = FLAGS.define_string("arm", None, "workdir of the finished ARM run")
 ALSO = FLAGS.define_string("also", None, "workdirs of further finished runs on the same rows, separated by commas")
 OUT = FLAGS.define_string("out", None, "directory for report.md and curves.png")
+ESTIMATOR = FLAGS.define_string(
+    "estimator", None, "measures to tell the gap by, separated by commas, of llada evaluate; default all there are"
+)
 PROMPT = FLAGS.define_string("prompt", "def __init__(self, ", "text that both models continue")
 INFILL = FLAGS.define_string(
     "infill", "    if self.[MASK:2] is None:\n        return [MASK:2]\n", "text whose [MASK:N] the LLaDA fills"
@@ -48,7 +53,7 @@ def run(overrides: dict[str, str]) -> int:
     from llada.files import write_atomically
     from llada.inference import generation
     from llada.objectives.families import AUTOREGRESSIVE, DIFFUSION
-    from llada.scaling import comparison, figure
+    from llada.scaling import comparison, figure, gaps
 
     figure.require_matplotlib()
     further = [comparison.read_further(directory) for directory in also]
@@ -59,17 +64,20 @@ def run(overrides: dict[str, str]) -> int:
     comparison.check_twins(runs)
     if further and any(run.config.fine_tunes for run in runs):
         raise UserError(f"--{ALSO.name}={ALSO.value} is for pre-training; of fine-tuned runs two are compared")
+    if ESTIMATOR.value and any(run.config.fine_tunes for run in runs):
+        raise UserError(f"--estimator={ESTIMATOR.value} is for pre-training; see evaluation.json of fine-tuned runs")
     if all(run.config.fine_tunes for run in runs):
         return _compare_answers(runs, remarks, out)
+    measured = gaps.table(gaps.lines(runs, [name for name in (ESTIMATOR.value or "").split(",") if name]))
     requests = _requests(runs[0], further, runs[-1])
     for run, _, request in requests:
         generation.check(run.config, request)
 
     samples = _samples(requests, mesh)
     write_atomically(out / "curves.png", comparison.draw_curves(runs))
-    text = comparison.report(runs, samples, out, remarks)
+    text = comparison.report(runs, samples, out, remarks, measured)
     write_atomically(out / "report.md", text.encode("utf-8", "backslashreplace"))
-    _print(comparison.table(runs), remarks, samples, out)
+    _print([comparison.table(runs), *([measured] if measured else [])], remarks, samples, out)
     return 0
 
 
@@ -141,8 +149,8 @@ def _samples(requests: list[tuple["RunRecord", str, "Request"]], mesh: MeshConfi
     return samples
 
 
-def _print(table: list[list[str]], remarks: list[str], samples: list["Sampled"], out: Path) -> None:
-    console = _print_tables([table], remarks)
+def _print(tables: list[list[list[str]]], remarks: list[str], samples: list["Sampled"], out: Path) -> None:
+    console = _print_tables(tables, remarks)
     for sample in samples:
         console.print(sample.title, style="bold")
         console.print(sample.text)

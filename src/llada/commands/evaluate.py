@@ -1,8 +1,14 @@
-"""llada evaluate --workdir=DIR [--step=N] [--draws=N] [--batches=N] [--task=dialogues [--generate=N ...]]
+"""llada evaluate --workdir=DIR [--step=N] [--draws=N] [--rows=N] [--estimator=NAME] [--task=dialogues [--generate=N]]
 
-Held-out nats per token with standard error, bits per byte and perplexity, as JSON (also in DIR/evaluation.json): the
-likelihood bound of a LLaDA (Eq. (6), fixed masks), the exact NLL of an ARM, both on the same rows. A model too large
-for one device is opened in shards, as it was trained: --config.mesh.fsdp=N, --microbatches=N, on several hosts too.
+Held-out nats per token with standard error, bits per byte and perplexity, as JSON (also in DIR/evaluation.json, which
+keeps what other estimators, and other rows, gave at this step): the likelihood bound of a LLaDA (Eq. (6), fixed masks),
+the exact NLL of an ARM, both on the same rows. A model too large for one device is opened in shards, as it was trained:
+--config.mesh.fsdp=N, --microbatches=N, on several hosts too.
+
+`kind` says what the figure is. --estimator=chain_rule, chain_rule_reversed, confidence_ordered and sampler are exact,
+each under a distribution of its own; sampler is that of llada sample --remasking=top_probability with the same --steps,
+--block_length, --confidence_threshold, --cfg_scale and --temperature (default 1). They take a pass for each step of a
+row: --rows=N reads so many rows, spread over the held-out side, the same ones of every model.
 
 Of a run that was fine-tuned on dialogues they are those of held-out answers. --task=dialogues adds a LLaDA's loss at
 fixed times t, and with --generate=N has the model write N of the answers: exact match for each label and turn, with
@@ -12,15 +18,18 @@ fixed times t, and with --generate=N has the model write N of the answers: exact
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llada import json_files, processes
-from llada.commands import joining, opening, sampling
+from llada.commands import joining, opening, progress, sampling
 from llada.commands.command_flags import CommandFlags, required
 from llada.config import Config
 from llada.errors import DiskError, UserError
 from llada.files import write_atomically
 from llada.paths import user_path
+
+if TYPE_CHECKING:  # at run time these would import JAX, before the flags are parsed
+    from llada.training.run import Run
 
 FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS, sampling.FLAGS)
 WORKDIR = FLAGS.define_string("workdir", None, "a workdir of llada train")
@@ -29,13 +38,19 @@ DRAWS = FLAGS.define_integer(
     "draws", None, "Monte Carlo draws per row; default: the run's", lower_bound=1, upper_bound=2**20
 )
 BATCHES = FLAGS.define_integer("batches", None, "batches of held-out rows; default: the run's", lower_bound=1)
+ROWS = FLAGS.define_integer("rows", None, "held-out rows; default --batches", lower_bound=1)
 MICROBATCHES = FLAGS.define_integer(
     "microbatches",
     None,
     "parts of a batch, one after the other; same figures, less memory; default: the run's",
     lower_bound=1,
 )
-ESTIMATOR = FLAGS.define_string("estimator", None, "l_of_L (Eq. (6), default) or bernoulli (Eq. (4): heavy-tailed)")
+ESTIMATOR = FLAGS.define_string(
+    "estimator",
+    None,
+    "l_of_L (Eq. (6), default), bernoulli (Eq. (4): heavy-tailed), chain_rule, chain_rule_reversed, "
+    "confidence_ordered, sampler or upper",
+)
 TASK = FLAGS.define_enum(
     "task",
     "validation",
@@ -65,7 +80,7 @@ def run(overrides: dict[str, str]) -> int:
 
     with processes.agreement():
         _check(run_lib.read_config(workdir))
-    flags = (STEP, DRAWS, BATCHES, MICROBATCHES, ESTIMATOR, TASK, GENERATE, *OPTIONS, opening.DTYPE)
+    flags = (STEP, DRAWS, BATCHES, ROWS, MICROBATCHES, ESTIMATOR, TASK, GENERATE, *OPTIONS, opening.DTYPE)
     settings = [flag.value for flag in flags]
     opening.require_same([mesh, *settings])
     opened = opening.open_run(workdir, STEP.value, mesh)
@@ -73,6 +88,7 @@ def run(overrides: dict[str, str]) -> int:
     with processes.agreement():
         corpus = run_lib.corpus_of_run(workdir, config, opened.tokenizer, opened.corpus_digest)
     with jax.set_mesh(opened.mesh), processes.ending_together(UserError):
+        scorer = _scorer(opened, config)
         validator = validation.Validator(
             config,
             opened.tokenizer.special,
@@ -80,8 +96,14 @@ def run(overrides: dict[str, str]) -> int:
             corpus.held_out(config, opened.tokenizer),
             opened.mesh,
             ESTIMATOR.value,
+            ROWS.value,
+            scorer,
         )
-        facts = {"step": opened.step, "task": TASK.value} | validator(opened.params)._asdict()
+        with progress.bar("rows scored") as show:
+            show = progress.with_cost(show, f"{validator.count:,} held-out rows", _passes(opened, config, validator))
+            facts = {"step": opened.step, "task": TASK.value} | validator(opened.params, show)._asdict()
+        if ESTIMATOR.value == "sampler":
+            facts["sampler"] = _of_sampler()
         if TASK.value == "dialogues":
             facts |= _of_dialogues(opened, config, corpus, validator)
     if processes.is_first():
@@ -92,17 +114,96 @@ def run(overrides: dict[str, str]) -> int:
 def _check(config: Config) -> None:
     """UserError for flags that do not go with this run, or with each other."""
     from llada.evaluation import validation
-    from llada.inference import generation
+    from llada.inference import generation, likelihood
 
-    validation.estimator_for(config, ESTIMATOR.value)
+    if _by_pairs(config):
+        likelihood.check_settings(config.model, _settings(config))
+        if ESTIMATOR.value not in likelihood.DRAWN and DRAWS.present:
+            raise UserError(f"--draws={DRAWS.value}: --estimator={ESTIMATOR.value} draws nothing")
+    else:
+        validation.estimator_for(config, ESTIMATOR.value)
+    if ROWS.value and BATCHES.value:
+        raise UserError(f"--rows={ROWS.value} and --batches={BATCHES.value} exclude each other")
     if TASK.value == "dialogues" and not config.fine_tunes:
         raise UserError(f"--task=dialogues is for fine-tuned runs; this one's data.source={config.data.source}")
     given = [flag.name for flag in OPTIONS if flag.present]
+    if ESTIMATOR.value == "sampler":
+        _check_sampler(given)
+        given = []
     if GENERATE.value and TASK.value != "dialogues":
         raise UserError(f"--generate={GENERATE.value} is for --task=dialogues")
     if given and not GENERATE.value:
         raise UserError(f"--{given[0]} says how answers are written; --generate=N, how many, is missing")
     generation.check(config, generation.Request(prompt="", **_options()))
+
+
+def _check_sampler(given: list[str]) -> None:
+    """UserError for flags, among those that say how to write, which the sampler that is scored does not have."""
+    allowed = [flag.name for flag in OF_SAMPLER]
+    if GENERATE.value:
+        raise UserError(f"--generate={GENERATE.value} and --estimator=sampler read the same flags; run one at a time")
+    if other := [name for name in given if name not in allowed]:
+        raise UserError(
+            f"--{other[0]} is not for --estimator=sampler, whose order is that of --remasking=top_probability; it "
+            f"takes --{', --'.join(allowed)}"
+        )
+
+
+OF_SAMPLER = (
+    sampling.STEPS,
+    sampling.BLOCK_LENGTH,
+    sampling.CONFIDENCE_THRESHOLD,
+    sampling.TEMPERATURE,
+    sampling.CFG_SCALE,
+)
+
+
+def _of_sampler() -> dict[str, Any]:
+    """The sampler whose likelihood is asked for; its draws have the model's own distribution unless told otherwise."""
+    given = {flag.name: flag.value for flag in OF_SAMPLER if flag.present}
+    return {"temperature": 1.0, "cfg_scale": 0.0} | given
+
+
+def _by_pairs(config: Config) -> bool:
+    """Whether `inference.likelihood` estimates the figure, and not the training's own evaluation."""
+    from llada.objectives import families
+
+    family = families.of(config)
+    return ESTIMATOR.value is not None and not family.exact and ESTIMATOR.value not in family.estimators
+
+
+def _settings(config: Config):
+    """The `LikelihoodConfig` of the flags; as many rows go through the model at once as in the run's own evaluation."""
+    from llada.inference.likelihood import LikelihoodConfig
+
+    microbatch = max(1, config.train.batch_size // config.train.microbatches)
+    return LikelihoodConfig(
+        estimator=ESTIMATOR.value or LikelihoodConfig.estimator,
+        draws=config.evaluate.draws,
+        batch_tokens=microbatch * config.data.sequence_length,
+        **(_of_sampler() if ESTIMATOR.value == "sampler" else {}),
+    )
+
+
+def _scorer(opened: "Run", config: Config):
+    """The `Scorer` of --estimator; None where it is the family's own."""
+    from llada.evaluation import likelihoods
+    from llada.inference import canvas
+
+    if not _by_pairs(config):
+        return None
+    never = canvas.forbidden_ids(opened.tokenizer, config.model.vocab_size)
+    return likelihoods.scorer(config, opened.tokenizer.special, _settings(config), never)
+
+
+def _passes(opened: "Run", config: Config, validator) -> int:
+    """How often a row goes through the model, at most."""
+    from llada.evaluation import likelihoods
+
+    if not _by_pairs(config):
+        return validator.count * validator.draws
+    pairs, _ = likelihoods.pairs_of(config, opened.tokenizer.special, validator.rows)
+    return likelihoods.cost(_settings(config), pairs)
 
 
 def _options() -> dict[str, Any]:
@@ -142,8 +243,7 @@ def _with_flags(config: Config) -> Config:
 
 
 def _print_and_save(facts: dict[str, Any], workdir: Path, config: Config) -> None:
-    text = json_files.dumps(facts, indent=2)
-    print(text, flush=True)
+    print(json_files.dumps(facts, indent=2), flush=True)
     requested = config.evaluate.batches * config.train.batch_size
     rows = facts["rows"]
     if BATCHES.value is not None and rows < requested:
@@ -151,8 +251,12 @@ def _print_and_save(facts: dict[str, Any], workdir: Path, config: Config) -> Non
             f"--batches={BATCHES.value} are {requested:,} rows; the held-out side has {rows:,}, all of them used",
             file=sys.stderr,
         )
-    path = workdir / "evaluation.json"
+    if ROWS.value is not None and rows < ROWS.value:
+        print(f"--rows={ROWS.value:,}: the held-out side has {rows:,}, all of them used", file=sys.stderr)
+    from llada.scaling import held_out
+
+    path = workdir / held_out.FILE
     try:
-        write_atomically(path, f"{text}\n".encode())
+        write_atomically(path, f"{json_files.dumps(held_out.with_earlier(facts, workdir), indent=2)}\n".encode())
     except (OSError, DiskError) as error:
         print(f"{path} could not be saved: {getattr(error, 'strerror', None) or error}", file=sys.stderr)

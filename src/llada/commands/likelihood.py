@@ -1,10 +1,12 @@
 """llada likelihood --workdir=DIR --prompt=TEXT --answer=TEXT [--draws=128 --cfg_scale=0.5 --estimator=chain_rule]
 
-log p(answer | prompt) in nats, as JSON with its standard error. A LLaDA's is a likelihood bound (LLaDA Eq. (6), on
-masks fixed by the prompt) or a chain rule; an ARM's is exact. --requests scores a JSONL file of prompts and answers
-in batches, a line of JSON for each; --rolling scores a text longer than the context. Prompt and answer are encoded as
-one text, and spaces that end the prompt count to the answer. --config.mesh.* and --dtype say how the model lies on the
-devices, and several processes may share it.
+log p(answer | prompt) in nats, as JSON with its standard error, and of what `kind` it is. A LLaDA's is a likelihood
+bound (LLaDA Eq. (6), on masks fixed by the prompt), a chain rule, or with --estimator=sampler the exact log-probability
+that llada sample --remasking=top_probability writes the answer with: --steps, --block_length, --confidence_threshold,
+--cfg_scale as there, --temperature=1 unless another is given. An ARM's is exact. --requests scores a JSONL file of
+prompts and answers in batches, a line of JSON for each; --rolling scores a text longer than the context. Prompt and
+answer are encoded as one text, and spaces that end the prompt count to the answer. --config.mesh.* and --dtype say how
+the model lies on the devices, and several processes may share it.
 """
 
 import contextlib
@@ -13,7 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llada import json_files, processes
-from llada.commands import joining, opening, progress
+from llada.commands import joining, opening, progress, sampling
 from llada.commands.command_flags import CommandFlags
 from llada.errors import UserError
 from llada.paths import readable_file
@@ -22,7 +24,7 @@ if TYPE_CHECKING:  # at run time these would import JAX, before the flags are pa
     from llada.inference.likelihood import Pair
     from llada.training.run import Run
 
-FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS)
+FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS, sampling.ORDER_FLAGS)
 WORKDIR = FLAGS.define_string("workdir", None, "a workdir of llada train")
 STEP = FLAGS.define_integer("step", None, "checkpoint to use; default the latest")
 PROMPT = FLAGS.define_string("prompt", None, "what the answer is conditioned on; default nothing")
@@ -35,12 +37,19 @@ REQUESTS = FLAGS.define_string(
     'JSONL file of requests: {"prompt": ..., "answer": ...} or prompt_ids, answer_ids as lists; -: standard input',
 )
 ESTIMATOR = FLAGS.define_string(
-    "estimator", "l_of_L", "l_of_L (Eq. (6)), bernoulli (Eq. (4)), chain_rule or confidence_ordered"
+    "estimator",
+    "l_of_L",
+    "l_of_L (Eq. (6)), bernoulli (Eq. (4)), chain_rule, chain_rule_reversed, confidence_ordered, sampler, or upper: "
+    "the bound from the other side, for short answers",
 )
-DRAWS = FLAGS.define_integer("draws", 128, "masks per answer; answers with fewer masks than that are enumerated")
+DRAWS = FLAGS.define_integer(
+    "draws", 128, "masks per answer (upper: orders); answers with fewer masks than that are enumerated"
+)
+TEMPERATURE = FLAGS.define_float("temperature", 1.0, "of the draws of --estimator=sampler; above 0")
 CFG_SCALE = FLAGS.define_float("cfg_scale", 0.0, "classifier-free guidance w of LLaDA Eq. (16); 0 is off")
 ROLLING = FLAGS.define_bool("rolling", False, "score a long answer window by window, each given what came before it")
 WINDOW = FLAGS.define_integer("window", None, "tokens per window of --rolling; default half the context")
+OF_SAMPLER = (sampling.STEPS, sampling.BLOCK_LENGTH, sampling.CONFIDENCE_THRESHOLD)
 BATCH_TOKENS = FLAGS.define_integer("batch_tokens", None, "tokens per forward pass; default by device", lower_bound=1)
 
 
@@ -67,7 +76,7 @@ def run(overrides: dict[str, str]) -> int:
     joining.join()
     import jax
 
-    from llada.inference import likelihood
+    from llada.inference import canvas, likelihood
     from llada.training import run as run_lib
 
     settings = likelihood.LikelihoodConfig(
@@ -75,6 +84,10 @@ def run(overrides: dict[str, str]) -> int:
         draws=DRAWS.value,
         cfg_scale=CFG_SCALE.value,
         batch_tokens=BATCH_TOKENS.value,
+        steps=sampling.STEPS.value,
+        block_length=sampling.BLOCK_LENGTH.value,
+        temperature=TEMPERATURE.value,
+        confidence_threshold=sampling.CONFIDENCE_THRESHOLD.value,
     )
     model = run_lib.read_config(WORKDIR.value).model
     likelihood.check_settings(model, settings)
@@ -85,15 +98,20 @@ def run(overrides: dict[str, str]) -> int:
     opened = opening.open_run(WORKDIR.value, STEP.value, mesh)
     pairs = [_pair(opened, request) for request in requests]
     params, special = opened.params, opened.tokenizer.special
+    never = canvas.forbidden_ids(opened.tokenizer, model.vocab_size)
     with jax.set_mesh(opened.mesh), processes.ending_together(UserError), progress.bar("rows scored") as show:
         if ROLLING.value:
             results = [
-                likelihood.rolling(model, params, pair.answer, special, settings, WINDOW.value, show) for pair in pairs
+                likelihood.rolling(model, params, pair.answer, special, settings, WINDOW.value, show, never)
+                for pair in pairs
             ]
         else:
-            results = likelihood.log_likelihoods(model, params, pairs, special, settings, show)
+            passes = 0 if model.causal else sum(likelihood.passes(settings, len(pair.answer)) for pair in pairs)
+            show = progress.with_cost(show, f"{len(pairs):,} answers", passes)
+            results = likelihood.log_likelihoods(model, params, pairs, special, settings, show, never)
     for result in results if processes.is_first() else ():
-        values = result._asdict() | {"nats_per_token": -result.log_likelihood / result.tokens}
+        nats_per_token = -result.log_likelihood / result.tokens
+        values = result._asdict() | {"nats_per_token": nats_per_token, "kind": result.kind}
         print(json_files.dumps({"step": opened.step, **values}, indent=None if REQUESTS.value else 2))
     return 0
 
@@ -113,12 +131,14 @@ def _pair(opened: "Run", request: _Request) -> "Pair":
 
 def _refuse_idle_flags(causal: bool) -> None:
     """UserError for flags that were given and would change nothing."""
-    for flag in (DRAWS, ESTIMATOR):
+    for flag in (DRAWS, ESTIMATOR, TEMPERATURE, *OF_SAMPLER):
         if causal and flag.present:
             raise UserError(f"--{flag.name}={flag.value} is for diffusion models; this ARM's likelihood is exact")
-    if DRAWS.present and ESTIMATOR.value in ("chain_rule", "confidence_ordered"):
+    from llada.inference import likelihood
+
+    if DRAWS.present and ESTIMATOR.value not in likelihood.DRAWN:
         raise UserError(
-            f"--draws={DRAWS.value} is for --estimator=l_of_L and bernoulli; {ESTIMATOR.value} draws nothing"
+            f"--draws={DRAWS.value} is for --estimator={', '.join(likelihood.DRAWN)}; {ESTIMATOR.value} draws nothing"
         )
 
 

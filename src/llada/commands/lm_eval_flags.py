@@ -33,7 +33,7 @@ CHAT = FLAGS.define_bool("chat", False, "contexts are dialogues, in the model's 
 TEMPLATE = FLAGS.define_string("template", None, "plain, llada or a Jinja file instead of the model's own; with --chat")
 SYSTEM = FLAGS.define_string("system", None, "a text before all contexts; with --chat the system message")
 ESTIMATOR = FLAGS.define_string(
-    "estimator", "l_of_L", "of log-likelihoods: l_of_L (Eq. (6)), bernoulli (Eq. (4)), chain_rule, confidence_ordered"
+    "estimator", "l_of_L", "of log-likelihoods: l_of_L (Eq. (6)), bernoulli (Eq. (4)), chain_rule, sampler, ..."
 )
 DRAWS = FLAGS.define_integer("draws", 128, "masks per answer; answers with fewer masks than that are enumerated")
 GEN_LENGTH = FLAGS.define_integer("gen_length", None, "tokens to write; default the task's max_gen_toks")

@@ -65,3 +65,27 @@ def line() -> Iterator[Line]:
         console = Console(file=stream, highlight=False)
         with console.status("") as status:
             yield Line(status.update, lambda text: console.print(text, markup=False, soft_wrap=True))
+
+
+_WORTH_SAYING = 1000  # forward passes of a row
+
+
+def with_cost(show: Callable[[int, int], None] | None, what: str, passes: int) -> Callable[[int, int], None] | None:
+    """`show`, with lines that stay: how many forward passes of a row are ahead, and after two batches their seconds.
+
+    The first batch is compiled as well, so the second one is timed. Nothing is said of work that is soon done.
+    """
+    if show is None or passes < _WORTH_SAYING:
+        return show
+    print(f"{what}: at most {passes:,} forward passes of a row", file=sys.stderr, flush=True)
+    seen: list[tuple[float, int]] = []
+
+    def timed(done: int, total: int) -> None:
+        seen.append((time.monotonic(), done))
+        if len(seen) == 2 and done < total:
+            (start, before), (now, _) = seen
+            left = (now - start) / (done - before) * (total - done)
+            print(f"{what}: about {left:.0f} seconds more", file=sys.stderr, flush=True)
+        show(done, total)
+
+    return timed

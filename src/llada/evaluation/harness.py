@@ -120,8 +120,8 @@ class Harness:
         self.cache: RequestCache | None = None
         self._progress = progress
         model = run.config.model
-        forbidden_V = canvas.forbidden_ids(run.tokenizer, model.vocab_size)
-        self._forbidden_F = forbidden_list(forbidden_V, run.tokenizer.special.mask)
+        self._forbidden_V = canvas.forbidden_ids(run.tokenizer, model.vocab_size)
+        self._forbidden_F = forbidden_list(self._forbidden_V, run.tokenizer.special.mask)
 
     def score(self, requests: Sequence[tuple[Text, str]], settings: Sequence[Settings]) -> list[Scored]:
         """log p(answer | context) of each, with the settings of each. UserError for an answer that fits no context."""
@@ -243,7 +243,9 @@ class Harness:
             scoring = LikelihoodConfig(batch_tokens=settings.scoring.batch_tokens) if model.causal else settings.scoring
             for portion in self._portions(list(group), scoring.batch_tokens or scoring_tokens(full=True)):
                 pairs = [pair for job in portion for pair in job.pairs]
-                scores = likelihood.log_likelihoods(model, params, pairs, special, scoring, full=True)
+                scores = likelihood.log_likelihoods(
+                    model, params, pairs, special, scoring, forbidden_V=self._forbidden_V, full=True
+                )
                 own = np.zeros(len(pairs), bool)
                 if settings.greedy:
                     own = greedy.are_greedy(model, params, pairs, special, self._forbidden_F, scoring)
@@ -303,7 +305,7 @@ class Harness:
         rows = tokens = 0
         for pair in job.pairs:
             A, L = len(pair.answer), padded_length(len(pair.prompt) + len(pair.answer))
-            ordered = scoring.estimator == "confidence_ordered"
+            ordered = scoring.estimator in likelihood.ORDERED
             each = 1 if causal else A if ordered else most_rows(A, scoring.estimator, scoring.draws)
             each += (1 if causal else A) * job.settings.greedy
             each *= 2 if scoring.cfg_scale and not causal else 1

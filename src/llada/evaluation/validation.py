@@ -6,6 +6,7 @@ Draws are fixed by (row, draw): the same masks for every checkpoint, model and b
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ class Validation(NamedTuple):
     monte_carlo_stderr  over draws, the rows given: how far from that of these rows; it is what runs differ by; nan for
                         one draw
     perplexity          inf above 709 nats
-    kind                bound | NLL; `estimator` says how it was estimated
+    kind                bound | NLL, or of a `Scorer` its own; `estimator` says how it was estimated
     tokens              of the rows; of examples, of their answers
     eval_rows_digest    of the rows: figures of equal digests and draws compare in pairs
     """
@@ -49,6 +50,20 @@ class Validation(NamedTuple):
     eval_rows_digest: str
 
 
+class Scorer(NamedTuple):
+    """Another way to the nats of held-out rows than the family's own (`likelihoods.scorer`).
+
+    kind   what its figure is
+    draws  Monte Carlo draws per row; 0 where nothing is drawn
+    nats   `(params, rows, progress) -> (nats_N, variance_N)`, the Monte Carlo variance of each
+    """
+
+    estimator: str
+    kind: str
+    draws: int
+    nats: Callable
+
+
 class Validator:
     """Compiled once, called at every evaluation of a run. Call it inside the mesh it was made for."""
 
@@ -60,41 +75,47 @@ class Validator:
         held_out: np.ndarray | CheckedRows | HeldOut,
         mesh: jax.sharding.Mesh,
         estimator: str | None = None,
+        rows: int | None = None,
+        scorer: Scorer | None = None,
     ):
-        """Take the held-out side: rows (N, L), or examples whose answers are to be predicted."""
-        self.estimator = estimator_for(config, estimator)
-        self.family = families.of(config)
-        self.draws = 1 if self.family.exact else config.evaluate.draws
+        """Take the held-out side: rows (N, L), or examples whose answers are to be predicted.
+
+        rows    how many of them, instead of the config's; spread over the whole side, too
+        scorer  instead of `estimator`
+        """
+        self.family, self.scorer = families.of(config), scorer
+        self.estimator = scorer.estimator if scorer else estimator_for(config, estimator)
+        self.kind = scorer.kind if scorer else self.family.measure
+        self.draws = scorer.draws if scorer else 1 if self.family.exact else config.evaluate.draws
         self.mesh = mesh
         if len(held_out) == 0:
             raise DataError("there are no held-out rows; see --config.data.holdout_fraction")
         # As many rows as the config asks for, on any mesh; how many are done at once is another matter.
-        self.count = min(config.evaluate.batches * config.train.batch_size, len(held_out))
+        self.count = min(rows or config.evaluate.batches * config.train.batch_size, len(held_out))
         self.batch = rows_at_once(config, mesh, self.count)
         # Neighbouring rows come from one document; rows spread over the whole side are closer to independent.
-        rows = held_out[np.linspace(0, len(held_out) - 1, self.count).astype(int)]
-        tokens_NL = rows.tokens_BL if isinstance(rows, Examples) else np.asarray(rows, np.int32)
-        self.rows = rows if isinstance(rows, Examples) else tokens_NL
+        read = held_out[np.linspace(0, len(held_out) - 1, self.count).astype(int)]
+        tokens_NL = read.tokens_BL if isinstance(read, Examples) else np.asarray(read, np.int32)
+        self.rows = read if isinstance(read, Examples) else tokens_NL
         if (most := int(tokens_NL.max())) >= len(token_bytes_V):
             raise DataError(f"the held-out rows have id {most}, and the tokenizer {len(token_bytes_V)} ids")
         self.rows_digest = chain_digest("", *jax.tree.leaves(self.rows))
         # Nats are given per token of an answer, whatever padding is predicted with it: that has no text.
-        answers_NL = rows.role_BL == ANSWER if isinstance(rows, Examples) else np.ones(tokens_NL.shape, bool)
+        answers_NL = read.role_BL == ANSWER if isinstance(read, Examples) else np.ones(tokens_NL.shape, bool)
         self.length_N = answers_NL.sum(axis=1)
         self.bytes = float((token_bytes_V[tokens_NL] * answers_NL).sum())
-        self.nats = jitted(config, special, mesh, self.estimator)
+        if scorer is None:
+            self.nats = jitted(config, special, mesh, self.estimator)
 
-    def __call__(self, params: transformer.Parameters) -> Validation:
-        """Evaluate `params` on the held-out rows."""
+    def __call__(
+        self, params: transformer.Parameters, progress: Callable[[int, int], None] | None = None
+    ) -> Validation:
+        """Evaluate `params` on the held-out rows. `progress(done, total)` counts rows that went through the model."""
         N = self.count
-        of_batches = []
-        for start in range(0, N, self.batch):
-            index_B = np.arange(start, start + self.batch)
-            # The last batch wraps; its surplus is dropped.
-            rows = jax.tree.map(operator.itemgetter(index_B % N), self.rows)
-            rows = mesh_lib.shard_batch(self.mesh, rows, np.arange(self.batch), self.batch)
-            of_batches.append([np.asarray(x_B, np.float64) for x_B in self.nats(params, rows, index_B)])
-        nats_N, variance_N = (np.concatenate(x)[:N] for x in zip(*of_batches, strict=True))
+        if self.scorer is not None:
+            nats_N, variance_N = self.scorer.nats(params, self.rows, progress)
+        else:
+            nats_N, variance_N = self._of_batches(params, progress)
         length = float(self.length_N.mean())
         mean = float(nats_N.mean() / length)
         return Validation(
@@ -104,13 +125,27 @@ class Validator:
             monte_carlo_stderr=float(math.sqrt(variance_N.sum()) / N / length),
             bits_per_byte=float(nats_N.sum() / self.bytes / math.log(2)) if self.bytes else math.nan,
             perplexity=perplexity(mean),
-            kind=self.family.measure,
+            kind=self.kind,
             estimator=self.estimator,
             rows=N,
             tokens=int(self.length_N.sum()),
             draws=self.draws,
             eval_rows_digest=self.rows_digest,
         )
+
+    def _of_batches(self, params, progress) -> tuple[np.ndarray, np.ndarray]:
+        """`(nats_N, variance_N)` by the family's own estimator."""
+        N, of_batches = self.count, []
+        for start in range(0, N, self.batch):
+            index_B = np.arange(start, start + self.batch)
+            # The last batch wraps; its surplus is dropped.
+            rows = jax.tree.map(operator.itemgetter(index_B % N), self.rows)
+            rows = mesh_lib.shard_batch(self.mesh, rows, np.arange(self.batch), self.batch)
+            of_batches.append([np.asarray(x_B, np.float64) for x_B in self.nats(params, rows, index_B)])
+            if progress is not None:
+                progress(min(start + self.batch, N), N)
+        nats_N, variance_N = (np.concatenate(x)[:N] for x in zip(*of_batches, strict=True))
+        return nats_N, variance_N
 
 
 def estimator_for(config: Config, asked: str | None = None) -> str:

@@ -20,6 +20,7 @@ from llada.inference.choice import choose, equalize_if_blank
 from llada.inference.compiled_loop import Array
 from llada.inference.likelihood import LikelihoodConfig
 from llada.inference.mask_plans import Pair, single_row
+from llada.inference.row_batches import Row, Rows, values_of_rows
 from llada.model import transformer
 from llada.objectives import autoregressive
 from llada.objectives.contract import SpecialTokens, is_valid
@@ -42,10 +43,11 @@ def are_greedy(
     for pair in pairs:
         likelihood.check_pair(config, pair, special)
         plan = single_row(len(pair.answer), masked=not config.causal)
-        rows.append(likelihood.Row(pair, plan.masked_RA[0], plan.scored_RA[0]))
+        rows.append(Row(pair, plan.masked_RA[0], plan.scored_RA[0]))
     same = matches_left_to_right if config.causal else matches_by_confidence
-    program = functools.partial(same, config, special, settings.cfg_scale, params, np.asarray(forbidden_F))
-    return likelihood.values_of_rows(program, rows, settings.batch_tokens or scoring_tokens(True), full=True) > 0
+    of_batch = functools.partial(same, config, special, settings.cfg_scale, params, np.asarray(forbidden_F))
+    batch_tokens = settings.batch_tokens or scoring_tokens(True)
+    return values_of_rows(lambda _, *batch: of_batch(*batch), rows, batch_tokens, full=True) > 0
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -56,7 +58,7 @@ def matches_left_to_right(
     params: transformer.Parameters,
     forbidden_F: Array,
     tokens_BL: Array,
-    rows: likelihood.Rows,
+    rows: Rows,
 ) -> jax.Array:
     """Of an ARM: 1 where each scored token is the most likely one, else 0; one pass. It knows no `scale`."""
     inputs_BL = autoregressive.shift_right(mesh_lib.constrain(tokens_BL, "BL"), special.start)
@@ -73,7 +75,7 @@ def matches_by_confidence(
     params: transformer.Parameters,
     forbidden_F: Array,
     tokens_BL: Array,
-    rows: likelihood.Rows,
+    rows: Rows,
 ) -> jax.Array:
     """Of a mask predictor: 1 where each step writes the answer's token, else 0; a pass a token until one differs."""
     head_VD = transformer.head(config, params)

@@ -1,14 +1,14 @@
-"""log p(answer | prompt): Monte Carlo bounds, chain rules in two orders, and the ARM's exact value.
+"""log p(answer | prompt): Monte Carlo bounds, chain rules, exact values under samplers, and the ARM's exact value.
 
 Every estimator turns a pair into rows, the answer with some of its tokens masked, of which some are scored
-(`mask_plans`); `confidence_ordered` alone finds its masks as it goes, in one row. Rows of all pairs are batched
-together by length; a result does not depend on the batch that it was computed in.
+(`mask_plans`); `sampler` and its special case `confidence_ordered` find their masks as they go, in one row (`orders`).
+Rows of all pairs are batched together by length; a result does not depend on the batch that it was computed in.
 Shapes: B rows of a batch, L tokens, A answer tokens, R rows of one pair.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,19 +19,31 @@ import numpy as np
 from llada import mesh as mesh_lib
 from llada.config import ModelConfig
 from llada.errors import UserError
-from llada.inference import guidance
-from llada.inference.choice import choose, equalize_if_blank
-from llada.inference.compiled_loop import Array
-from llada.inference.mask_plans import Pair, Plan, make_plan, padded_length, single_row
+from llada.inference import guidance, orders
+from llada.inference.compiled_loop import Array, forbidden_list
+from llada.inference.mask_plans import OrdersPlan, Pair, Plan, make_plan, single_row
+from llada.inference.row_batches import OnRows, Row, Rows, values_of_rows
 from llada.inference.settings import check_guidance, check_types
-from llada.model import transformer
+from llada.model import cached, transformer
 from llada.objectives import autoregressive, diffusion
-from llada.objectives.contract import SpecialTokens, is_valid
+from llada.objectives.contract import SpecialTokens
 from llada.objectives.vocabulary_head import scoring_rows, scoring_tokens, weighted_nats
 
-ESTIMATORS = (*diffusion.ESTIMATORS, "chain_rule", "confidence_ordered")
+ORDERED = ("confidence_ordered", "sampler")  # by rows that find their masks as they go
+DRAWN = (*diffusion.ESTIMATORS, "upper")
+ESTIMATORS = (*diffusion.ESTIMATORS, "chain_rule", "chain_rule_reversed", *ORDERED, "upper")
+
+# What an estimate is, of the negative log-likelihood. A bound, from above or below, is one on the mean over all orders
+# (LLaDA Eq. (15)); the exact ones are exact under a distribution of their own each, and not ordered among themselves.
+KINDS = dict.fromkeys(diffusion.ESTIMATORS, "bound") | {
+    "chain_rule": "exact in its order",
+    "chain_rule_reversed": "exact in its order",
+    "confidence_ordered": "exact in its order",
+    "sampler": "exact under its sampler",
+    "upper": "bound from below",
+    "exact": "NLL",
+}
 MOST_DRAWS = 65_536  # of an answer as long as a context, their masks are some gigabytes
-OnRows = Callable[[int, int], None]  # (rows done, of so many)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +52,16 @@ class LikelihoodConfig:
 
     estimator      l_of_L: the bound of LLaDA Eq. (6); bernoulli: that of Eq. (4), weights 1/t;
                    chain_rule: sum of log p(a_i | prompt, a_<i), what follows being masked;
+                   chain_rule_reversed: sum of log p(a_i | prompt, a_>i), what precedes being masked;
                    confidence_ordered: the chain rule in the order of the model's own confidence, which at every step
-                   reveals the position whose most likely token is the most probable
+                   reveals the position whose most likely token is the most probable;
+                   sampler: what `llada sample --remasking=top_probability` writes this answer with (`orders`), over the
+                   ids that it may write; the others count the mask token's probability as lost;
+                   upper: the log-likelihood from above, of the mean over all orders (`mask_plans.OrdersPlan`)
     draws          masks per answer, stratified over l (or t). An answer so short that it has no more masks than that
-                   is enumerated by l_of_L: its bound is then exact; one draw is exact for one token
+                   is enumerated by l_of_L: its bound is then exact; one draw is exact for one token. Of upper: orders
+    steps, block_length, temperature, confidence_threshold
+                   of the sampler, as in `SamplerConfig`; None: one token a step, one block, no threshold
     cfg_scale      w of LLaDA Eq. (16); 0 is off
     batch_tokens   tokens per forward pass: rows are batched up to that many; None suits the kind of device
     """
@@ -52,6 +70,10 @@ class LikelihoodConfig:
     draws: int = 128
     cfg_scale: float = 0.0
     batch_tokens: int | None = None
+    steps: int | None = None
+    block_length: int | None = None
+    temperature: float = 1.0
+    confidence_threshold: float | None = None
 
 
 class LogLikelihood(NamedTuple):
@@ -60,7 +82,7 @@ class LogLikelihood(NamedTuple):
     stderr  over the Monte Carlo draws: 0 where nothing was drawn, NaN for a single draw
     tokens  of the answer
     draws   Monte Carlo draws, 0 where the value is exact
-    rows    how many rows went through the model; masks that were drawn twice count once
+    rows    how many rows went through the model, at most; masks that were drawn twice count once
     """
 
     log_likelihood: float
@@ -70,27 +92,10 @@ class LogLikelihood(NamedTuple):
     draws: int
     rows: int
 
-
-class Rows(NamedTuple):
-    """What a program reads of a batch of rows besides its tokens.
-
-    masked_BL, scored_BL  bool
-    open_BL               bool, the answer: what guidance's unconditional branch sees, too
-    lengths_B             int32, positions from there on are padding; None where there is none
-    """
-
-    masked_BL: Array
-    scored_BL: Array
-    open_BL: Array
-    lengths_B: Array | None
-
-
-class Row(NamedTuple):
-    """One row of a plan, on its way into a batch."""
-
-    pair: Pair
-    masked_A: np.ndarray
-    scored_A: np.ndarray
+    @property
+    def kind(self) -> str:
+        """What it is: see KINDS."""
+        return KINDS[self.estimator]
 
 
 def log_likelihoods(
@@ -100,29 +105,44 @@ def log_likelihoods(
     special: SpecialTokens,
     settings: LikelihoodConfig = LikelihoodConfig(),
     progress: OnRows | None = None,
+    forbidden_V: np.ndarray | None = None,
     full: bool = False,
 ) -> list[LogLikelihood]:
     """`log p(answer | prompt)` of every pair, in their order. UserError for one that cannot be, before any is scored.
 
-    Rows are spread over the batch axes of the mesh that is set. `progress(done, total)` counts rows. With `full` all
-    batches of a length have one size, filled up where rows are few: a pair then gets the same bits whatever the others.
+    Rows are spread over the batch axes of the mesh that is set. `progress(done, total)` counts rows. `forbidden_V`:
+    ids that `sampler` never writes, beside the mask token. With `full` all batches of a length have one size, filled up
+    where rows are few: a pair then gets the same bits whatever the others.
     """
     check_settings(config, settings)
     for pair in pairs:
         check_pair(config, pair, special)
+        if settings.estimator == "upper" and settings.draws < 2 and len(pair.answer) > 1:
+            raise UserError(
+                f"--draws={settings.draws} must be at least 2 for --estimator=upper: half of the orders choose the "
+                "bound, the others estimate it"
+            )
     if not pairs:
         return []
+    ordered = settings.estimator in ORDERED and not config.causal
+    forbidden_F = np.zeros(0, np.int32)
+    if ordered:
+        if forbidden_V is None or settings.estimator != "sampler":
+            forbidden_V = np.zeros(config.vocab_size, bool)
+        forbidden_F = forbidden_list(forbidden_V, special.mask)
+        _check_writable(pairs, forbidden_F)
+    order_of = functools.lru_cache(None)(lambda A: _order(settings, A) if ordered else (None, 0))
+    passes = [order_of(len(pair.answer))[1] for pair in pairs]
     plans = [_plan(config, pair, special, settings) for pair in pairs]
     rows = [
-        Row(pair, *row)
+        Row(pair, *row, order_of(len(pair.answer))[0])
         for pair, plan in zip(pairs, plans, strict=True)
         for row in zip(plan.masked_RA, plan.scored_RA, strict=True)
     ]
-    ordered = settings.estimator == "confidence_ordered" and not config.causal
-    program = functools.partial(order_nats if ordered else row_nats, config, special, settings.cfg_scale, params)
+    program = _program(config, special, settings.cfg_scale, params, forbidden_F if ordered else None)
     nats = values_of_rows(program, rows, settings.batch_tokens or scoring_tokens(full), progress, full)
     results, start = [], 0
-    for pair, plan in zip(pairs, plans, strict=True):
+    for pair, plan, steps in zip(pairs, plans, passes, strict=True):
         R, A = len(plan.masked_RA), len(pair.answer)
         value, stderr = plan.estimate(nats[start : start + R])
         results.append(
@@ -131,8 +151,8 @@ def log_likelihoods(
                 stderr=stderr,
                 tokens=A,
                 estimator="exact" if config.causal else settings.estimator,
-                draws=len(plan.row_M) if plan.sampled else 0,
-                rows=A if ordered else R,
+                draws=plan.draws,
+                rows=steps if ordered else R,
             )
         )
         start += R
@@ -147,6 +167,7 @@ def rolling(
     settings: LikelihoodConfig = LikelihoodConfig(),
     window: int | None = None,
     progress: OnRows | None = None,
+    forbidden_V: np.ndarray | None = None,
 ) -> LogLikelihood:
     """`log p` of a text of any length, as the sum over windows of `window` tokens (default: half the context).
 
@@ -154,7 +175,7 @@ def rolling(
     drawn independently, so their variances add.
     """
     pairs = windows(config, ids, window)
-    return joined(log_likelihoods(config, params, pairs, special, settings, progress))
+    return joined(log_likelihoods(config, params, pairs, special, settings, progress, forbidden_V))
 
 
 def windows(config: ModelConfig, ids: Sequence[int], window: int | None = None) -> list[Pair]:
@@ -195,6 +216,26 @@ def check_settings(config: ModelConfig, settings: LikelihoodConfig) -> None:
         raise UserError(f"--cfg_scale={settings.cfg_scale} needs a diffusion model; this one is an ARM")
     if config.causal and settings.estimator != LikelihoodConfig.estimator:
         raise UserError(f"--estimator={settings.estimator} is for diffusion models; this ARM's likelihood is exact")
+    if settings.estimator == "sampler":
+        orders.check_temperature(settings.temperature)
+        return
+    for name in OF_SAMPLER:
+        if (value := getattr(settings, name)) != getattr(LikelihoodConfig, name):
+            raise UserError(f"--{name}={value} is for --estimator=sampler; {settings.estimator} has no such steps")
+
+
+OF_SAMPLER = ("steps", "block_length", "temperature", "confidence_threshold")
+
+
+def passes(settings: LikelihoodConfig, A: int) -> int:
+    """How many rows of an answer of A tokens go through a diffusion model, at most. UserError as `log_likelihoods`."""
+    if settings.estimator in ORDERED:
+        rows = _order(settings, A)[1]
+    elif settings.estimator in diffusion.ESTIMATORS:
+        rows = min(settings.draws, 2**A - 1) if settings.estimator == "l_of_L" else settings.draws
+    else:
+        rows = A * settings.draws if settings.estimator == "upper" else A
+    return rows * (2 if settings.cfg_scale else 1)
 
 
 def check_pair(config: ModelConfig, pair: Pair, special: SpecialTokens) -> None:
@@ -222,61 +263,40 @@ def window_of(config: ModelConfig, window: int | None) -> int:
     return max(1, config.max_length // 2) if window is None else window
 
 
-def _plan(config: ModelConfig, pair: Pair, special: SpecialTokens, settings: LikelihoodConfig) -> Plan:
-    """The rows of a pair; one that is all masked where `order_nats` reveals it step by step."""
-    if config.causal or settings.estimator == "confidence_ordered":
+def _check_writable(pairs: Sequence[Pair], forbidden_F: np.ndarray) -> None:
+    """UserError for an answer that the sampler cannot write."""
+    for pair in pairs:
+        if len(never := np.intersect1d(pair.answer, forbidden_F)):
+            raise UserError(
+                f"token {never[0]} stands in an answer, and samplers never write it: its probability is 0 for "
+                "--estimator=sampler; use another estimator"
+            )
+
+
+def _order(settings: LikelihoodConfig, A: int) -> tuple[orders.Order, int]:
+    """The order of an answer of A tokens, and its steps at most."""
+    among_all = settings.estimator == "confidence_ordered"  # as the other estimators of one model are
+    of_sampler = (settings.temperature, settings.cfg_scale, settings.confidence_threshold)
+    return orders.order_for(A, settings.steps, settings.block_length, *of_sampler, among_all)
+
+
+def _plan(config: ModelConfig, pair: Pair, special: SpecialTokens, settings: LikelihoodConfig) -> Plan | OrdersPlan:
+    """The rows of a pair; one that is all masked where it is revealed step by step."""
+    if config.causal or settings.estimator in ORDERED:
         return single_row(len(pair.answer), masked=not config.causal)
     return make_plan(pair, settings.estimator, settings.draws, special.mask_id)
 
 
-def values_of_rows(
-    program: Callable, rows: list[Row], batch_tokens: int, progress: OnRows | None = None, full: bool = False
-) -> np.ndarray:
-    """A number for every row, by `program(tokens_BL, Rows)`, which gives one for each, on batches of rows."""
-    nats, done = np.zeros(len(rows)), 0
-    lengths = np.array([len(row.pair.prompt) + len(row.pair.answer) for row in rows])
-    for index, L in _batches(lengths, batch_tokens):
-        B = _batch_size(batch_tokens, L) if full else 1 << (len(index) - 1).bit_length()
-        nats[index] = mesh_lib.on_host(program(*_stacked([rows[i] for i in index], B, L, full)))[: len(index)]
-        done += len(index)
-        if progress is not None:
-            progress(done, len(rows))
-    return nats
+def _program(config: ModelConfig, special: SpecialTokens, scale: float, params, forbidden_F: np.ndarray | None):
+    """`(order, tokens_BL, Rows) -> nats_B`; with ids that are never written, by order."""
+    if forbidden_F is None:
+        return lambda _, tokens_BL, rows: row_nats(config, special, scale, params, tokens_BL, rows)
+    params = cached.for_decoding(params)
 
+    def by_order(order, tokens_BL, rows):
+        return orders.nats(config, special, forbidden_F, order, params, tokens_BL, rows.open_BL, rows.lengths_B)
 
-def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Pairs (indices, L): rows of similar length together, at most `batch_tokens` tokens, L few different numbers."""
-    order = np.argsort(lengths, kind="stable")
-    padded = np.array([padded_length(length) for length in lengths])
-    for L in np.unique(padded):
-        indices = order[padded[order] == L]
-        size = _batch_size(batch_tokens, L)
-        for start in range(0, len(indices), size):
-            yield indices[start : start + size], int(L)
-
-
-def _batch_size(batch_tokens: int, L: int) -> int:
-    """Rows of a full batch: a power of two."""
-    return 1 << (max(1, batch_tokens // int(L)).bit_length() - 1)
-
-
-def _stacked(rows: list[Row], B: int, L: int, full: bool) -> tuple[np.ndarray, Rows]:
-    """The rows as a batch of B rows of L tokens. Rows that fill it up score nothing.
-
-    B, a power of two (few shapes, few compilations), is rounded up to the devices of the mesh. With `full` lengths are
-    given even where all are L, so that there is one program for each L.
-    """
-    B = mesh_lib.local_batch(B, jax.sharding.get_abstract_mesh())
-    tokens_BL = np.zeros((B, L), np.int32)
-    masked_BL, scored_BL, open_BL = (np.zeros((B, L), bool) for _ in range(3))
-    lengths_B = np.full(B, L, np.int32)
-    for b, (pair, masked_A, scored_A) in enumerate(rows):
-        start, end = len(pair.prompt), len(pair.prompt) + len(pair.answer)
-        tokens_BL[b, :start], tokens_BL[b, start:end] = pair.prompt, pair.answer
-        masked_BL[b, start:end], scored_BL[b, start:end] = masked_A, scored_A
-        open_BL[b, start:end], lengths_B[b] = True, end
-    padded = full or bool((lengths_B != L).any())
-    return tokens_BL, Rows(masked_BL, scored_BL, open_BL, lengths_B if padded else None)
+    return by_order
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -299,40 +319,6 @@ def row_nats(
         head_VD = transformer.head(config, params)
         _, nats_BL = weighted_nats(hidden_BLD, head_VD, tokens_BL, scored_BL.astype(jnp.float32), scoring_rows())
         return jnp.sum(nats_BL, axis=1)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def order_nats(
-    config: ModelConfig,
-    special: SpecialTokens,
-    scale: float,
-    params: transformer.Parameters,
-    tokens_BL: Array,
-    rows: Rows,
-) -> jax.Array:
-    """`nats_B`: the chain rule over the open positions, in the order of the model's confidence.
-
-    All of them are masked at first; each step scores the most confident one and reveals its true token. The order never
-    depends on a token that is not revealed yet, so this is the likelihood under a proper distribution over texts.
-    """
-    head_VD = transformer.head(config, params)
-    forbidden_F = jnp.array([special.mask_id])
-    inside_BL = is_valid(tokens_BL, rows.lengths_B)
-
-    def step(carry):
-        masked_BL, nats_B = carry
-        inputs_BL = jnp.where(masked_BL, special.mask_id, tokens_BL)
-        hidden_BLD = guided_hidden(config, special, scale, params, inputs_BL, rows.open_BL, rows.lengths_B)
-        confidence_BL = choose(hidden_BLD, head_VD, masked_BL, forbidden_F, temperature=0).confidence_BK
-        confidence_BL = equalize_if_blank(confidence_BL, inside_BL & ~masked_BL)
-        best_B1 = jnp.argmax(jnp.where(masked_BL, confidence_BL, -jnp.inf), axis=1, keepdims=True)
-        revealed_BL = (jnp.arange(masked_BL.shape[1])[None, :] == best_B1) & masked_BL
-        _, nats_BL = weighted_nats(hidden_BLD, head_VD, tokens_BL, revealed_BL.astype(jnp.float32), scoring_rows())
-        return masked_BL & ~revealed_BL, nats_B + jnp.sum(nats_BL, axis=1)
-
-    with jax.named_scope("likelihood_order"):
-        start = (jnp.asarray(rows.open_BL), jnp.zeros(len(tokens_BL)))
-        return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), step, start)[1]
 
 
 def guided_hidden(config, special, scale, params, inputs_BL, open_BL, lengths_B) -> jax.Array:

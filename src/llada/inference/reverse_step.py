@@ -21,9 +21,9 @@ import jax.numpy as jnp
 
 from llada.config import ModelConfig
 from llada.inference import guidance
-from llada.inference.choice import Choice, choose, equalize_if_blank, position_keys
+from llada.inference.choice import Choice, choose, equalize_if_blank, position_keys, score
 from llada.inference.compiled_loop import Array, Observer, report
-from llada.inference.settings import SamplerConfig
+from llada.inference.settings import RANKED, SamplerConfig
 from llada.model import cached, transformer
 from llada.model.layers import take
 from llada.objectives.contract import SpecialTokens, is_valid
@@ -37,6 +37,7 @@ class Setup(NamedTuple):
 
     blocks   of every row; each gets `steps / blocks` steps
     suffix   positions from a block's start to the end of the canvas, at most: what a prefix-cached pass computes
+    among_all  where a text is scored: over all ids, not over those only that may be written
     """
 
     config: ModelConfig
@@ -45,6 +46,7 @@ class Setup(NamedTuple):
     blocks: int
     suffix: int
     observe: Observer | None = None
+    among_all: bool = False
 
     @property
     def steps_per_block(self) -> int:
@@ -59,12 +61,14 @@ class Rows(NamedTuple):
     seed_B       uint32, of each row's noise
     forbidden_F  int32, ids that are never written
     lengths_B    int32, positions from there on are padding; None where there is none
+    text_BL      int32, a text to be scored: its tokens are written, and none are drawn
     """
 
     open_BL: Array
     seed_B: Array
     forbidden_F: Array
     lengths_B: Array | None
+    text_BL: Array | None = None
 
 
 class Task(NamedTuple):
@@ -93,17 +97,20 @@ class Canvas(NamedTuple):
     tokens_BL  the mask token where none is written yet
     step_BL    at which step each token was written, -1 where none was
     done_B1    how many steps the present block has had
+    log_p_BL   of a text that is scored, log p of each token at its step; 0 where none is written yet
     """
 
     tokens_BL: jax.Array
     step_BL: jax.Array
     done_B1: jax.Array
+    log_p_BL: jax.Array | None = None
 
 
-def new_canvas(tokens_BL: Array) -> Canvas:
+def new_canvas(tokens_BL: Array, scored: bool = False) -> Canvas:
     """The canvas before its first step; open positions of `tokens_BL` (int32) hold the mask token."""
     B, L = tokens_BL.shape
-    return Canvas(jnp.asarray(tokens_BL), jnp.full((B, L), -1, jnp.int32), jnp.zeros((B, 1), jnp.int32))
+    log_p_BL = jnp.zeros((B, L), jnp.float32) if scored else None
+    return Canvas(jnp.asarray(tokens_BL), jnp.full((B, L), -1, jnp.int32), jnp.zeros((B, 1), jnp.int32), log_p_BL)
 
 
 def reverse_step(task: Task, block: Block, canvas: Canvas) -> Canvas:
@@ -141,12 +148,21 @@ def hidden_states(task: Task, tokens_BL: jax.Array, at_BK: jax.Array) -> jax.Arr
 
 
 def choose_tokens(task: Task, block: Block, canvas: Canvas, hidden_BKD: jax.Array) -> Choice:
-    """A token and its confidence for every masked position of the block; entries of other positions are arbitrary."""
+    """A token and its confidence for every masked position of the block; entries of other positions are arbitrary.
+
+    Of a text that is scored it is the text's token, with its log-probability.
+    """
     temperature, rows = task.setup.settings.temperature, task.rows
+    by_canvas = task.setup.settings.remasking == "top_probability"
     with jax.named_scope("choose_tokens"):
-        masked_BK, keys_BK = masked(task, block, canvas), _keys(task, block, canvas, _DRAW)
-        choice = choose(hidden_BKD, task.head_VD, masked_BK, rows.forbidden_F, temperature, keys_BK)
-        if temperature > 0:
+        masked_BK, needs = masked(task, block, canvas), (hidden_BKD, task.head_VD)
+        if rows.text_BL is None:
+            keys_BK = _keys(task, block, canvas, _DRAW)
+            choice = choose(*needs, masked_BK, rows.forbidden_F, temperature, keys_BK, by_canvas)
+        else:
+            text_BK = take(rows.text_BL, block.position_BK)
+            choice = score(*needs, masked_BK, rows.forbidden_F, temperature, text_BK, task.setup.among_all)
+        if temperature > 0 and not by_canvas:
             return choice
         visible_BL = (canvas.tokens_BL != task.setup.special.mask_id) & is_valid(canvas.tokens_BL, rows.lengths_B)
         return choice._replace(confidence_BK=equalize_if_blank(choice.confidence_BK, visible_BL))
@@ -157,7 +173,7 @@ def select_positions(task: Task, block: Block, canvas: Canvas, choice: Choice) -
     settings = task.setup.settings
     masked_BK = masked(task, block, canvas)
     steps_left_B1 = task.setup.steps_per_block - canvas.done_B1
-    if settings.remasking == "low_confidence":
+    if settings.remasking in RANKED:
         score_BK = choice.confidence_BK
         if settings.eos == "no_confidence":
             is_end_BK = jnp.isin(choice.token_BK, jnp.array(task.setup.special.ends))
@@ -182,10 +198,12 @@ def advance(task: Task, block: Block, canvas: Canvas, choice: Choice) -> Canvas:
         selected_BK = select_positions(task, block, canvas, choice)
     B, L = canvas.tokens_BL.shape
     at = (jnp.arange(B)[:, None], jnp.where(selected_BK, block.position_BK, L))
+    log_p_BL = canvas.log_p_BL
     return Canvas(
         canvas.tokens_BL.at[at].set(choice.token_BK, mode="drop"),
         canvas.step_BL.at[at].set(block.first_step + canvas.done_B1, mode="drop"),
         canvas.done_B1 + 1,
+        None if log_p_BL is None else log_p_BL.at[at].set(choice.log_p_BK, mode="drop"),
     )
 
 

@@ -76,6 +76,26 @@ def fill_blocks(
     setup: Setup, params: transformer.Parameters, canvas_BL: Array, rows: Rows
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The compiled loop of `reverse_process`: tokens and steps as there, and the number of forward passes."""
+    canvas, passes = _filled(setup, params, new_canvas(canvas_BL), rows)
+    return canvas.tokens_BL, canvas.step_BL, passes
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score_blocks(
+    setup: Setup, params: transformer.Parameters, canvas_BL: Array, rows: Rows
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same loop where the text of `rows` is written: `log_p_BL` of its tokens, their steps, and forward passes.
+
+    Sums over a row are the text's log-probability where the order does not depend on what is drawn: with
+    `remasking="top_probability"` (DUEL, arXiv 2603.01367).
+    """
+    canvas, passes = _filled(setup, params, new_canvas(canvas_BL, scored=True), rows)
+    assert canvas.log_p_BL is not None  # it was scored
+    return canvas.log_p_BL, canvas.step_BL, passes
+
+
+def _filled(setup: Setup, params: transformer.Parameters, canvas: Canvas, rows: Rows) -> tuple[Canvas, jax.Array]:
+    """The canvas, filled block by block, and the forward passes."""
     task = Task(setup, params, transformer.head(setup.config, params), rows)
     fill_block = _block_filler(setup.settings)
     K = setup.settings.block_length
@@ -87,8 +107,7 @@ def fill_blocks(
         block = Block(position_BK, index * setup.steps_per_block)
         return fill_block(task, block, canvas._replace(done_B1=jnp.zeros_like(canvas.done_B1)), passes)
 
-    canvas, passes = jax.lax.fori_loop(0, setup.blocks, fill_next, (new_canvas(canvas_BL), jnp.int32(0)))
-    return canvas.tokens_BL, canvas.step_BL, passes
+    return jax.lax.fori_loop(0, setup.blocks, fill_next, (canvas, jnp.int32(0)))
 
 
 def _block_filler(settings: SamplerConfig) -> Callable[..., tuple[Canvas, jax.Array]]:

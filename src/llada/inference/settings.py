@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from llada.errors import UserError
 
-REMASKING = ("low_confidence", "random", "random_binomial")
+REMASKING = ("low_confidence", "top_probability", "random", "random_binomial")
+RANKED = REMASKING[:2]  # by confidence
 CACHES = ("none", "prefix", "dual")
 EOS = ("keep", "no_logits", "no_confidence")
 
@@ -31,6 +32,9 @@ class SamplerConfig:
     cfg_scale      w of classifier-free guidance without labels: LLaDA Eq. (16); 0 is off
     remasking      which predictions a step writes; the others stay masked:
                      low_confidence   an equal quota per step, the most probable ones (Algorithm 5)
+                     top_probability  the same quota, where the most likely token is the most probable, whichever token
+                                      is drawn there: the order follows from the canvas alone, so that texts have an
+                                      exact likelihood (DUEL, arXiv 2603.01367); at temperature 0 it is low_confidence
                      random           the same quota, any of them (the published code's "random")
                      random_binomial  each with probability 1 - s/t (Algorithm 4 of the paper)
     eos            keep; no_logits: end tokens are never written; no_confidence: they are written last in their block
@@ -64,9 +68,14 @@ def check(settings: SamplerConfig, open_count: int) -> None:
     threshold = settings.confidence_threshold
     if threshold is not None and not 0 < threshold <= 1:
         raise UserError(f"--confidence_threshold={threshold} must be a probability above 0, at most 1")
-    if settings.remasking != "low_confidence" and (threshold is not None or settings.eos == "no_confidence"):
+    if settings.remasking not in RANKED and (threshold is not None or settings.eos == "no_confidence"):
         flag = "--eos=no_confidence" if threshold is None else f"--confidence_threshold={threshold}"
         raise UserError(f"{flag} ranks by confidence; --remasking={settings.remasking} does not: use low_confidence")
+    if settings.eos == "no_confidence" and settings.remasking != "low_confidence":
+        raise UserError(
+            f"--eos=no_confidence ranks by the token that is drawn, --remasking={settings.remasking} by the canvas "
+            "alone: use low_confidence"
+        )
     if not 1 <= settings.speculate <= MOST_SPECULATION:
         raise UserError(f"--speculate={settings.speculate} must be between 1 (off) and {MOST_SPECULATION}")
     if settings.speculate > 1 and settings.cache != "none":

@@ -51,7 +51,7 @@ def fill_block(task: Task, block: Block, canvas: Canvas, passes: jax.Array) -> t
         all_canvas = jax.tree.map(lambda *x: jnp.concatenate(x), *drafts)
         hidden_BKD = hidden_states(all_task, all_canvas.tokens_BL, all_block.position_BK)
         all_choice = choose_tokens(all_task, all_block, all_canvas, hidden_BKD)
-        choices = [Choice(*x) for x in zip(*(jnp.split(x, copies) for x in all_choice), strict=True)]
+        choices = [Choice(*x) for x in zip(*(jnp.split(x, copies) for x in all_choice[:2]), strict=True)]
         canvas, choice = _confirm(task, block, canvas, choice, drafts, choices)
         is_over = report(task.setup.observe, canvas.tokens_BL, canvas.step_BL, jnp.max(canvas.step_BL))
         return end_if(task, is_over, canvas), passes + 1, choice

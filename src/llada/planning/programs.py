@@ -16,7 +16,7 @@ from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.errors import UserError
 from llada.evaluation import validation
-from llada.inference import ancestral, likelihood, sampler
+from llada.inference import ancestral, likelihood, row_batches, sampler
 from llada.inference import settings as settings_lib
 from llada.model import transformer
 from llada.objectives import vocabulary_head
@@ -217,7 +217,7 @@ def _likelihood(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> 
     return Program(
         "likelihood",
         jax.jit(functools.partial(likelihood.row_nats, config.model, special, 0.0)),
-        (params, tokens_BL, likelihood.Rows(flags_BL, flags_BL, flags_BL, lengths_B=None)),
+        (params, tokens_BL, row_batches.Rows(flags_BL, flags_BL, flags_BL, lengths_B=None)),
         _head_trips(per_device, vocabulary_head.scoring_rows("tpu"), fraction),
         B * L * accounting.flops_exact_per_token(config) / 3,
         B * L * accounting.flops_exact_per_token(config, dense_head=True) / 3,

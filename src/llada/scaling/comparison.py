@@ -15,7 +15,7 @@ from llada import changes, json_files
 from llada import config as config_lib
 from llada.errors import UserError
 from llada.objectives.families import FAMILIES, Family
-from llada.scaling import figure, held_out
+from llada.scaling import figure, gaps, held_out
 from llada.scaling.held_out import Figures, is_number
 from llada.scaling.numbers import markdown_table, or_dash
 from llada.scaling.series import Series
@@ -33,6 +33,7 @@ class RunRecord(NamedTuple):
     figures: Figures
     evaluated: Figures | None
     remark: str | None  # on an evaluation that cannot be used
+    measures: tuple[Figures, ...] = ()  # all evaluations of its last step, the latest first
     variant: str | None = None  # the name of one that stands beside the family's own
 
     @property
@@ -95,6 +96,7 @@ def read_run(family: Family, workdir: Path) -> RunRecord:
         figures=held_out.of_training(config, summary),
         evaluated=evaluated,
         remark=remark,
+        measures=tuple(held_out.measures(workdir, summary["step"])[0]),
     )
 
 
@@ -155,8 +157,7 @@ def check_twins(runs: list[RunRecord]) -> None:
 
 
 def _loss(run: RunRecord) -> str:
-    f = run.figures
-    return or_dash(f.nats_per_token, ".4f") + ("" if f.stderr is None else f" ± {f.stderr:.4f}")
+    return gaps.value(run.figures)
 
 
 def _objective(run: RunRecord) -> str:
@@ -227,8 +228,14 @@ def _curve(run: RunRecord, key: str) -> tuple[list[float], list[float], list[flo
     )
 
 
-def report(runs: list[RunRecord], samples: list[Sampled], out: Path, remarks: list[str]) -> str:
-    """`report.md`: what was trained, the table, the curves, the samples, and how to go on."""
+def report(
+    runs: list[RunRecord],
+    samples: list[Sampled],
+    out: Path,
+    remarks: list[str],
+    measured: list[list[str]] | None = None,
+) -> str:
+    """`report.md`: what was trained, the table, the gaps `measured`, the curves, the samples, and how to go on."""
     entropy = runs[0].summary["unigram_entropy_nats"]
     texts = "\n\n".join(f"**{s.title}**, given {_code(s.prompt)}:\n\n{_block(s.text)}" for s in samples)
     remarks = [*remarks, *filter(None, map(_changed, runs))]
@@ -253,7 +260,7 @@ def report(runs: list[RunRecord], samples: list[Sampled], out: Path, remarks: li
 {markdown_table(table(runs))}{noted}
 
 {textwrap.fill(explained, 120)}
-
+{_gap_section(measured)}
 ![nats per token against training FLOPs](curves.png)
 
 ## Samples
@@ -269,6 +276,18 @@ def report(runs: list[RunRecord], samples: list[Sampled], out: Path, remarks: li
     llada train --config=experiments/quickstart.py:llada --workdir=runs/mine --config.data.source='text:/my/**/*.txt'
     llada export --workdir={first} --out=runs/for_pytorch
     tensorboard --logdir={shlex.quote(_above(runs, out))}
+"""
+
+
+def _gap_section(measured: list[list[str]] | None) -> str:
+    if not measured:
+        return ""
+    return f"""
+## The gap by each measure
+
+{markdown_table(measured)}
+
+{textwrap.fill(gaps.EXPLAINED, 120)}
 """
 
 

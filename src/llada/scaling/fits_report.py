@@ -12,7 +12,7 @@ from llada.scaling.laws import PUBLISHED, SMDM_GAP, Minimum
 from llada.scaling.numbers import count, flops, interval, markdown_list, markdown_table, or_dash, three, times
 from llada.scaling.parametric import Parametric
 from llada.scaling.results import Result
-from llada.scaling.series import Series, of_key, ordered, pairs
+from llada.scaling.series import Series, compared_by, of_key, ordered, pairs
 from llada.scaling.study import Study
 
 _TOO_FAR = 1000  # times the largest budget: what a law says beyond that is no finding
@@ -44,8 +44,8 @@ def summary(study: Study) -> list[str]:
 
 
 def _gap_sentences(gap: findings.Gap, level: str) -> str:
-    series, reference = gap.series.title, _the(gap.reference)
-    down = f"{series}'s law {{}} to {reference}'s loss at {flops(gap.budget)} FLOPs"
+    series, reference, by = gap.series.title, _the(gap.reference), compared_by(gap.series, gap.reference)
+    down = f"{series}'s law {{}} to {reference}'s loss at {flops(gap.budget)} FLOPs{by and f' ({by})'}"
     if not math.isfinite(gap.value):
         return f"{down.format('does not come down')} at any budget."
     if gap.beyond > _TOO_FAR:
@@ -54,9 +54,9 @@ def _gap_sentences(gap: findings.Gap, level: str) -> str:
             "gap."
         )
     text = (
-        f"At the same loss, {series} needs **{times(gap.value)}** ({level} interval {times(gap.low)} to "
-        f"{times(gap.high)}) the training FLOPs of {reference}, at the {gap.loss:.3f} nats per token of the best "
-        f"{gap.reference.title} of {flops(gap.budget)} FLOPs."
+        f"At the same loss{by and f' ({by}: at most so)'}, {series} needs **{times(gap.value)}** ({level} interval "
+        f"{times(gap.low)} to {times(gap.high)}) the training FLOPs of {reference}, at the {gap.loss:.3f} nats per "
+        f"token of the best {gap.reference.title} of {flops(gap.budget)} FLOPs."
     )
     if gap.beyond > 1:
         text += f" {series}'s budget there is extrapolated, {times(gap.beyond)} its largest one."
@@ -158,7 +158,10 @@ def _gap_table(study: Study, series: Series, reference: Series) -> str:
     }
     if not known:
         return f"There is none: no law of the loss of {lacking['loss']}."
+    of_series, of_reference = ("exact NLL" if each.exact else "bound" for each in (series, reference))
     ratio = f"L*, {series.title} over {reference.title}"
+    if compared_by(series, reference):
+        ratio = f"L*, {series.title} ({of_series}) over {reference.title} ({of_reference})"
     cells = [[f"{reference.title}'s FLOPs", *(f"{GAP_LAWS[law]}: {ratio}" for law in known)]]
     cells += [
         [flops(rows[0]["budget"]), *map(_gap, rows)]

@@ -1,7 +1,8 @@
-"""Held-out figures of finished runs, and whether those of several runs compare.
+"""Held-out figures of finished runs, and whether they compare.
 
-A run has a figure of its last training step in summary.json and may have one of `llada evaluate` in evaluation.json.
-Figures compare where they were measured on the same rows; runs, where they share tokenizer and corpus as well.
+A run has a figure of its last training step in summary.json and may have some of `llada evaluate` in evaluation.json:
+the latest one, and under "earlier" those of the same step by other estimators or on other rows. Figures compare where
+they were measured on the same rows; runs, where they share tokenizer and corpus as well.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,9 @@ from llada.config import Config
 from llada.errors import UserError
 from llada.objectives import families
 
+FILE = "evaluation.json"
+_EARLIER = "earlier"
+_OWN = {family.measure for family in families.FAMILIES.values()}  # the kinds that training's own evaluation has
 _LABELS = {"block_cross_document_attention": "objective.block_cross_document_attention"}
 
 
@@ -28,6 +32,8 @@ class Figures(NamedTuple):
     rows_digest: str | None
     dtype: str | None  # of the parameters
     source: str  # training | llada evaluate
+    kind: str | None  # as in `validation.Validation`
+    sampler: Mapping[str, Any] | None = None  # whose likelihood it is
 
 
 def of_training(config: Config, values: Mapping[str, Any]) -> Figures:
@@ -43,32 +49,73 @@ def of_training(config: Config, values: Mapping[str, Any]) -> Figures:
         rows_digest=values.get("eval_rows_digest"),
         dtype="float32",
         source="training",
+        kind=family.measure,
     )
 
 
 def of_evaluation(workdir: Path, step: int) -> tuple[Figures | None, str | None]:
-    """What `llada evaluate` measured at `step`, or a remark why that cannot be used; neither where it never ran.
+    """The latest bound or NLL that `llada evaluate` measured at `step`, or a remark why there is none to be used.
 
-    UserError for a damaged file.
+    Neither where it never ran, or only by other estimators. UserError for a damaged file.
     """
-    path = workdir / "evaluation.json"
+    found, remark = measures(workdir, step)
+    return next((of for of in found if of.kind in (None, *_OWN)), None), remark
+
+
+def measures(workdir: Path, step: int) -> tuple[list[Figures], str | None]:
+    """All that `llada evaluate` measured at `step`, the latest first, or a remark why the file cannot be used."""
+    path = workdir / FILE
     if not path.exists():
-        return None, None
-    values = json_files.finite(json_files.read(path))
-    if values.get("step") != step:
-        return None, f"{path} is of step {str(values.get('step'))[:20]}, not {step}, and is not used"
+        return [], None
+    latest = json_files.finite(json_files.read(path))
+    if latest.get("step") != step:
+        return [], f"{path} is of step {str(latest.get('step'))[:20]}, not {step}, and is not used"
+    return [_figures(path, values) for values in (latest, *_earlier(path, latest))], None
+
+
+def _earlier(path: Path, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    earlier = values.get(_EARLIER, [])
+    if not (isinstance(earlier, list) and all(isinstance(each, dict) for each in earlier)):
+        raise UserError(f"{path}: {_EARLIER} is {str(earlier)[:40]!r} and not a list; run llada evaluate again")
+    return earlier
+
+
+def _figures(path: Path, values: Mapping[str, Any]) -> Figures:
     for key in ("nats_per_token", "stderr", "bits_per_byte", "rows", "draws"):
         if not (is_number(values.get(key)) or (key != "nats_per_token" and values.get(key) is None)):
             raise UserError(
                 f"{path}: {key} is {str(values.get(key))[:40]!r} and not a number; run llada evaluate again"
             )
-    digest = values.get("eval_rows_digest")
-    figures = Figures(
-        **{key: values.get(key) for key in Figures._fields if key not in ("rows_digest", "source")},
-        rows_digest=digest if isinstance(digest, str) else None,
+    texts = {key: values.get(key) for key in ("eval_rows_digest", "estimator", "kind", "dtype")}
+    texts = {key: value if isinstance(value, str) else None for key, value in texts.items()}
+    sampler = values.get("sampler")
+    return Figures(
+        **{key: values.get(key) for key in ("nats_per_token", "stderr", "bits_per_byte", "rows", "draws")},
+        rows_digest=texts.pop("eval_rows_digest"),
+        **texts,
         source="llada evaluate",
+        sampler=sampler if isinstance(sampler, dict) else None,
     )
-    return figures, None
+
+
+_KEPT = (
+    "step task nats_per_token stderr monte_carlo_stderr bits_per_byte perplexity kind estimator rows tokens draws "
+    "eval_rows_digest sampler dtype"
+).split()
+_SAME_MEASURE = ("estimator", "sampler", "eval_rows_digest", "draws", "dtype")
+
+
+def with_earlier(facts: dict[str, Any], workdir: Path) -> dict[str, Any]:
+    """New contents of evaluation.json: `facts`, and what it held of the same step and is not measured again."""
+    path = workdir / FILE
+    try:
+        latest = json_files.read(path) if path.exists() else {}
+        before = [latest, *_earlier(path, latest)] if latest.get("step") == facts["step"] else []
+    except UserError:
+        before = []  # damaged; it is replaced
+    kept = [{key: each[key] for key in _KEPT if key in each} for each in before]
+    kept = [each for each in kept if any(each.get(key) != facts.get(key) for key in _SAME_MEASURE)]
+    return facts | {_EARLIER: kept} if kept else facts
 
 
 def of_same_rows(figures: Sequence[Figures]) -> bool:

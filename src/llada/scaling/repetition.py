@@ -17,7 +17,7 @@ import numpy as np
 from llada.scaling import figure
 from llada.scaling.numbers import count, markdown_table, short, three
 from llada.scaling.results import Result
-from llada.scaling.series import REFERENCE, Series, of_key, ordered
+from llada.scaling.series import REFERENCE, Series, compared_by, of_key, ordered
 
 
 class Curve(NamedTuple):
@@ -252,11 +252,11 @@ def summary(results: Sequence[Result]) -> list[str]:
         pairs = [x for x in crossed if x.series == series]
         if not pairs:
             continue
-        won = [(x.below_best, x) for x in pairs if x.below_best is not None]
+        won, by = [(x.below_best, x) for x in pairs if x.below_best is not None], compared_by(series, reference)
         last = three(max(x.until for x in pairs))
         text = (
-            f"{series.title} ends below the {reference.title}'s best loss in {len(won)} of {len(pairs)} pairs of equal "
-            "size and unique tokens"
+            f"{series.title} ends below the {reference.title}'s best loss{by and f' ({by})'} in {len(won)} of "
+            f"{len(pairs)} pairs of equal size and unique tokens"
         )
         if not won:
             texts.append(f"{text}: no crossover up to {last} epochs.")
@@ -288,7 +288,8 @@ def section(results: Sequence[Result]) -> str:
 def _table(series: Series, reference: Series, crossed: Sequence[Crossover]) -> str:
     arm = reference.title
     head = ["unique tokens", "parameters", f"below the {arm} after equally many epochs", f"below the {arm}'s best"]
-    cells = [[*head, f"{series.title}'s best", f"{arm}'s best"]]
+    kinds = ("exact NLL" if each.exact else "bound" for each in (series, reference))
+    cells = [[*head, *(f"{name}'s best, {kind}" for name, kind in zip((series.title, arm), kinds, strict=True))]]
     for x in crossed:
         none = f"no crossover up to {three(x.until)} epochs"
         at = [none if e is None else f"at {three(e)} epochs" for e in (x.same_epochs, x.below_best)]

@@ -45,6 +45,16 @@ class Series(NamedTuple):
         return self.family.exact
 
 
+def compared_by(series: Series, reference: Series) -> str:
+    """What the two are compared by, for the line that compares them; "" where both figures are bounds, or both exact.
+
+    Every series has the bound of its family; only the reference's figure is the NLL itself.
+    """
+    if series.exact == reference.exact:
+        return ""
+    return f"{series.title} by its bound, {reference.title} by its exact NLL"
+
+
 # Every series is compared with the family whose likelihood is exact.
 REFERENCE = Series(next(family for family in FAMILIES.values() if family.exact))
 
