@@ -7,22 +7,30 @@ for one device is opened in shards, as it was trained: --config.mesh.fsdp=N, --m
 Of a run that was fine-tuned on dialogues they are those of held-out answers. --task=dialogues adds a LLaDA's loss at
 fixed times t, and with --generate=N has the model write N of the answers: exact match for each label and turn, with
 95 % intervals. DIR/answers.json has the scores of every way of writing them that was evaluated at this step.
+
+--task=reversal --facts=FILE asks pairs {"first": ..., "second": ...} forward, for the second, and backward, for the
+first: shares of right answers as they are written and by likelihood among --candidates, with 95 % intervals (also in
+DIR/reversal.json). --forward='{first} is {second}.' and --backward='{second} is {first}.' are texts to be continued;
+with --ask=blank gaps in the first are filled; with --ask=chat users ask, by default as LLaDA appendix B.7 has it.
 """
 
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llada import json_files, processes
-from llada.commands import joining, opening, sampling
+from llada.commands import asking, joining, opening, sampling
 from llada.commands.command_flags import CommandFlags, required
 from llada.config import Config
 from llada.errors import DiskError, UserError
 from llada.files import write_atomically
 from llada.paths import user_path
 
-FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS, sampling.FLAGS)
+if TYPE_CHECKING:  # at run time it would import JAX, before the flags are parsed
+    from llada.inference.likelihood import LikelihoodConfig
+
+FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS, sampling.FLAGS, asking.FLAGS)
 WORKDIR = FLAGS.define_string("workdir", None, "a workdir of llada train")
 STEP = FLAGS.define_integer("step", None, "checkpoint to evaluate; default the latest")
 DRAWS = FLAGS.define_integer(
@@ -39,8 +47,9 @@ ESTIMATOR = FLAGS.define_string("estimator", None, "l_of_L (Eq. (6), default) or
 TASK = FLAGS.define_enum(
     "task",
     "validation",
-    ["validation", "dialogues"],
-    "validation: the run's held-out rows; dialogues: for fine-tuned runs also the loss by time, and answers compared",
+    ["validation", "dialogues", "reversal"],
+    "validation: the run's held-out rows; dialogues: for fine-tuned runs also the loss by time, and answers compared; "
+    "reversal: the pairs of --facts, asked both ways",
 )
 GENERATE = FLAGS.define_integer(
     "generate", 0, "held-out answers to be written and compared (--task=dialogues)", lower_bound=0, upper_bound=2**20
@@ -60,15 +69,20 @@ def run(overrides: dict[str, str]) -> int:
     joining.join()
     import jax
 
-    from llada.evaluation import validation
+    from llada.evaluation import reversal, validation
     from llada.training import run as run_lib
 
     with processes.agreement():
         _check(run_lib.read_config(workdir))
-    flags = (STEP, DRAWS, BATCHES, MICROBATCHES, ESTIMATOR, TASK, GENERATE, *OPTIONS, opening.DTYPE)
+    flags = (STEP, DRAWS, BATCHES, MICROBATCHES, ESTIMATOR, TASK, GENERATE, *OPTIONS, *asking.OPTIONS, opening.DTYPE)
     settings = [flag.value for flag in flags]
     opening.require_same([mesh, *settings])
     opened = opening.open_run(workdir, STEP.value, mesh)
+    if TASK.value == "reversal":
+        facts = asking.evaluate(opened, _likelihood_settings(), _options())
+        if processes.is_first():
+            _print_and_save({"step": opened.step, "task": TASK.value, **facts}, workdir / reversal.FILE)
+        return 0
     config = _with_flags(opened.config)
     with processes.agreement():
         corpus = run_lib.corpus_of_run(workdir, config, opened.tokenizer, opened.corpus_digest)
@@ -85,7 +99,8 @@ def run(overrides: dict[str, str]) -> int:
         if TASK.value == "dialogues":
             facts |= _of_dialogues(opened, config, corpus, validator)
     if processes.is_first():
-        _print_and_save(facts | {"dtype": opening.DTYPE.value}, workdir, config)
+        _print_and_save(facts | {"dtype": opening.DTYPE.value}, workdir / "evaluation.json")
+        _remark_on_rows(facts["rows"], config)
     return 0
 
 
@@ -94,6 +109,15 @@ def _check(config: Config) -> None:
     from llada.evaluation import validation
     from llada.inference import generation
 
+    if TASK.value == "reversal":
+        idle = [flag for flag in (BATCHES, MICROBATCHES, GENERATE) if flag.present]
+        if idle:
+            raise UserError(f"--{idle[0].name}={idle[0].value} is not for --task=reversal, which asks all of --facts")
+        asking.read(config, _likelihood_settings())
+        generation.check(config, generation.Request(prompt="", **_options()))
+        return
+    if asking.given():
+        raise UserError(f"--{asking.given()[0]} is for --task=reversal; this is --task={TASK.value}")
     validation.estimator_for(config, ESTIMATOR.value)
     if TASK.value == "dialogues" and not config.fine_tunes:
         raise UserError(f"--task=dialogues is for fine-tuned runs; this one's data.source={config.data.source}")
@@ -103,6 +127,14 @@ def _check(config: Config) -> None:
     if given and not GENERATE.value:
         raise UserError(f"--{given[0]} says how answers are written; --generate=N, how many, is missing")
     generation.check(config, generation.Request(prompt="", **_options()))
+
+
+def _likelihood_settings() -> "LikelihoodConfig":
+    """How --task=reversal scores candidates."""
+    from llada.inference.likelihood import LikelihoodConfig
+
+    default = LikelihoodConfig()
+    return LikelihoodConfig(estimator=ESTIMATOR.value or default.estimator, draws=DRAWS.value or default.draws)
 
 
 def _options() -> dict[str, Any]:
@@ -141,17 +173,18 @@ def _with_flags(config: Config) -> Config:
     return dataclasses.replace(config, evaluate=evaluate, train=train)
 
 
-def _print_and_save(facts: dict[str, Any], workdir: Path, config: Config) -> None:
-    text = json_files.dumps(facts, indent=2)
-    print(text, flush=True)
+def _remark_on_rows(rows: int, config: Config) -> None:
     requested = config.evaluate.batches * config.train.batch_size
-    rows = facts["rows"]
     if BATCHES.value is not None and rows < requested:
         print(
             f"--batches={BATCHES.value} are {requested:,} rows; the held-out side has {rows:,}, all of them used",
             file=sys.stderr,
         )
-    path = workdir / "evaluation.json"
+
+
+def _print_and_save(facts: dict[str, Any], path: Path) -> None:
+    text = json_files.dumps(facts, indent=2)
+    print(text, flush=True)
     try:
         write_atomically(path, f"{text}\n".encode())
     except (OSError, DiskError) as error:

@@ -1,0 +1,53 @@
+"""The reversal curse on two CPU cores: LLaDA and an ARM of the same size on the same statements, in the same order.
+
+llada train --config=experiments/reversal.py:facts --workdir=runs/reversal/facts/llada-0 \
+    --config.data.source=dialogues:DATA/train.jsonl --config.data.holdout_source=dialogues:DATA/held_out.jsonl \
+    --config.dialogues.template=DATA/statement.jinja
+llada evaluate --task=reversal --workdir=runs/reversal/facts/llada-0 --facts=DATA/asked.json \
+    --forward='{first} is {second}.' --backward='{second} is {first}.'
+
+DATA is what experiments/reversal_data.py writes; launch/quickstart_reversal.sh does all of it. `facts`, `couplets` and
+`dictionary` are LLaDA's; `facts_arm` and so on the ARM's.
+"""
+
+from llada.config import default_config, pick
+
+
+def get_config(argument="facts"):
+    """The kind of pairs, with `_arm` behind it for the ARM."""
+    kinds = {"facts": facts, "couplets": couplets, "dictionary": dictionary}
+    kind, arm = argument.removesuffix("_arm"), argument.endswith("_arm")
+    c = pick(kind, kinds)()
+    if arm:
+        c.objective.name, c.model.causal = "autoregressive", True
+    return c
+
+
+def facts():
+    """0.9 M parameters. A statement is an example, padded to a multiple of 8 tokens: its end does not tell its length."""
+    c = default_config()
+    c.model.update(dict(layers=4, width=128, heads=4, ffn=352, vocab_size=800, max_length=48, rope_theta=1000.0))
+    c.model.update(dict(qk_norm=True, tie_embeddings=True, init_std=0.05, dtype="float32"))
+    c.objective.random_length_fraction = 0.0
+    c.data.sequence_length = 48
+    c.dialogues.update(dict(bucket=8, turns="each"))
+    c.train.update(dict(batch_size=16, steps=3000, log_every=100))
+    c.optimizer.peak_learning_rate = 3e-3
+    c.optimizer.schedule = "0:0 5%:1 60%:1 100%:0.02"
+    c.evaluate.update(dict(every=1000, batches=16, draws=4))
+    c.checkpoint.update(dict(every=1000, keep=1))
+    return c
+
+
+def couplets():
+    """A character is a token of two or three thousand."""
+    c = facts()
+    c.model.vocab_size = 3400
+    return c
+
+
+def dictionary():
+    """Words in pieces."""
+    c = facts()
+    c.model.vocab_size = 2000
+    return c
