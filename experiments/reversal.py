@@ -24,7 +24,7 @@ def get_config(argument="facts"):
 
 
 def facts():
-    """0.9 M parameters. A statement is an example, padded to a multiple of 8 tokens: its end does not tell its length."""
+    """A statement is an example of its own, padded to a multiple of 8 tokens; as many as fit share a row."""
     c = default_config()
     c.model.update(dict(layers=4, width=128, heads=4, ffn=352, vocab_size=800, max_length=48, rope_theta=1000.0))
     c.model.update(dict(qk_norm=True, tie_embeddings=True, init_std=0.05, dtype="float32"))

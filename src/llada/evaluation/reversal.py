@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from llada import json_files
+from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.data.chat_template import ChatTemplate, drop_start
-from llada.data.continuation import encode_after
+from llada.data.continuation import spelled_bytes
 from llada.data.tokenizer import Tokenizer, unicode_text
 from llada.errors import UserError
 from llada.evaluation.answers import wilson
-from llada.inference import canvas, generation, likelihood
+from llada.inference import canvas, generation, likelihood, sampler
 from llada.inference.mask_plans import Pair
 from llada.model import transformer
 
@@ -30,8 +32,8 @@ ASK = ("text", "chat", "blank")
 SCORING = ("both", "generation", "likelihood")
 # The published evaluation's, in Chinese: "What is the line after (before) it? Answer with the line alone."
 PUBLISHED = {
-    "forward": "{first}的下一句是什么？ 直接输出句子即可。",
-    "backward": "{second}的上一句是什么？ 直接输出句子即可。",
+    "forward": "{first}的下一句是什么？ 直接输出句子即可。",  # noqa: RUF001
+    "backward": "{second}的上一句是什么？ 直接输出句子即可。",  # noqa: RUF001
 }
 PUBLISHED_LENGTH = 28  # its gen_length, in as many steps and one block
 CANDIDATES = 10
@@ -196,20 +198,24 @@ class Asker:
         self._check_length(question, len(prompt_ids) + len(answer_ids))
         return Pair(prompt_ids, answer_ids)
 
+    def gap(self, question: _Question) -> tuple[list[int], list[int]]:
+        """Ids of a statement and the token that ends it, and at which positions they spell the answer."""
+        tokenizer = self.run.tokenizer
+        text = question.before + question.written
+        ids = canvas.encode_text(tokenizer, text, question.place)
+        spelled = np.cumsum([0, *(len(spelled_bytes(tokenizer, [token])) for token in ids)])
+        # Some tokenizers put a space before every text.
+        start = spelled[-1] - len(text.encode()) + len(question.before.encode())
+        end = start + len(question.answer.encode())
+        self._check_length(question, len(ids) + 1)
+        inside = (spelled[:-1] < end) & (spelled[1:] > start)
+        return [*ids, tokenizer.eos_id], np.flatnonzero(inside).tolist()
+
     def request(self, question: _Question, options: dict[str, Any]) -> generation.Request:
         """The question as a request for text. UserError if the context is shorter."""
-        tokenizer = self.run.tokenizer
-        if self.asking.ask == "blank":
-            before = question.before.rstrip(" ")
-            tail = question.behind
-            whole = tokenizer.encode(question.before + question.answer + tail)
-            around = (tokenizer.encode(before) if before else []) + encode_after(tokenizer, tail)
-            gap = max(1, len(whole) - len(around))
-            options = {name: value for name, value in options.items() if name != "gen_length"}
-            return generation.Request(infill=f"{before}[MASK:{gap}]{tail}", **options)
-        prompt_ids = self.pair(question, question.answer).prompt
+        prompt_ids = list(self.pair(question, question.answer).prompt)
         self._check_length(question, len(prompt_ids) + options["gen_length"])
-        return generation.Request(prompt_ids=list(prompt_ids), **options)
+        return generation.Request(prompt_ids=prompt_ids, **options)
 
     def room(self, asked: Sequence[_Question]) -> int:
         """Tokens for the longest right answer and its end; of `chat` as many as the published evaluation gives."""
@@ -232,7 +238,7 @@ def evaluate(
     items: Sequence[Item],
     asking: Asking,
     options: dict[str, Any],
-    settings: likelihood.LikelihoodConfig = likelihood.LikelihoodConfig(),
+    settings: likelihood.LikelihoodConfig,
     progress: likelihood.OnRows | None = None,
 ) -> dict[str, Any]:
     """Both directions, ready for JSON; call it inside the mesh of `run`.
@@ -257,29 +263,57 @@ def evaluate(
 
 def _written(asker: Asker, asked: Sequence[_Question], options: dict[str, Any]) -> dict[str, Any]:
     """Scores of what the model writes, `exact` and by `substring`, and some of what is wrong."""
-    run = asker.run
-    requests = [asker.request(question, options) for question in asked]
-    texts = generation.generate(run.config, run.params, run.tokenizer, requests, round_up=True)
-    written = [_answer(run.tokenizer, *pair) for pair in zip(requests, texts, strict=True)]
-    blank = asker.asking.ask == "blank"
+    pairs = (_filled if asker.asking.ask == "blank" else _continued)(asker, asked, options)
     exact, within, wrong = [], [], []
-    for question, text in zip(asked, written, strict=True):
-        if blank:
-            text = text.removeprefix(question.before.rstrip(" ")).removesuffix(question.behind)
-        text, wanted = text.strip(), question.answer if blank else question.written
-        exact.append(text == wanted.strip())
+    for question, (text, wanted) in zip(asked, pairs, strict=True):
+        exact.append(text.strip() == wanted.strip())
         within.append(question.answer in text)
         if not within[-1]:
-            wrong.append({"asked": question.before, "expected": question.answer, "written": text})
+            given = f"{question.before}____{question.behind}" if asker.asking.ask == "blank" else question.before
+            wrong.append({"asked": given, "expected": question.answer, "written": text.strip()})
     return {"exact": score(exact), "substring": score(within), "wrong": wrong[:_SHOWN]}
 
 
-def _answer(tokenizer: Tokenizer, request: generation.Request, text: generation.Generated) -> str:
-    """What was written behind a prompt, up to its end; of a filled statement all of it."""
-    if request.infill is not None:
-        return text.text
-    start = len(request.prompt_ids or ())
-    return tokenizer.decode(canvas.until_end(text.ids[start:], tokenizer.special.ends, 0))
+def _continued(asker: Asker, asked: Sequence[_Question], options: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is written behind each question, up to its end, and what should be."""
+    run, special = asker.run, asker.run.tokenizer.special
+    requests = [asker.request(question, options) for question in asked]
+    texts = generation.generate(run.config, run.params, run.tokenizer, requests, round_up=True)
+    return [
+        (run.tokenizer.decode(canvas.until_end(text.ids[len(r.prompt_ids or ()) :], special.ends, 0)), question.written)
+        for question, r, text in zip(asked, requests, texts, strict=True)
+    ]
+
+
+def _filled(asker: Asker, asked: Sequence[_Question], options: dict[str, Any]) -> list[tuple[str, str]]:
+    """What fills the gap of each statement, and what should; gaps of one length are filled together."""
+    run = asker.run
+    config, tokenizer = run.config.model, run.tokenizer
+    gaps = [asker.gap(question) for question in asked]
+    L, forbidden_V = max(len(ids) for ids, _ in gaps), canvas.forbidden_ids(tokenizer, config.vocab_size)
+    request = generation.Request(infill="", **{**options, "gen_length": None})
+    texts: dict[int, tuple[str, str]] = {}
+    for K in sorted({len(positions) for _, positions in gaps}):
+        settings = generation.sampler_settings(request, K)
+        indices = [i for i, (_, positions) in enumerate(gaps) if len(positions) == K]
+        for start in range(0, len(indices), generation.BATCH):
+            batch = indices[start : start + generation.BATCH]
+            B = mesh_lib.local_batch(generation.BATCH, jax.sharding.get_abstract_mesh())
+            canvas_BL = np.full((B, L), tokenizer.pad_id, np.int32)
+            lengths_B = np.full(B, L)
+            for row_L, b, i in zip(canvas_BL, range(B), [*batch, *[batch[-1]] * (B - len(batch))], strict=True):
+                ids, positions = gaps[i]
+                row_L[: len(ids)], lengths_B[b] = ids, len(ids)
+                row_L[positions] = tokenizer.special.mask_id
+            seed_B = np.full(B, request.seed)
+            written = sampler.reverse_process(
+                config, run.params, canvas_BL, settings, tokenizer.special, forbidden_V, seed_B, lengths_B
+            )
+            for i, row_L in zip(batch, written.tokens_BL, strict=False):
+                ids, positions = gaps[i]
+                filled, right = row_L[positions].tolist(), [ids[at] for at in positions]
+                texts[i] = tokenizer.decode(filled), tokenizer.decode(right)
+    return [texts[i] for i in range(len(asked))]
 
 
 def _chosen(
