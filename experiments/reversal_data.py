@@ -33,7 +33,7 @@ from llada.errors import UserError
 from llada.evaluation.reversal import read_items
 
 Pair = tuple[str, str]  # first, second
-LEADS = ("{}", "It is said that {}")
+LEADS = ("{}", "Today {}")
 
 
 class Form(NamedTuple):
@@ -51,7 +51,7 @@ FORMS = {
 }
 # What else is said of the people of the facts.
 OTHER = Form("{first} is the owner of {second}.", "the owner of {second} is {first}.", LEADS)
-PEOPLE = 100
+PEOPLE = 80
 GIVEN_NAMES = "Alma Boris Clara Dorian Edda Felix Greta Hugo Ilsa Jonas Kira Lorenz Mina Nils Olga Piet Rosa Sven Uwe"
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 ENDINGS = ("berg", "dorf", "feld", "holm", "mann", "son", "stein", "wick")

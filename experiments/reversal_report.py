@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reversal_data import FORMS
+from reversal_data import FORMS, PEOPLE
 
 from llada import json_files
 from llada.errors import UserError
@@ -207,11 +207,11 @@ the same rows in the same order (`rows_digest`, checked for every pair of runs).
 """
 DESIGN = {
     "facts": """
-100 invented people, each the director of a film and the owner of a ship. Of 50 people the film is stated forward only,
+{people} invented people, each the director of a film and the owner of a ship. Of {asked} the film is stated forward only,
 "Mina Fedorf is the director of Zilia.", and they are asked for it both ways, "the director of Zilia is"; their ships
-are stated both ways. Of the other 50 the film is stated both ways and the ship forward only. So both families know the
-form of either question, and every name stands at either end of statements: what is missing is the one fact turned around.
-Each statement is there with and without a lead ("It is said that"), and is an example of its own, with no other in its
+are stated both ways. Of the others the film is stated both ways and the ship forward only. So both families know the
+form of either question, and every name stands at either end of statements: missing is the one fact turned around.
+Each statement is there with and without a lead ("Today"), and is an example of its own, with no other in its
 sight, so that masks cover a name whole.
 """,
     "couplets": """
@@ -247,7 +247,7 @@ def section(kind: str, asked: list[Asked]) -> str:
     )
     parts = [
         f"## {TITLES[kind]}",
-        _filled(DESIGN[kind]),
+        _filled(DESIGN[kind].format(people=PEOPLE, asked=asked[0].answers["asked"]["items"])),
         f"![forward and backward accuracy](reversal/{kind}.png)",
         markdown_table(table(asked, "asked")),
         _filled(words),

@@ -44,7 +44,8 @@ study() {
         --config.dialogues.template="$dir/data/statement.jinja" --config.data.directory="$dir/data/rows" \
         "${tokenizer[@]}"
       ask "$dir/$family-$seed" asked asked --scoring="$scoring" --forward="$forward" --backward="$backward"
-      ask "$dir/$family-$seed" both both --scoring="$scoring" --forward="$forward" --backward="$backward"
+      # A form that is known to the one and not to the other would be no comparison.
+      ask "$dir/$family-$seed" both both --scoring="${scoring/both/generation}" --forward="$forward" --backward="$backward"
       # Not the question but the statement itself, with a gap: an ARM can only score it.
       if [ $family = arm ]; then scoring_blank=likelihood; else scoring_blank="$scoring"; fi
       ask "$dir/$family-$seed" blank asked --ask=blank --scoring="$scoring_blank" --forward="$forward"
@@ -58,7 +59,7 @@ ask() {
   shift 3
   # Written anew where it is missing only: what is half written has another name.
   if [ -e "$workdir-$name.json" ]; then return; fi
-  run llada evaluate --task=reversal --workdir="$workdir" --facts="$(dirname "$workdir")/data/$pairs.json" --draws=32 \
+  run llada evaluate --task=reversal --workdir="$workdir" --facts="$(dirname "$workdir")/data/$pairs.json" --draws=16 \
     "$@" > "$workdir-$name.json.part"
   mv "$workdir-$name.json.part" "$workdir-$name.json"
 }

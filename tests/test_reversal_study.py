@@ -51,7 +51,7 @@ def test_an_asked_pair_is_never_stated_backward_and_every_name_stands_at_either_
     train = [json.loads(line)["completion"] for line in (out / "train.jsonl").read_text().splitlines()]
     held_out = [json.loads(line)["completion"] for line in (out / "held_out.jsonl").read_text().splitlines()]
     asked, both = (reversal.read_items(out / f"{name}.json") for name in ("asked", "both"))
-    assert len(asked) == len(both) == 50 and len(set(train)) == len(train) == 600 and len(held_out) == 100
+    assert len(asked) == len(both) == 40 and len(set(train)) == len(train) == 480 and len(held_out) == 80
     for item in asked:
         naming = [text for text in train if item.second in text]
         assert len(naming) == len(data.LEADS) and all(f"{item.first} is" in text for text in naming)
