@@ -46,7 +46,7 @@ class Form(NamedTuple):
 
 FORMS = {
     "facts": Form("{first} is the director of {second}.", "the director of {second} is {first}.", LEADS),
-    "couplets": Form("{first} 下 {second}", "{second} 上 {first}"),
+    "couplets": Form("{first}→{second}", "{second}←{first}"),
     "dictionary": Form("{first} : {second}", "{second} : {first}"),
 }
 # What else is said of the people of the facts.

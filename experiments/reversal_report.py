@@ -208,14 +208,14 @@ the same rows in the same order (`rows_digest`, checked for every pair of runs).
 DESIGN = {
     "facts": """
 {people} invented people, each the director of a film and the owner of a ship. Of {asked} the film is stated forward
-only, "Mina Fedorf is the director of Zilia.", and they are asked for it both ways, "the director of Zilia is"; their ships
-are stated both ways. Of the others the film is stated both ways and the ship forward only. So both families know the
-form of either question, and every name stands at either end of statements: missing is the one fact turned around.
+only, "Mina Fedorf is the director of Zilia.", and they are asked for it both ways, "the director of Zilia is"; their
+ships are stated both ways. Of the others the film is stated both ways and the ship forward only. So both families know
+the form of either question, and every name stands at either end of statements: missing is the one fact turned around.
 Each statement is there with and without a lead ("Today"), and is an example of its own, with no other in its
 sight, so that masks cover a name whole.
 """,
     "couplets": """
-Lines of Tang poems; half of the couplets are stated forward only ("first 下 second"), and asked; the others both ways.
+Lines of Tang poems; half of the couplets are stated forward only ("first→second"), and asked; the others both ways.
 """,
     "dictionary": """
 Nouns of WordNet and their first gloss. 95 % are stated both ways; the others not at all, and asked by likelihood among
