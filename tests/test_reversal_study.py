@@ -137,8 +137,8 @@ def studied(data, tmp_path_factory):
             ("both", "both", [f"--forward={forward}", f"--backward={backward}"]),
             ("blank", "asked", [f"--forward={forward}", "--ask=blank"]),
         ):
-            if answers == "blank" and family == "arm":
-                more.append("--scoring=likelihood")
+            if answers != "asked":
+                more.append("--scoring=likelihood" if family == "arm" else "--scoring=generation")
             flags = [f"--workdir={workdir}", "--task=reversal", f"--facts={out}/{pairs}.json", "--draws=2", *more]
             done = in_process.llada("evaluate", *flags)
             assert done.returncode == 0, done.stderr

@@ -27,8 +27,9 @@ from llada.errors import DiskError, UserError
 from llada.files import write_atomically
 from llada.paths import user_path
 
-if TYPE_CHECKING:  # at run time it would import JAX, before the flags are parsed
+if TYPE_CHECKING:  # at run time these would import JAX, before the flags are parsed
     from llada.inference.likelihood import LikelihoodConfig
+    from llada.training.run import Run
 
 FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS, sampling.FLAGS, asking.FLAGS)
 WORKDIR = FLAGS.define_string("workdir", None, "a workdir of llada train")
@@ -67,9 +68,7 @@ def run(overrides: dict[str, str]) -> int:
     workdir = user_path(required(WORKDIR, "give a workdir of llada train"), "--workdir")
     mesh = opening.mesh(overrides)
     joining.join()
-    import jax
-
-    from llada.evaluation import reversal, validation
+    from llada.evaluation import reversal
     from llada.training import run as run_lib
 
     with processes.agreement():
@@ -78,12 +77,26 @@ def run(overrides: dict[str, str]) -> int:
     settings = [flag.value for flag in flags]
     opening.require_same([mesh, *settings])
     opened = opening.open_run(workdir, STEP.value, mesh)
-    if TASK.value == "reversal":
-        facts = asking.evaluate(opened, _likelihood_settings(), _options())
-        if processes.is_first():
-            _print_and_save({"step": opened.step, "task": TASK.value, **facts}, workdir / reversal.FILE)
-        return 0
     config = _with_flags(opened.config)
+    if TASK.value == "reversal":
+        facts, name = asking.evaluate(opened, _likelihood_settings(), _options()), reversal.FILE
+    else:
+        facts, name = _of_held_out(workdir, opened, config), "evaluation.json"
+    if processes.is_first():
+        facts = {"step": opened.step, "task": TASK.value, **facts, "dtype": opening.DTYPE.value}
+        _print_and_save(facts, workdir / name)
+        if TASK.value != "reversal":
+            _remark_on_rows(facts["rows"], config)
+    return 0
+
+
+def _of_held_out(workdir: Path, opened: "Run", config: Config) -> dict[str, Any]:
+    """Figures of the run's held-out rows, of dialogues with those of their answers."""
+    import jax
+
+    from llada.evaluation import validation
+    from llada.training import run as run_lib
+
     with processes.agreement():
         corpus = run_lib.corpus_of_run(workdir, config, opened.tokenizer, opened.corpus_digest)
     with jax.set_mesh(opened.mesh), processes.ending_together(UserError):
@@ -95,13 +108,8 @@ def run(overrides: dict[str, str]) -> int:
             opened.mesh,
             ESTIMATOR.value,
         )
-        facts = {"step": opened.step, "task": TASK.value} | validator(opened.params)._asdict()
-        if TASK.value == "dialogues":
-            facts |= _of_dialogues(opened, config, corpus, validator)
-    if processes.is_first():
-        _print_and_save(facts | {"dtype": opening.DTYPE.value}, workdir / "evaluation.json")
-        _remark_on_rows(facts["rows"], config)
-    return 0
+        facts = validator(opened.params)._asdict()
+        return facts | (_of_dialogues(opened, config, corpus, validator) if TASK.value == "dialogues" else {})
 
 
 def _check(config: Config) -> None:

@@ -119,7 +119,7 @@ def _item(value: Any, place: str) -> Item:
         if not isinstance(value[key], str) or not value[key].strip():
             raise UserError(f"{place}: {key} must be a text that is not empty")
         unicode_text(value[key], f"{place}: {key}")
-    return Item(*(value[key].strip() for key in KEYS), place)
+    return Item(value["first"].strip(), value["second"].strip(), place)
 
 
 def check(config: Config, asking: Asking) -> None:
