@@ -42,7 +42,7 @@ def by_hand(run, pair) -> float:
 @pytest.mark.parametrize("family", ["llada", "arm"])
 def test_the_likelier_candidate_is_the_one_that_enumeration_finds(opened, family):
     run = opened[family]
-    asking = Asking("text", TEXTS, candidates=3, scoring="likelihood")
+    asking = Asking("text", TEXTS, 3, "likelihood")
     with jax.set_mesh(run.mesh):
         facts = reversal.evaluate(run, ITEMS, asking, {}, LikelihoodConfig())
     asker, right = Asker(run, asking), {}
@@ -67,7 +67,7 @@ def test_the_likelier_candidate_is_the_one_that_enumeration_finds(opened, family
 def test_a_model_is_right_about_what_it_writes_itself(opened, family, ask):
     run = opened[family]
     texts = TEXTS if ask == "text" else {"forward": "{first}?", "backward": "{second}?"}
-    asking, options = Asking(ask, texts, scoring="generation"), {"gen_length": 6}
+    asking, options = Asking(ask, texts, 3, "generation"), {"gen_length": 6}
     items = [Item(first, "dog", "record") for first in ("the cat", "the river")]
     asker = Asker(run, asking)
     with jax.set_mesh(run.mesh):
@@ -91,7 +91,7 @@ def test_a_model_is_right_about_what_it_writes_itself(opened, family, ask):
 
 def test_a_gap_is_where_the_answer_stands_and_is_filled_with_the_likeliest_token(opened):
     run = opened["llada"]
-    asking = Asking("blank", {"forward": "the {first} sees the {second} ."}, scoring="generation")
+    asking = Asking("blank", {"forward": "the {first} sees the {second} ."}, 3, "generation")
     asker = Asker(run, asking)
     items = [Item("cat", "dog", ""), Item("river", "tree", ""), Item("bird", "fish", "")]
     with jax.set_mesh(run.mesh):
@@ -121,7 +121,7 @@ def test_the_published_files_and_prompts_are_taken_as_they_are(tmp_path):
     path = tmp_path / "poems.json"
     path.write_text(json.dumps([{"first": "白日依山尽", "second": "黄河入海流"}]))
     [item] = reversal.read_items(path)
-    asking = Asking("chat", reversal.PUBLISHED)
+    asking = Asking("chat", reversal.PUBLISHED, 3, "both")
     forward, backward = (reversal.questions([item], asking, d)[0] for d in reversal.DIRECTIONS)
     assert forward.before.startswith("白日依山尽的下一句") and forward.written == "黄河入海流"
     assert backward.before.startswith("黄河入海流的上一句") and backward.written == "白日依山尽"
@@ -162,6 +162,8 @@ def test_flags_that_do_not_go_together_are_refused_in_one_line(trained, tmp_path
         ("llada", [*task, *both, "--ask=blank"], "--backward is not for --ask=blank"),
         ("arm", [*task, both[0], "--ask=blank"], "with --scoring=likelihood it can be scored"),
         ("arm", [*task, *both, "--estimator=chain_rule"], "this ARM's likelihood is exact"),
+        ("llada", [*task, *both, "--scoring=likelihood", "--steps=2"], "with --scoring=likelihood none are"),
+        ("llada", [*task, both[0], "--ask=blank", "--gen_length=4"], "--gen_length=4 is not for --ask=blank"),
         ("llada", [*task, *both, "--gen_length=31"], "record 1: question and answer have"),
     ):
         done = in_process.llada("evaluate", f"--workdir={trained[family].workdir}", *flags)
@@ -172,4 +174,4 @@ def test_a_model_without_a_template_is_asked_by_text_only(opened, monkeypatch):
     run = opened["arm"]
     monkeypatch.setattr(run.tokenizer, "template", None)
     with pytest.raises(UserError, match="the model's tokenizer has none; use --ask=text"):
-        Asker(run, Asking("chat", reversal.PUBLISHED))
+        Asker(run, Asking("chat", reversal.PUBLISHED, 3, "both"))

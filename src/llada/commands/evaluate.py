@@ -118,11 +118,7 @@ def _check(config: Config) -> None:
     from llada.inference import generation
 
     if TASK.value == "reversal":
-        idle = [flag for flag in (BATCHES, MICROBATCHES, GENERATE) if flag.present]
-        if idle:
-            raise UserError(f"--{idle[0].name}={idle[0].value} is not for --task=reversal, which asks all of --facts")
-        asking.read(config, _likelihood_settings())
-        generation.check(config, generation.Request(prompt="", **_options()))
+        _check_reversal(config)
         return
     if asking.given():
         raise UserError(f"--{asking.given()[0]} is for --task=reversal; this is --task={TASK.value}")
@@ -134,6 +130,22 @@ def _check(config: Config) -> None:
         raise UserError(f"--generate={GENERATE.value} is for --task=dialogues")
     if given and not GENERATE.value:
         raise UserError(f"--{given[0]} says how answers are written; --generate=N, how many, is missing")
+    generation.check(config, generation.Request(prompt="", **_options()))
+
+
+def _check_reversal(config: Config) -> None:
+    """UserError for flags that do not go with --task=reversal, for pairs that cannot be asked, and ways of writing."""
+    from llada.inference import generation
+
+    for flag in (BATCHES, MICROBATCHES, GENERATE):
+        if flag.present:
+            raise UserError(f"--{flag.name}={flag.value} is not for --task=reversal, which asks all of --facts")
+    given = [flag.name for flag in OPTIONS if flag.present]
+    if given and asking.SCORING.value == "likelihood":
+        raise UserError(f"--{given[0]} says how answers are written; with --scoring=likelihood none are")
+    if "gen_length" in given and asking.ASKED.value == "blank":
+        raise UserError(f"--gen_length={OPTIONS[0].value} is not for --ask=blank: gaps are as long as the right answer")
+    asking.read(config, _likelihood_settings())
     generation.check(config, generation.Request(prompt="", **_options()))
 
 

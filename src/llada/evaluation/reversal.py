@@ -28,15 +28,12 @@ FILE = "reversal.json"  # in a workdir
 KEYS = ("first", "second")
 # Direction: what is given, and what is asked for.
 DIRECTIONS = {"forward": ("first", "second"), "backward": ("second", "first")}
-ASK = ("text", "chat", "blank")
-SCORING = ("both", "generation", "likelihood")
 # The published evaluation's, in Chinese: "What is the line after (before) it? Answer with the line alone."
 PUBLISHED = {
     "forward": "{first}的下一句是什么？ 直接输出句子即可。",  # noqa: RUF001
     "backward": "{second}的上一句是什么？ 直接输出句子即可。",  # noqa: RUF001
 }
 PUBLISHED_LENGTH = 28  # its gen_length, in as many steps and one block
-CANDIDATES = 10
 _MULTIPLE = 8  # the default gen_length is one of these, so that blocks divide it
 _SHOWN = 10  # wrong answers that are listed
 
@@ -58,13 +55,13 @@ class Asking(NamedTuple):
                 one, and what follows it is part of what is to be written; "chat" asks without naming it. "blank" has
                 the forward statement in both directions
     candidates  among which likelihood chooses, the right one included
-    scoring     one of SCORING
+    scoring     generation, likelihood or both
     """
 
     ask: str
     texts: dict[str, str]
-    candidates: int = CANDIDATES
-    scoring: str = "both"
+    candidates: int
+    scoring: str
 
 
 class Opened(Protocol):
@@ -101,9 +98,8 @@ def read_items(path: Path, flag: str = "--facts") -> list[Item]:
     if path.suffix in (".jsonl", ".ndjson"):
         records = [(f"{name} line {number}", value) for number, value in json_files.read_lines(path, name, object)]
     else:
-        records = [
-            (f"{name} record {n}", value) for n, value in enumerate(json_files.read(path, list, name=name), 1)
-        ]  # fmt: skip
+        values = json_files.read(path, list, name=name)
+        records = [(f"{name} record {number}", value) for number, value in enumerate(values, 1)]
     if not records:
         raise UserError(f"{name} holds no record; give objects with {' and '.join(KEYS)}")
     return [_item(value, place) for place, value in records]
@@ -244,7 +240,7 @@ def evaluate(
     """Both directions, ready for JSON; call it inside the mesh of `run`.
 
     `options` are fields of `generation.Request`; None for `gen_length` is room for the longest right answer of both
-    directions. UserError for what cannot be asked, before anything is.
+    directions. UserError for what cannot be asked.
     """
     asker = Asker(run, asking)
     asked = {direction: questions(items, asking, direction) for direction in DIRECTIONS}
