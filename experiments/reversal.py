@@ -35,7 +35,7 @@ def facts():
     c.objective.update(dict(random_length_fraction=0.0, eps=0.05))
     c.data.sequence_length = 48
     c.dialogues.update(dict(bucket=12, turns="each"))
-    c.train.update(dict(batch_size=16, steps=2000, log_every=100))
+    c.train.update(dict(batch_size=16, steps=3000, log_every=100))
     c.optimizer.update(dict(peak_learning_rate=4e-3, schedule="0:0 5%:1 50%:1 100%:0.02"))
     c.evaluate.update(dict(every=0, batches=16, draws=4))
     c.checkpoint.update(dict(every=500, keep=1))

@@ -26,10 +26,12 @@ use_large_pages
 # The command goes to stderr: some outputs are kept.
 run() { printf '\n\033[1m$ %s\033[0m\n' "$*" >&2; "$@"; }
 
-# study KIND SCORING [flags of reversal_data.py]: data, four runs, what they answer.
+# study KIND SCORING LENGTH [flags of reversal_data.py]: data, four runs, what they answer.
 study() {
-  local kind="$1" scoring="$2" dir="$run_dir/$1" forward backward seed family tokenizer arm scoring_blank
-  shift 2
+  local kind="$1" scoring="$2" dir="$run_dir/$1" write=() forward backward seed family tokenizer arm scoring_blank
+  # A statement was always padded to so many tokens: with a longer canvas LLaDA writes on.
+  if [ "$scoring" != likelihood ]; then write=(--gen_length="$3"); fi
+  shift 3
   run python experiments/reversal_data.py --kind="$kind" --out="$dir/data" "$@"
   forward="$(cat "$dir/data/forward.txt")" backward="$(cat "$dir/data/backward.txt")"
   for seed in 0 1; do
@@ -43,9 +45,9 @@ study() {
         --config.data.holdout_source="dialogues:$dir/data/held_out.jsonl" \
         --config.dialogues.template="$dir/data/statement.jinja" --config.data.directory="$dir/data/rows" \
         "${tokenizer[@]}"
-      ask "$dir/$family-$seed" asked asked --scoring="$scoring" --forward="$forward" --backward="$backward"
+      ask "$dir/$family-$seed" asked asked "${write[@]}" --scoring="$scoring" --forward="$forward" --backward="$backward"
       # A form that is known to the one and not to the other would be no comparison.
-      ask "$dir/$family-$seed" both both --scoring="${scoring/both/generation}" --forward="$forward" --backward="$backward"
+      ask "$dir/$family-$seed" both both "${write[@]}" --scoring="${scoring/both/generation}" --forward="$forward" --backward="$backward"
       # Not the question but the statement itself, with a gap: an ARM can only score it.
       if [ $family = arm ]; then scoring_blank=likelihood; else scoring_blank="$scoring"; fi
       ask "$dir/$family-$seed" blank asked --ask=blank --scoring="$scoring_blank" --forward="$forward"
@@ -64,14 +66,14 @@ ask() {
   mv "$workdir-$name.json.part" "$workdir-$name.json"
 }
 
-study facts both
+study facts both 6
 if [ -n "$couplets" ]; then
-  study couplets both --pairs="$couplets"
+  study couplets both 8 --pairs="$couplets"
 else
   echo "couplets are skipped: COUPLETS=FILE, a JSON list of {\"first\": ..., \"second\": ...}, is not given" >&2
 fi
 if [ -e "$wordnet/data.noun" ]; then
-  study dictionary likelihood --wordnet="$wordnet"
+  study dictionary likelihood 0 --wordnet="$wordnet"
 else
   echo "the dictionary is skipped: there is no $wordnet/data.noun; WORDNET=DIR says where WordNet's data files are" >&2
 fi
