@@ -22,6 +22,7 @@ from llada.scaling import comparison, figure, provenance
 from llada.scaling.comparison import RunRecord
 from llada.scaling.fine_tuning import percent
 from llada.scaling.numbers import markdown_cell, markdown_table, or_dash
+from llada.training import calls
 
 FAMILIES = {"llada": DIFFUSION, "arm": AUTOREGRESSIVE}
 ANSWERS = ("asked", "both", "blank")
@@ -169,6 +170,40 @@ def _draw_bars(ax, asked: list[Asked], way: str) -> None:
     ax.set_xticks(range(len(DIRECTIONS)), list(DIRECTIONS))
 
 
+def _share(asked: list[Asked], family: str, answers: str, direction: str) -> str:
+    """The mean over seeds of what is written exactly, or else of the likeliest candidate; "" where neither is there."""
+    for way in ("exact", "likelihood"):
+        scores = [each.score(answers, direction, way) for each in asked if each.family == family]
+        if all(scores):
+            return f"{100 * sum(s['share'] for s in scores if s) / len(scores):.0f} %"
+    return ""
+
+
+def reasons(asked: list[Asked]) -> str:
+    """Where a backward answer is missing, in numbers: the form, the fact, or the way from one to the other."""
+    lines = []
+    for family, kind in FAMILIES.items():
+        shares = [
+            _share(asked, family, *key) for key in (("asked", "backward"), ("both", "backward"), ("blank", "backward"))
+        ]
+        gap = (
+            "of the gaps are filled right"
+            if family == "llada"
+            else "of the gaps get the right candidate, by likelihood"
+        )
+        lines.append(
+            f"- {kind.title}, means over seeds: {shares[0]} of the backward questions are answered, {shares[1]} where "
+            f"the pair was stated both ways, and {shares[2]} {gap}."
+        )
+    return "\n".join(textwrap.fill(line, 120, subsequent_indent="  ") for line in lines)
+
+
+def commits(asked: list[Asked]) -> list[str]:
+    """Those that the runs were trained at, as their calls.jsonl has them."""
+    records = [json_files.read_lines(each.run.workdir / calls.FILE) for each in asked]
+    return sorted({str(call.get("commit")) for lines in records for _, call in lines})
+
+
 def wrong(asked: list[Asked]) -> str:
     """The first wrong backward answers of a run of each family, as they came; "" where nothing was written."""
     rows = [["", "asked", "right", "written"]]
@@ -254,6 +289,7 @@ def section(kind: str, asked: list[Asked]) -> str:
         markdown_table(aims(asked)) if kind == "facts" else "",
         f"{_filled(CONTROLS)}\n\n{markdown_table(table(asked, 'both'))}",
         f"{_filled(BLANK)}\n\n{markdown_table(table(asked, 'blank'))}",
+        f"In short:\n\n{reasons(asked)}",
         wrong(asked),
         markdown_table(training(asked)),
     ]
@@ -263,6 +299,7 @@ def section(kind: str, asked: list[Asked]) -> str:
 def page(run_dir: Path, studies: dict[str, list[Asked]]) -> str:
     """`reversal.md`."""
     missing = [kind for kind in FORMS if kind not in studies]
+    trained = sorted({commit for asked in studies.values() for commit in commits(asked)})
     left_out = f"Not run here: {', '.join(missing)}; `--help` of the script says which files they need."
     parts = [
         "# The reversal curse",
@@ -270,7 +307,10 @@ def page(run_dir: Path, studies: dict[str, list[Asked]]) -> str:
         *(section(kind, asked) for kind, asked in studies.items()),
         *([left_out] if missing else []),
         "## Commit, machine, command",
-        f"{provenance.line()}. Seconds are of this machine with whatever else ran on it.",
+        _filled(
+            f"{provenance.line()}; the runs were trained at commit {', '.join(trained)}. Seconds are of this machine "
+            "with whatever else ran on it."
+        ),
         f"    bash launch/quickstart_reversal.sh {run_dir}",
     ]
     return "\n\n".join(parts) + "\n"

@@ -28,7 +28,8 @@ run() { printf '\n\033[1m$ %s\033[0m\n' "$*" >&2; "$@"; }
 
 # study KIND SCORING LENGTH [flags of reversal_data.py]: data, four runs, what they answer.
 study() {
-  local kind="$1" scoring="$2" dir="$run_dir/$1" write=() forward backward seed family tokenizer arm scoring_blank
+  local kind="$1" scoring="$2" dir="$run_dir/$1" write=() forward backward
+  local seed family tokenizer arm questions scoring_blank
   # A statement was always padded to so many tokens: with a longer canvas LLaDA writes on.
   if [ "$scoring" != likelihood ]; then write=(--gen_length="$3"); fi
   shift 3
@@ -45,9 +46,10 @@ study() {
         --config.data.holdout_source="dialogues:$dir/data/held_out.jsonl" \
         --config.dialogues.template="$dir/data/statement.jinja" --config.data.directory="$dir/data/rows" \
         "${tokenizer[@]}"
-      ask "$dir/$family-$seed" asked asked "${write[@]}" --scoring="$scoring" --forward="$forward" --backward="$backward"
+      questions=(--forward="$forward" --backward="$backward" "${write[@]}")
+      ask "$dir/$family-$seed" asked asked "${questions[@]}" --scoring="$scoring"
       # A form that is known to the one and not to the other would be no comparison.
-      ask "$dir/$family-$seed" both both "${write[@]}" --scoring="${scoring/both/generation}" --forward="$forward" --backward="$backward"
+      ask "$dir/$family-$seed" both both "${questions[@]}" --scoring="${scoring/both/generation}"
       # Not the question but the statement itself, with a gap: an ARM can only score it.
       if [ $family = arm ]; then scoring_blank=likelihood; else scoring_blank="$scoring"; fi
       ask "$dir/$family-$seed" blank asked --ask=blank --scoring="$scoring_blank" --forward="$forward"
