@@ -26,7 +26,8 @@ def get_config(argument="facts"):
 def facts():
     """0.7 M parameters. A statement is an example of its own, padded to 12 tokens; four share a row.
 
-    The learning rate comes down over half of the run: names are remembered then.
+    The learning rate comes down over half of the run: names are remembered then. With 3,000 steps LLaDA knew every
+    fact and answered fewer backward questions in a pilot.
     """
     c = default_config()
     c.model.update(dict(layers=3, width=128, heads=4, ffn=352, vocab_size=800, max_length=48, rope_theta=1000.0))
@@ -35,7 +36,7 @@ def facts():
     c.objective.update(dict(random_length_fraction=0.0, eps=0.05))
     c.data.sequence_length = 48
     c.dialogues.update(dict(bucket=12, turns="each"))
-    c.train.update(dict(batch_size=16, steps=3000, log_every=100))
+    c.train.update(dict(batch_size=16, steps=2000, log_every=100))
     c.optimizer.update(dict(peak_learning_rate=4e-3, schedule="0:0 5%:1 50%:1 100%:0.02"))
     c.evaluate.update(dict(every=0, batches=16, draws=4))
     c.checkpoint.update(dict(every=500, keep=1))
