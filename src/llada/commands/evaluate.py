@@ -13,6 +13,11 @@ row: --rows=N reads so many rows, spread over the held-out side, the same ones o
 Of a run that was fine-tuned on dialogues they are those of held-out answers. --task=dialogues adds a LLaDA's loss at
 fixed times t, and with --generate=N has the model write N of the answers: exact match for each label and turn, with
 95 % intervals. DIR/answers.json has the scores of every way of writing them that was evaluated at this step.
+
+--task=reversal --facts=FILE asks pairs {"first": ..., "second": ...} forward, for the second, and backward, for the
+first: shares of right answers as they are written and by likelihood among --candidates, with 95 % intervals (also in
+DIR/reversal.json). --forward='{first} is {second}.' and --backward='{second} is {first}.' are texts to be continued;
+with --ask=blank gaps in the first are filled; with --ask=chat users ask, by default as LLaDA appendix B.7 has it.
 """
 
 import dataclasses
@@ -21,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada import json_files, processes
-from llada.commands import joining, opening, progress, sampling
+from llada.commands import asking, joining, opening, progress, sampling
 from llada.commands.command_flags import CommandFlags, required
 from llada.config import Config
 from llada.errors import DiskError, UserError
@@ -29,9 +34,10 @@ from llada.files import write_atomically
 from llada.paths import user_path
 
 if TYPE_CHECKING:  # at run time these would import JAX, before the flags are parsed
+    from llada.inference.likelihood import LikelihoodConfig
     from llada.training.run import Run
 
-FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS, sampling.FLAGS)
+FLAGS = CommandFlags(opening.FLAGS, joining.FLAGS, sampling.FLAGS, asking.FLAGS)
 WORKDIR = FLAGS.define_string("workdir", None, "a workdir of llada train")
 STEP = FLAGS.define_integer("step", None, "checkpoint to evaluate; default the latest")
 DRAWS = FLAGS.define_integer(
@@ -54,8 +60,9 @@ ESTIMATOR = FLAGS.define_string(
 TASK = FLAGS.define_enum(
     "task",
     "validation",
-    ["validation", "dialogues"],
-    "validation: the run's held-out rows; dialogues: for fine-tuned runs also the loss by time, and answers compared",
+    ["validation", "dialogues", "reversal"],
+    "validation: the run's held-out rows; dialogues: for fine-tuned runs also the loss by time, and answers compared; "
+    "reversal: the pairs of --facts, asked both ways",
 )
 GENERATE = FLAGS.define_integer(
     "generate", 0, "held-out answers to be written and compared (--task=dialogues)", lower_bound=0, upper_bound=2**20
@@ -73,18 +80,37 @@ def run(overrides: dict[str, str]) -> int:
     workdir = user_path(required(WORKDIR, "give a workdir of llada train"), "--workdir")
     mesh = opening.mesh(overrides)
     joining.join()
+    from llada.evaluation import reversal
+    from llada.scaling import held_out
+    from llada.training import run as run_lib
+
+    with processes.agreement():
+        _check(run_lib.read_config(workdir))
+    of_rows = (STEP, DRAWS, BATCHES, ROWS, MICROBATCHES, ESTIMATOR, TASK, GENERATE)
+    opening.require_same([mesh, *(flag.value for flag in (*of_rows, *OPTIONS, *asking.OPTIONS, opening.DTYPE))])
+    opened = opening.open_run(workdir, STEP.value, mesh)
+    config = _with_flags(opened.config)
+    if TASK.value == "reversal":
+        facts, path = asking.evaluate(opened, _likelihood_settings(), _options()), workdir / reversal.FILE
+    else:
+        facts, path = _of_held_out(workdir, opened, config), workdir / held_out.FILE
+    if processes.is_first():
+        facts = {"step": opened.step, "task": TASK.value, **facts, "dtype": opening.DTYPE.value}
+        _print(facts)
+        if TASK.value != "reversal":
+            _remark_on_rows(facts["rows"], config)
+            facts = held_out.with_earlier(facts, workdir)
+        _save(facts, path)
+    return 0
+
+
+def _of_held_out(workdir: Path, opened: "Run", config: Config) -> dict[str, Any]:
+    """Figures of the run's held-out rows, of dialogues with those of their answers."""
     import jax
 
     from llada.evaluation import validation
     from llada.training import run as run_lib
 
-    with processes.agreement():
-        _check(run_lib.read_config(workdir))
-    flags = (STEP, DRAWS, BATCHES, ROWS, MICROBATCHES, ESTIMATOR, TASK, GENERATE, *OPTIONS, opening.DTYPE)
-    settings = [flag.value for flag in flags]
-    opening.require_same([mesh, *settings])
-    opened = opening.open_run(workdir, STEP.value, mesh)
-    config = _with_flags(opened.config)
     with processes.agreement():
         corpus = run_lib.corpus_of_run(workdir, config, opened.tokenizer, opened.corpus_digest)
     with jax.set_mesh(opened.mesh), processes.ending_together(UserError):
@@ -101,14 +127,10 @@ def run(overrides: dict[str, str]) -> int:
         )
         with progress.bar("rows scored") as show:
             show = progress.with_cost(show, f"{validator.count:,} held-out rows", _passes(opened, config, validator))
-            facts = {"step": opened.step, "task": TASK.value} | validator(opened.params, show)._asdict()
+            facts = validator(opened.params, show)._asdict()
         if ESTIMATOR.value == "sampler":
             facts["sampler"] = _of_sampler()
-        if TASK.value == "dialogues":
-            facts |= _of_dialogues(opened, config, corpus, validator)
-    if processes.is_first():
-        _print_and_save(facts | {"dtype": opening.DTYPE.value}, workdir, config)
-    return 0
+        return facts | (_of_dialogues(opened, config, corpus, validator) if TASK.value == "dialogues" else {})
 
 
 def _check(config: Config) -> None:
@@ -116,6 +138,11 @@ def _check(config: Config) -> None:
     from llada.evaluation import validation
     from llada.inference import generation, likelihood
 
+    if TASK.value == "reversal":
+        _check_reversal(config)
+        return
+    if asking.given():
+        raise UserError(f"--{asking.given()[0]} is for --task=reversal; this is --task={TASK.value}")
     if _by_pairs(config):
         likelihood.check_settings(config.model, _settings(config))
         if ESTIMATOR.value not in likelihood.DRAWN and DRAWS.present:
@@ -206,6 +233,30 @@ def _passes(opened: "Run", config: Config, validator) -> int:
     return likelihoods.cost(_settings(config), pairs)
 
 
+def _check_reversal(config: Config) -> None:
+    """UserError for flags that do not go with --task=reversal, for pairs that cannot be asked, and ways of writing."""
+    from llada.inference import generation
+
+    for flag in (BATCHES, ROWS, MICROBATCHES, GENERATE):
+        if flag.present:
+            raise UserError(f"--{flag.name}={flag.value} is not for --task=reversal, which asks all of --facts")
+    given = [flag.name for flag in OPTIONS if flag.present]
+    if given and asking.SCORING.value == "likelihood":
+        raise UserError(f"--{given[0]} says how answers are written; with --scoring=likelihood none are")
+    if "gen_length" in given and asking.ASKED.value == "blank":
+        raise UserError(f"--gen_length={OPTIONS[0].value} is not for --ask=blank: gaps are as long as the right answer")
+    asking.read(config, _likelihood_settings())
+    generation.check(config, generation.Request(prompt="", **_options()))
+
+
+def _likelihood_settings() -> "LikelihoodConfig":
+    """How --task=reversal scores candidates."""
+    from llada.inference.likelihood import LikelihoodConfig
+
+    default = LikelihoodConfig()
+    return LikelihoodConfig(estimator=ESTIMATOR.value or default.estimator, draws=DRAWS.value or default.draws)
+
+
 def _options() -> dict[str, Any]:
     """The fields of `generation.Request` that say how to write answers."""
     return {flag.name: flag.value for flag in OPTIONS}
@@ -242,10 +293,8 @@ def _with_flags(config: Config) -> Config:
     return dataclasses.replace(config, evaluate=evaluate, train=train)
 
 
-def _print_and_save(facts: dict[str, Any], workdir: Path, config: Config) -> None:
-    print(json_files.dumps(facts, indent=2), flush=True)
+def _remark_on_rows(rows: int, config: Config) -> None:
     requested = config.evaluate.batches * config.train.batch_size
-    rows = facts["rows"]
     if BATCHES.value is not None and rows < requested:
         print(
             f"--batches={BATCHES.value} are {requested:,} rows; the held-out side has {rows:,}, all of them used",
@@ -253,10 +302,14 @@ def _print_and_save(facts: dict[str, Any], workdir: Path, config: Config) -> Non
         )
     if ROWS.value is not None and rows < ROWS.value:
         print(f"--rows={ROWS.value:,}: the held-out side has {rows:,}, all of them used", file=sys.stderr)
-    from llada.scaling import held_out
 
-    path = workdir / held_out.FILE
+
+def _print(facts: dict[str, Any]) -> None:
+    print(json_files.dumps(facts, indent=2), flush=True)
+
+
+def _save(facts: dict[str, Any], path: Path) -> None:
     try:
-        write_atomically(path, f"{json_files.dumps(held_out.with_earlier(facts, workdir), indent=2)}\n".encode())
+        write_atomically(path, f"{json_files.dumps(facts, indent=2)}\n".encode())
     except (OSError, DiskError) as error:
         print(f"{path} could not be saved: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
