@@ -77,6 +77,8 @@ def outcomes(law, canvas, block, steps_left, settings):
         p = math.prod(tempered[i, v] for i, v in tokens.items())
         if settings.remasking == "low_confidence":  # ranked by the clean law, whatever the temperature
             yield tokens, sorted(masked, key=lambda i: -law[canvas][i, tokens[i]])[:quota], p
+        elif settings.remasking == "top_probability":
+            yield tokens, sorted(masked, key=lambda i: -law[canvas][i].max())[:quota], p
         elif settings.remasking == "random":
             subsets = list(itertools.combinations(masked, quota))
             for kept in subsets:

@@ -88,7 +88,7 @@ def test_gaps_and_prediction_and_readings_are_the_studys(whole):
     text = written(readings, fitted, predict=1e22)
     table = rows(section(text, "Compute gap"))
     for row, found in zip(table, fitted.gap("diffusion", "autoregressive")["ratios"], strict=True):
-        loss, ratio = row["by the minima: L*, LLaDA over ARM"].split(": ")
+        loss, ratio = row["by the minima: L*, LLaDA (bound) over ARM (exact NLL)"].split(": ")
         assert float(loss) == pytest.approx(found["loss"], abs=1e-3)
         assert number(ratio) == pytest.approx(found["value"], rel=0.06)
         assert ("(!)" in ratio) == (found["beyond"] > 1)
@@ -196,7 +196,7 @@ def test_repeated_data_has_its_own_report():
     first, second = rows(section(text, "Repeated data"))
     assert first["below the ARM after equally many epochs"] == "at 4.00 epochs"
     assert first["below the ARM's best"] == "at 8.00 epochs"
-    assert first["LLaDA's best"] == "2.6000 at 8.00 epochs (still falling)"
+    assert first["LLaDA's best, bound"] == "2.6000 at 8.00 epochs (still falling)"
     assert second["below the ARM's best"] == "no crossover up to 16.0 epochs"
     assert "in 1 of 2 pairs" in text.split("\n\n")[1]
     assert "Compute gap" not in text and "the true crossover is no later" in text
@@ -227,11 +227,15 @@ def test_a_third_family_needs_no_more_than_its_entry(monkeypatch):
     text = written(readings, fitted)
     of_llada, of_block = findings.headline_gaps(fitted)
     assert (of_llada.series, of_block.series) == (Series(DIFFUSION), Series(block)) and of_block.value < of_llada.value
-    assert "Block needs" in text and "by the minima: L*, Block over ARM" in section(text, "Compute gap")
+    assert "Block needs" in text and "by the minima: L*, Block (bound) over ARM (exact NLL)" in section(
+        text, "Compute gap"
+    )
     assert {row["series"] for row in rows(section(text, "Best size of each budget"))} == {"LLaDA", "ARM", "Block"}
     assert "Block's figure is an upper bound" in section(text, "Caveats")
     repeated = with_block(
         repeated_readings({"diffusion": [4.0, 3.5, 3.0, 2.6], "autoregressive": [3.2, 2.8, 3.1, 3.6]}), 0.2
     )
     assert repetition.picture(repeated)[:4] == b"\x89PNG"
-    assert "Block ends below the ARM's best loss" in written(repeated, study.fit({}))
+    assert "Block ends below the ARM's best loss (Block by its bound, ARM by its exact NLL)" in written(
+        repeated, study.fit({})
+    )
