@@ -41,7 +41,7 @@ study() {
       tokenizer=() arm=""
       if [ "$family-$seed" != llada-0 ]; then tokenizer=(--config.data.tokenizer="$dir/llada-0/tokenizer.model"); fi
       if [ $family = arm ]; then arm=_arm; fi
-      run llada train --config=experiments/reversal.py:$kind$arm --workdir="$dir/$family-$seed" --config.seed=$seed \
+      run llada train "--config=experiments/reversal.py:$kind$arm" --workdir="$dir/$family-$seed" --config.seed=$seed \
         --config.data.source="dialogues:$dir/data/train.jsonl" \
         --config.data.holdout_source="dialogues:$dir/data/held_out.jsonl" \
         --config.dialogues.template="$dir/data/statement.jinja" --config.data.directory="$dir/data/rows" \

@@ -137,7 +137,7 @@ def test_wrong_requests_for_text_get_one_line(trained):
         ([run, "--prompt=a", "--gen_length=8", "--steps=3", "--block_length=4"], ["--steps=3", "2 block"]),
         ([run, "--prompt=a", "--gen_length=8", "--block_length=9"], ["--block_length=9"]),
         ([run, "--prompt=a", "--gen_length=8", "--temperature=-1"], ["--temperature=-1", "0 (greedy)"]),
-        ([run, "--prompt=a", "--gen_length=8", "--remasking=best"], ["--remasking=best", "low_confidence, random"]),
+        ([run, "--prompt=a", "--gen_length=8", "--remasking=best"], ["--remasking=best", "low_confidence, top_probability, random"]),
         ([run, "--infill=nothing to fill"], ["--infill", "[MASK:12]"]),
         ([run, "--prompt=a", "--gen_length=8", "--cache=double"], ["--cache=double", "none, prefix, dual"]),
         ([run, "--prompt=a", "--gen_length=8", "--confidence_threshold=2"], ["--confidence_threshold=2"]),

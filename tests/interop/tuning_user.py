@@ -7,7 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.modules |= dict.fromkeys(("jax", "flax", "llada", "sentencepiece"))  # as if they were not installed
+# As if they were not installed. `datasets` is there for lm-evaluation-harness, and too new for transformers 4, which
+# would import it.
+sys.modules |= dict.fromkeys(("jax", "flax", "llada", "sentencepiece", "datasets"))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
