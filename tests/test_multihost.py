@@ -75,7 +75,7 @@ class Launched:
             with self.logs[i].open("w") as file:
                 self.processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
 
-    def wait(self, timeout: float = 120) -> list[int]:
+    def wait(self, timeout: float = 400) -> list[int]:
         """The exit statuses."""
         try:
             return [process.wait(timeout) for process in self.processes]
@@ -113,7 +113,7 @@ def runs(experiment, tmp_path_factory):
         return Launched(folder / f"{name}-{steps}", count, devices, *arguments)
 
     stopped = start("stopped", 2, 4, 1_000_000, "--config.checkpoint.every=10")
-    until = time.monotonic() + 120
+    until = time.monotonic() + 400
     while not (folder / "stopped" / "checkpoints" / "30").exists():
         assert time.monotonic() < until and stopped.processes[0].poll() is None, stopped.said()
         time.sleep(0.01)
@@ -219,7 +219,7 @@ def test_a_process_that_dies_or_hangs_ends_the_others_soon(experiment, tmp_path,
     """With a status of its own; and what a process that waits in C was doing is written down."""
     flags = ("--config.train.steps=1000000", "--config.checkpoint.every=10")
     pair = Launched(tmp_path / "pair", 2, 1, f"--config={experiment}", f"--workdir={tmp_path / 'run'}", *flags)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 400
     while not (tmp_path / "run" / "checkpoints" / "10").exists():
         assert time.monotonic() < until and pair.processes[0].poll() is None, pair.said()
         time.sleep(0.01)

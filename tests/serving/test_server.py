@@ -60,7 +60,7 @@ def serving(chat, capacity=64, defaults=DEFAULTS):
         it = server.Server(make_app(gated, queue, "tiny", defaults), queue, started.set)
         thread = threading.Thread(target=it.run, args=([listener],))
         thread.start()
-        assert started.wait(10)
+        assert started.wait(60)
         try:
             yield SimpleNamespace(url=url, queue=queue, chat=gated, thread=thread, server=it)
         finally:
@@ -87,7 +87,7 @@ def client_of(it, **options):
 
 def until(condition):
     """Wait for what other threads do."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -83,7 +83,7 @@ def test_a_killed_run_continues_from_its_last_checkpoint_bit_for_bit(tiny, train
     (tmp_path / "config.json").write_text(json.dumps(config_tree(config)))
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], env=environment, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not (tmp_path / "checkpoints" / "4").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
         time.sleep(0.002)
