@@ -7,7 +7,7 @@ through a chat template, right where the line occurs in the reply); Berglund et 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,12 +17,12 @@ from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.data.chat_template import ChatTemplate, drop_start
 from llada.data.continuation import spelled_bytes
-from llada.data.tokenizer import Tokenizer, unicode_text
+from llada.data.tokenizer import unicode_text
 from llada.errors import UserError
 from llada.evaluation.answers import wilson
 from llada.inference import canvas, generation, likelihood, sampler
+from llada.inference.chat import Opened
 from llada.inference.mask_plans import Pair
-from llada.model import transformer
 
 FILE = "reversal.json"  # in a workdir
 KEYS = ("first", "second")
@@ -62,17 +62,6 @@ class Asking(NamedTuple):
     texts: dict[str, str]
     candidates: int
     scoring: str
-
-
-class Opened(Protocol):
-    """What is needed of a model: `llada.load(workdir)` is one."""
-
-    @property
-    def config(self) -> Config: ...
-    @property
-    def params(self) -> transformer.Parameters: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
 
 
 class _Question(NamedTuple):

@@ -32,7 +32,7 @@ Watcher = Callable[[int, np.ndarray, np.ndarray, int], None]
 
 
 class Opened(Protocol):
-    """What a chat needs of a model: `llada.load(workdir)` is one."""
+    """What writing and scoring texts needs of a model: `llada.load(workdir)` is one."""
 
     @property
     def config(self) -> Config: ...
