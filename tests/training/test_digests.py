@@ -34,10 +34,14 @@ def state_of(workdir, config, step=12):
 
 
 def flip(folder, seed=0):
-    """A bit in the middle of the folder's largest file: of the arrays, which have no checksum of their own."""
+    """Bits all over the folder's largest file: of the arrays, which have no checksum of their own.
+
+    One bit would do in most places, but not in all: such a file also holds index nodes that later ones replaced.
+    """
     path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
-    content[len(content) // 2 + seed] ^= 4
+    for sixteenth in range(16):
+        content[len(content) * sixteenth // 16 + seed] ^= 4
     path.write_bytes(content)
 
 
