@@ -20,6 +20,7 @@ from llada.interop.export import export
 from llada.training import digests as digests_lib
 from llada.training import loop, resuming, run_item
 from llada.training.checkpoint import Checkpoints
+from llada.training.verification import verify
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def state_of(workdir, config, step=12):
         return resuming.restore_state(checkpoints, config, mesh_lib.make(MeshConfig()), step)[0]
 
 
-def flip(folder, seed=0):
+def flip(folder):
     """Bits all over the folder's largest file: of the arrays, which have no checksum of their own.
 
     One bit would do in most places, but not in all: such a file also holds index nodes that later ones replaced.
@@ -41,7 +42,7 @@ def flip(folder, seed=0):
     path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
     for sixteenth in range(16):
-        content[len(content) * sixteenth // 16 + seed] ^= 4
+        content[len(content) * (2 * sixteenth + 1) // 32] ^= 4
     path.write_bytes(content)
 
 
@@ -185,12 +186,20 @@ def test_verify_names_what_is_damaged(copy):
     assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
 
 
-def test_a_step_that_a_kill_left_half_removed_is_no_damage(copy):
-    half = copy / "checkpoints" / "3"  # keep=3, and 4, 8 and 12 are there
-    shutil.copytree(copy / "checkpoints" / "4", half)
-    shutil.rmtree(half / "params")
-    done = in_process.llada("verify", f"--workdir={copy}")
-    assert done.returncode == 0 and "checkpoints/3 is removed in part: newer ones replace it" in done.stderr
+def test_a_step_that_a_kill_left_half_removed_is_no_damage_and_other_bits_are(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["checkpoint"]["keep"] = 2  # 8 and 12: what is left of 4 is on its way out
+    (copy / "config.json").write_text(json.dumps(config))
+    step = copy / "checkpoints" / "4"
+    for path in sorted(path for path in step.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        path.unlink()
+        assert not verify(copy).damaged, path
+        path.write_bytes(content)
+    flip(step / "params")
+    assert [name for name in verify(copy).damaged if name.startswith("checkpoints/4/params/")]
+    shutil.rmtree(step / "params")
     shutil.rmtree(copy / "checkpoints" / "8" / "params")
     done = in_process.llada("verify", f"--workdir={copy}")
     assert done.returncode == 4 and "checkpoints/8/params: DAMAGED" in done.stdout
+    assert "checkpoints/4 is removed in part: newer ones replace it" in done.stderr

@@ -1,6 +1,7 @@
 """All that lies in a workdir, read and compared with what was saved: checkpoints, tokenizer, config, rows."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from llada.training.run_item import RunItem
 
 Progress = Callable[[int, int], None]  # of bytes read, and of how many
 _BLOCK_BYTES = 16 << 20
+# How Python, our own reader, and tensorstore (of an index, and of values) say that a file is not there.
+_GONE = re.compile(r"No such file|is missing|NOT_FOUND|expected at least \d+ or \d+ more; at byte 0$")
 
 
 class Verified(NamedTuple):
@@ -104,10 +107,14 @@ class _Work:
 
 
 def _excuse_half_removed(work: _Work, steps: list[int], kept: CheckpointConfig) -> None:
-    """A step older than those that are kept, and not whole, is no damage: a kill fell into its removal."""
+    """A step older than those that are kept, of which files are gone, is no damage: a kill fell into its removal.
+
+    A file that is there and is not what was saved is damage in any step.
+    """
     for step in steps[: -kept.keep]:
         parts = [name for name in work.damaged if name.split("/")[:2] == ["checkpoints", str(step)]]
-        if parts and not (kept.keep_every and step % kept.keep_every == 0):
+        gone = all(_GONE.search(work.damaged[name]) for name in parts)
+        if parts and gone and not (kept.keep_every and step % kept.keep_every == 0):
             for name in parts:
                 del work.damaged[name]
             work.remarks.append(
