@@ -7,9 +7,6 @@ steps, computed on the devices of all processes. With $TPU_HOST it runs as on a 
 import hashlib
 import json
 import os
-import sys
-
-sys.modules["torch"] = None  # TensorBoard's writer would import it, in half of a process's start
 
 STEPS, B, L = 3, 8, 32
 
@@ -49,21 +46,18 @@ def masks() -> dict[str, str]:
     return found
 
 
-def main() -> int:
+def start() -> int:
+    """In a fork of faults/forking.py: the `llada` program of sys.argv, then the masks."""
     if "TPU_HOST" in os.environ:
         from jax._src.clusters import cloud_tpu_cluster
 
         cloud_tpu_cluster.running_in_cloud_tpu_vm = True
     from llada.commands import program
 
-    status = program.main(sys.argv[1:])
+    status = program.main()
     if "MASKS" in os.environ and status == 0:
         from llada import processes
 
         with open(f"{os.environ['MASKS']}.{processes.index()}", "w") as file:
             json.dump(masks(), file)
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

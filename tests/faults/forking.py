@@ -8,6 +8,7 @@ What a call runs is the `llada` program from its first line on, but for the seco
 The waiting process has one thread and no device, so that a fork of it is as good as a new process.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -61,8 +62,9 @@ class Forked:
 class Forks:
     """The process that forks; any number of calls may run beside each other."""
 
-    def __init__(self, environment: dict[str, str] | None = None):
-        command = [sys.executable, str(Path(__file__).resolve())]
+    def __init__(self, environment: dict[str, str] | None = None, program: str = "llada.commands.program"):
+        """`program`: the module whose `start()` a call runs."""
+        command = [sys.executable, str(Path(__file__).resolve()), program]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         # A group of its own, so that Ctrl-C of a suite does not become a signal under test.
         self._process = subprocess.Popen(command, env=os.environ | (environment or {}), start_new_session=True, **pipes)
@@ -122,7 +124,7 @@ def _serve() -> None:
         elif "words" in request:
             pid = os.fork()
             if pid == 0:
-                return _call(**request)
+                return _call(sys.argv[1], **request)
             running[pid], answer = None, {"pid": pid}
         else:
             answer = {"ready": True}
@@ -133,8 +135,8 @@ def _serve() -> None:
     return None
 
 
-def _call(words: list[str], log: str, environment: dict[str, str]) -> None:
-    """In the fork: what `python -m llada WORDS` does, its streams being the log."""
+def _call(program: str, words: list[str], log: str, environment: dict[str, str]) -> None:
+    """In the fork: what `python -m llada WORDS` does, or another program, its streams being the log."""
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -143,10 +145,8 @@ def _call(words: list[str], log: str, environment: dict[str, str]) -> None:
     os.close(descriptor)
     os.close(null)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from llada.commands import program
-
     sys.argv = ["llada", *words]
-    sys.exit(program.start())
+    sys.exit(importlib.import_module(program).start())
 
 
 if __name__ == "__main__":
