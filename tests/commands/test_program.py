@@ -170,23 +170,25 @@ def test_wrong_evaluations_get_one_line(trained):
 
 
 def test_sample_continues_a_prompt_and_fills_gaps(trained):
-    for name in ("llada", "arm"):
-        done = llada("sample", f"--workdir={trained[name].workdir}", "--prompt=the cat", "--gen_length=8", "--json")
+    for name, program in (("llada", llada), ("arm", in_process.llada)):  # a process of its own, and this one
+        done = program("sample", f"--workdir={trained[name].workdir}", "--prompt=the cat", "--gen_length=8", "--json")
         answer = json.loads(done.stdout)
         assert answer["text"].startswith("the cat") and answer["forward_passes"] == 8 and answer["seconds"] > 0
         assert 3 not in answer["ids"]  # the mask token
-    done = llada("sample", f"--workdir={trained['llada'].workdir}", "--infill=the [MASK:2] sees[MASK] dog")
+    done = in_process.llada("sample", f"--workdir={trained['llada'].workdir}", "--infill=the [MASK:2] sees[MASK] dog")
     assert done.stdout.startswith("the ") and " sees" in done.stdout and done.stdout.endswith(" dog\n")
 
 
 def test_several_prompts_are_written_as_one_batch_and_shown_as_they_come(trained, tmp_path):
     run, page = f"--workdir={trained['llada'].workdir}", tmp_path / "replay.html"
     options = ["--gen_length=8", "--temperature=1", "--block_length=4", "--json"]
-    done = llada("sample", run, "--prompt=the cat", "--prompt=a tree sees the river", *options, "--samples=2")
+    done = in_process.llada(
+        "sample", run, "--prompt=the cat", "--prompt=a tree sees the river", *options, "--samples=2"
+    )
     four = [json.loads(line) for line in done.stdout.splitlines()]
     assert [text["text"].startswith("the cat") for text in four] == [True, True, False, False]
     assert four[0]["ids"] != four[1]["ids"] and four[0]["forward_passes"] == 8
-    done = llada("sample", run, "--prompt=the cat", *options, "--seed=1", "--watch", f"--html={page}")
+    done = in_process.llada("sample", run, "--prompt=the cat", *options, "--seed=1", "--watch", f"--html={page}")
     alone = json.loads(done.stdout)
     assert alone["ids"] == four[1]["ids"] and alone["step"] == four[1]["step"]
     assert "step 8/8" in done.stderr and "<html" in page.read_text()
@@ -195,19 +197,19 @@ def test_several_prompts_are_written_as_one_batch_and_shown_as_they_come(trained
 def test_likelihoods_of_answers(trained, tmp_path):
     llada_run, arm_run = (f"--workdir={trained[name].workdir}" for name in ("llada", "arm"))
     asked = ["--prompt=the cat", "--answer= sees the dog"]
-    bound = json.loads(llada("likelihood", llada_run, *asked, "--draws=16").stdout)
-    exact = json.loads(llada("likelihood", arm_run, *asked).stdout)
+    bound = json.loads(in_process.llada("likelihood", llada_run, *asked, "--draws=16").stdout)
+    exact = json.loads(in_process.llada("likelihood", arm_run, *asked).stdout)
     assert bound["tokens"] == exact["tokens"] and exact["stderr"] == 0 and exact["estimator"] == "exact"
     assert bound["log_likelihood"] < 0 and bound["nats_per_token"] == -bound["log_likelihood"] / bound["tokens"]
     requests = tmp_path / "requests.jsonl"
     lines = [{"prompt": "a", "answer": " tree"}, {"prompt": "the cat", "answer": " sees the dog"}, {"answer_ids": [9]}]
     requests.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    done = llada("likelihood", llada_run, f"--requests={requests}", "--draws=16")
+    done = in_process.llada("likelihood", llada_run, f"--requests={requests}", "--draws=16")
     many = [json.loads(line) for line in done.stdout.splitlines()]
     assert many[1]["log_likelihood"] == pytest.approx(bound["log_likelihood"], rel=1e-4)
     assert len(many) == 3 and many[2]["rows"] == 1 and many[2]["stderr"] == 0
     long = "--answer=" + "the cat sees the dog . " * 20
-    whole = json.loads(llada("likelihood", arm_run, long, "--rolling").stdout)
+    whole = json.loads(in_process.llada("likelihood", arm_run, long, "--rolling").stdout)
     assert whole["tokens"] > 64 and whole["rows"] > 2
 
 
@@ -238,7 +240,7 @@ def test_evaluate_repeats_the_figure_of_training(trained, tmp_path):
     for name in ("llada", "arm"):
         workdir = tmp_path / name
         shutil.copytree(trained[name].workdir, workdir)
-        done = llada("evaluate", f"--workdir={workdir}")
+        done = in_process.llada("evaluate", f"--workdir={workdir}")
         result, summary = json.loads(done.stdout), trained[name].summary
         assert result["nats_per_token"] == pytest.approx(summary["eval_nats_per_token"], rel=1e-5)
         assert result["stderr"] == pytest.approx(summary["eval_stderr"], rel=1e-3)
@@ -248,7 +250,9 @@ def test_evaluate_repeats_the_figure_of_training(trained, tmp_path):
 
 def test_compare_writes_report_and_curves(trained, tmp_path):
     runs = [f"--{name}={trained[name].workdir}" for name in ("llada", "arm")]
-    done = llada("compare", *runs, f"--out={tmp_path}", "--prompt=the cat", "--infill=the [MASK]", "--gen_length=8")
+    done = in_process.llada(
+        "compare", *runs, f"--out={tmp_path}", "--prompt=the cat", "--infill=the [MASK]", "--gen_length=8"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     report = (tmp_path / "report.md").read_text()
     bound = f"{trained['llada'].summary['eval_nats_per_token']:.4f}"

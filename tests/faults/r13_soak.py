@@ -1,8 +1,8 @@
 """Runs under `launch/keep_training.sh` alone, and every few seconds one of all faults.
 
 Two supervisors, each with one workdir after another. Some time after a step the training process is killed, stopped by
-SIGTERM, or hangs and is killed; its newest checkpoint is damaged and then it is killed; or its disk is full for a
-while. Nobody helps: the supervisor starts it again, and the run ends as an undisturbed one.
+SIGTERM, or hangs and is killed; the newest of its checkpoints is damaged and then it is killed; or its disk is full for
+a while. Nobody helps: the supervisor starts it again, and the run ends as an undisturbed one.
 """
 
 import atexit
@@ -145,8 +145,9 @@ class Soak:
             from faults.r4_damaged_checkpoints import KINDS as DAMAGE
             from faults.r4_damaged_checkpoints import damage
 
-            with contextlib.suppress(IndexError, OSError):  # no step yet, or it has just been removed
-                self.damaged = tiny_run.saved(self.workdir)[-1]
+            # Where the only step is damaged, training rightly ends: whether to begin anew is for a person to say.
+            with contextlib.suppress(ValueError, OSError):  # too few steps, or it has just been removed
+                *_, _, self.damaged = tiny_run.saved(self.workdir)
                 damage(self.workdir / "checkpoints" / str(self.damaged), rng, rng.choice(DAMAGE))
         try:
             if kind == "full disk":
