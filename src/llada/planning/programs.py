@@ -170,7 +170,6 @@ def _batch(config: Config, mesh: jax.sharding.Mesh, B: int) -> Any:
 
 def _evaluate(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Program:
     """One batch of held-out rows with all of its draws; or by another estimator, rows of which each is an answer."""
-    mesh_lib.check_parameters(config, mesh)
     L, own = config.data.sequence_length, families.of(config).estimators
     B = validation.rows_at_once(config, mesh, config.evaluate.batches * config.train.batch_size)
     if workload.estimator and workload.estimator not in own and not config.model.causal:
@@ -336,6 +335,7 @@ def _sampler_trips(steps: float, rows: int) -> Trips:
 
 
 def _inference_parameters(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> transformer.Parameters:
+    mesh_lib.check_parameters(config, mesh)
     abstract, dtype = transformer.abstract_parameters(config.model), jnp.dtype(workload.dtype or "float32")
     shardings = mesh_lib.parameter_shardings(mesh, abstract)
     return jax.tree.map(lambda x, s: x.update(dtype=dtype, sharding=s), abstract, shardings)
