@@ -241,9 +241,12 @@ def _scoring(
     loop = functools.partial(Program, name, useful=None, dense=None, tokens=B * A)
     if workload.estimator == IS_GREEDY:
         same = greedy.matches_left_to_right if model.causal else greedy.matches_by_confidence
-        jitted = jax.jit(functools.partial(same, model, special, 0.0))
-        passes = 1 if model.causal else A
-        return loop(jitted, (params, forbidden_F, tokens_BL, rows), _sampler_trips(passes, per_device * L))
+
+        def are_greedy(params, tokens_BL, forbidden_F, rows):
+            return same(model, special, 0.0, params, forbidden_F, tokens_BL, rows)
+
+        trips = _sampler_trips(1 if model.causal else A, per_device * L)
+        return loop(jax.jit(are_greedy), (params, tokens_BL, forbidden_F, rows), trips)
     settings = likelihood.LikelihoodConfig(
         estimator=workload.estimator or likelihood.LikelihoodConfig.estimator,
         steps=workload.steps,
