@@ -23,8 +23,8 @@ import pytest
 
 MESH = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 ROWS = ("--rows=3", "--draws=2")
-BY_ORDER = ("chain_rule", "chain_rule_reversed", "confidence_ordered", "sampler")
-REQUESTS = [("the cat", " sees the dog ."), ("", "the river"), ("the stone hears", " a"), ("a", " bird likes the fish")]
+BY_ORDER = ("chain_rule", "sampler")
+REQUESTS = [("the cat", " sees the dog ."), ("the tree", " likes the bird ."), ("the fish", " hears the stone .")]
 TASKS = {
     "choice": "multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: [' the cat', ' dog .', ' sees']\n"
     "doc_to_target: 1\ntarget_delimiter: ''\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n",
@@ -46,7 +46,6 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "upper": [*scored, "--estimator=upper", "--dtype=bfloat16"],
         "arm": ["evaluate", *ROWS, arm],
         "l_of_L": ["evaluate", *ROWS, llada],
-        "bernoulli": ["evaluate", *ROWS, "--estimator=bernoulli", llada],
     }
     words |= {name: ["evaluate", ROWS[0], f"--estimator={name}", llada] for name in BY_ORDER}
     if importlib.util.find_spec("lm_eval") is not None:
