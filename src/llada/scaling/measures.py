@@ -118,7 +118,11 @@ def section(directory: Path, results: Sequence[Result]) -> str:
 
     Empty where there is none but training's own.
     """
-    ended = [r for r in results if r.status == FINISHED and r.step == r.steps and (directory / "runs" / r.run).is_dir()]
+    ended = [
+        r
+        for r in results
+        if r.status == FINISHED and r.step == r.steps and (directory / "runs" / r.run / "summary.json").exists()
+    ]
     exact = {(r.size, r.budget, r.seed): r for r in reversed(ended) if r.family.exact}
     found: list[gaps.Line] = []
     for r in ended:
