@@ -43,6 +43,15 @@ GUARANTEES: dict[str, list[tuple[str, list[str]]]] = {
             ],
         ),
         (
+            "Sharded over processes, texts are those of one device, and scores by every estimator and by lm_eval",
+            [
+                "test_sharded_inference.py::test_scores_and_texts_are_those_of_one_device",
+                "test_sharded_inference.py::test_tasks_of_lm_eval_get_the_answers_of_one_device",
+                "test_sharded_inference.py::test_each_device_holds_a_quarter_and_each_process_reads_a_half",
+                "test_sharded_inference.py::test_mistakes_of_one_process_end_both_in_one_line",
+            ],
+        ),
+        (
             "A batch with a loss or gradient that is not finite is one skipped update; resumed runs skip the same ones",
             [
                 "training/test_guard.py::test_a_bad_batch_is_one_skipped_update_and_nothing_more",

@@ -290,6 +290,18 @@ def test_every_checkpoint_of_both_families_makes_a_curve(trained, tasks, tmp_pat
     assert "| run" in (tmp_path / "out" / "downstream.md").read_text()
 
 
+def test_of_a_sweep_the_end_of_every_run_counts(trained, tasks, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "sweep.json").write_text("{}")
+    for family in FAMILIES:
+        (tmp_path / "runs" / family).symlink_to(trained[family].workdir)
+    words = [f"--workdir={tmp_path}", "--at=all", "--dry_run", f"--include_path={tasks}", "--tasks=choice"]
+    done = in_process.llada("lm_eval", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(", 1 checkpoint(s)") == 2
+    assert all(f"runs/{family}: " in done.stdout for family in FAMILIES)
+
+
 def test_dialogues_are_the_ids_of_the_template_and_no_text_spells_a_control_token(trained):
     from llada.evaluation.lm_eval import HarnessModel
 

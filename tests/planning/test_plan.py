@@ -322,7 +322,16 @@ def test_a_model_that_no_remat_fits_is_told_in_one_line():
         search.search(config, place, *[lambda text: None] * 2)
 
 
-@pytest.mark.parametrize(("program", "flags", "size"), [("likelihood", (), 4), ("evaluate", ("--dtype=bfloat16",), 2)])
+ANSWER = ("--prompt_length=48", "--gen_length=16")
+PLANNED = [
+    ("likelihood", (), 4),
+    ("likelihood", ("--estimator=sampler", "--block_length=8", *ANSWER), 4),
+    ("likelihood", ("--estimator=is_greedy", *ANSWER), 4),
+    ("evaluate", ("--dtype=bfloat16",), 2),
+]
+
+
+@pytest.mark.parametrize(("program", "flags", "size"), PLANNED)
 def test_the_command_writes_its_figures(libtpu, tmp_path, program, flags, size):
     out = tmp_path / "plan.json"
     done = in_process.llada(
@@ -356,6 +365,8 @@ REFUSED = {
     "batch": (["--topology=v5e:4x4", "--config.mesh.fsdp=16", "--config.train.batch_size=8"], ["batch_size=8", "16"]),
     "program": (["--topology=v5e:2x2", "--program=chat"], ["--program=chat", "train|evaluate|sample|likelihood"]),
     "sampling flag": (["--topology=v5e:2x2", "--steps=4"], ["--steps", "--program=train"]),
+    "estimator": (["--topology=v5e:2x2", "--program=likelihood", "--estimator=x"], ["--estimator=x", "is_greedy"]),
+    "heads": (["--topology=v5e:2x2", "--program=sample", "--config.mesh.tensor=4"], ["heads=3", "mesh.tensor=4"]),
     "slices": (["--topology=v5e:2x2", "--slices=2", "--config.mesh.fsdp=8"], ["2 slices", "--config.mesh.fsdp"]),
     "search": (["--topology=v5e:2x2", "--search", "--program=sample"], ["--search", "sample"]),
     "no slices": (["--topology=v5e:2x2", "--slices=0"], ["--slices=0", "from 1"]),

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 
 from llada import config as config_lib
 from llada.errors import DataError, DiskError, Diverged, UserError
-from llada.scaling import results, sweep_report
+from llada.scaling import measures, results, sweep_report
 from llada.scaling import sweep as sweep_lib
 from llada.training import loop, metrics
+from llada.training import run as run_lib
 
 EXPERIMENT = """
 from llada.config import default_config
@@ -122,6 +124,34 @@ def test_called_again_it_trains_nothing(swept, experiment, monkeypatch, capsys):
     assert sweep(f"--workdir={swept}") == 0  # and the grid needs no naming twice
     assert figures(swept) == before
     assert "6 of them finished" in capsys.readouterr().out
+
+
+def test_finished_runs_are_scored_once_by_further_measures_and_gaps_say_what_they_are(swept, tmp_path, monkeypatch):
+    directory = tmp_path / "swept"
+    shutil.copytree(swept, directory)
+    every = results.read_csv(swept / "results.csv")
+    (llada,), (arm,) = ([r for r in every if r.width == 16 and r.family.exact == exact] for exact in (False, True))
+    rows, said = [llada, arm], []
+    workdirs = [directory / "runs" / row.run for row in rows]
+    assert measures.section(directory, rows) == ""
+    measures.read_all(workdirs, ["chain_rule"], 2, said.append)
+    assert sorted(line.split(":")[0] for line in said) == sorted(row.run for row in rows)
+
+    def again(*_):
+        raise AssertionError("scored twice")
+
+    monkeypatch.setattr(run_lib, "load", again)
+    measures.read_all(workdirs, ["chain_rule"], 2, again)
+    sweep_report.write(directory, rows, "llada sweep")
+    report = (directory / "report.md").read_text()
+    (by_order,) = [line for line in report.splitlines() if "| chain_rule " in line]
+    (by_bound,) = [line for line in report.splitlines() if "| l_of_L " in line]
+    assert "| exact, of this order " in by_order and "| exact on both sides " in by_order
+    assert "| a bound on its NLL from above " in by_bound and "| the true gap is at most this " in by_bound
+    assert measures.FITTED in report
+    found = [json.loads((workdir / "evaluation.json").read_text()) for workdir in workdirs]
+    assert found[0]["eval_rows_digest"] == found[1]["eval_rows_digest"] and found[0]["rows"] == 2
+    assert llada.run in by_order and f" {found[0]['nats_per_token'] - found[1]['nats_per_token']:+.4f} " in by_order
 
 
 def test_a_dry_run_plans_and_writes_nothing(experiment, tmp_path, capsys):
@@ -412,6 +442,8 @@ def test_a_table_survives_its_file(swept, tmp_path):
         (["--config=experiments/isoflop.py", "--workdir=w", "--only=5/4"], "--only=5/4"),
         (["--config=experiments/isoflop.py", "--workdir=w", "--machine=v9", "--dry_run"], "TPU v5p"),
         (["--config=experiments/isoflop.py", "--workdir=w", "--predict=-1"], "--predict=-1"),
+        (["--config=experiments/isoflop.py", "--workdir=w", "--estimator=bond"], "--estimator=bond is not one of"),
+        (["--config=experiments/isoflop.py", "--workdir=w", "--rows=2"], "--rows=2 is for --estimator"),
         (["--results=nothing.csv", "--workdir=w"], "--results=nothing.csv does not exist"),
         (["--results=experiments", "--workdir=w"], "--results=experiments is a directory"),
         (["--config=experiments/isoflop.py", "--workdir=README.md"], "--workdir=README.md is no directory"),

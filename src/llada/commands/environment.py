@@ -103,6 +103,17 @@ def _remove_oldest(directory: Path) -> None:
                 return
 
 
+def one_program_at_a_time() -> None:
+    """On CPU no program starts before the one before it has ended; to be called before JAX initialises its devices.
+
+    XLA has as many threads as cores there. The collectives of two programs that run at once, on several devices or
+    processes, may hold all of them, each waiting for the other for ever.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def retain_freed_memory() -> None:
     """On CPU keep the memory that a training step frees for the next step, instead of returning it to the system.
 
@@ -117,7 +128,7 @@ def retain_freed_memory() -> None:
     if sys.platform != "linux":
         return
     # A step on a thread of its own would allocate outside the main heap, which is the one that is retained.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    one_program_at_a_time()
     if jax.default_backend() == "cpu" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, -1)

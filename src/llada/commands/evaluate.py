@@ -108,13 +108,13 @@ def _of_held_out(workdir: Path, opened: "Run", config: Config) -> dict[str, Any]
     """Figures of the run's held-out rows, of dialogues with those of their answers."""
     import jax
 
-    from llada.evaluation import validation
+    from llada.evaluation import likelihoods, validation
     from llada.training import run as run_lib
 
     with processes.agreement():
         corpus = run_lib.corpus_of_run(workdir, config, opened.tokenizer, opened.corpus_digest)
     with jax.set_mesh(opened.mesh), processes.ending_together(UserError):
-        scorer = _scorer(opened, config)
+        scorer = likelihoods.scorer_for(config, opened.tokenizer, opened.mesh, ESTIMATOR.value, _of_sampler())
         validator = validation.Validator(
             config,
             opened.tokenizer.special,
@@ -135,7 +135,7 @@ def _of_held_out(workdir: Path, opened: "Run", config: Config) -> dict[str, Any]
 
 def _check(config: Config) -> None:
     """UserError for flags that do not go with this run, or with each other."""
-    from llada.evaluation import validation
+    from llada.evaluation import likelihoods, validation
     from llada.inference import generation, likelihood
 
     if TASK.value == "reversal":
@@ -143,8 +143,9 @@ def _check(config: Config) -> None:
         return
     if asking.given():
         raise UserError(f"--{asking.given()[0]} is for --task=reversal; this is --task={TASK.value}")
-    if _by_pairs(config):
-        likelihood.check_settings(config.model, _settings(config))
+    if likelihoods.by_pairs(config, ESTIMATOR.value):
+        settings = likelihoods.settings_for(config, ESTIMATOR.value, None, _of_sampler())
+        likelihood.check_settings(config.model, settings)
         if ESTIMATOR.value not in likelihood.DRAWN and DRAWS.present:
             raise UserError(f"--draws={DRAWS.value}: --estimator={ESTIMATOR.value} draws nothing")
     else:
@@ -187,50 +188,19 @@ OF_SAMPLER = (
 
 def _of_sampler() -> dict[str, Any]:
     """The sampler whose likelihood is asked for; its draws have the model's own distribution unless told otherwise."""
-    given = {flag.name: flag.value for flag in OF_SAMPLER if flag.present}
-    return {"temperature": 1.0, "cfg_scale": 0.0} | given
-
-
-def _by_pairs(config: Config) -> bool:
-    """Whether `inference.likelihood` estimates the figure, and not the training's own evaluation."""
-    from llada.objectives import families
-
-    family = families.of(config)
-    return ESTIMATOR.value is not None and not family.exact and ESTIMATOR.value not in family.estimators
-
-
-def _settings(config: Config):
-    """The `LikelihoodConfig` of the flags; as many rows go through the model at once as in the run's own evaluation."""
-    from llada.inference.likelihood import LikelihoodConfig
-
-    microbatch = max(1, config.train.batch_size // config.train.microbatches)
-    return LikelihoodConfig(
-        estimator=ESTIMATOR.value or LikelihoodConfig.estimator,
-        draws=config.evaluate.draws,
-        batch_tokens=microbatch * config.data.sequence_length,
-        **(_of_sampler() if ESTIMATOR.value == "sampler" else {}),
-    )
-
-
-def _scorer(opened: "Run", config: Config):
-    """The `Scorer` of --estimator; None where it is the family's own."""
     from llada.evaluation import likelihoods
-    from llada.inference import canvas
 
-    if not _by_pairs(config):
-        return None
-    never = canvas.forbidden_ids(opened.tokenizer, config.model.vocab_size)
-    return likelihoods.scorer(config, opened.tokenizer.special, _settings(config), never)
+    return likelihoods.SAMPLER | {flag.name: flag.value for flag in OF_SAMPLER if flag.present}
 
 
 def _passes(opened: "Run", config: Config, validator) -> int:
     """How often a row goes through the model, at most."""
     from llada.evaluation import likelihoods
 
-    if not _by_pairs(config):
+    if not likelihoods.by_pairs(config, ESTIMATOR.value):
         return validator.count * validator.draws
     pairs, _ = likelihoods.pairs_of(config, opened.tokenizer.special, validator.rows)
-    return likelihoods.cost(_settings(config), pairs)
+    return likelihoods.cost(likelihoods.settings_for(config, ESTIMATOR.value, None, _of_sampler()), pairs)
 
 
 def _check_reversal(config: Config) -> None:
@@ -277,8 +247,9 @@ def _of_dialogues(opened, config: Config, corpus, validator) -> dict[str, Any]:
             config, opened.params, opened.tokenizer, held_out, corpus.metadata.labels, GENERATE.value, _options()
         )
         facts["answers"] = answers.summary(written)
-        if processes.is_first():
-            answers.record(opened.workdir / answers.FILE, opened.step, corpus.metadata.digest, facts["answers"])
+        with processes.agreement():
+            if processes.is_first():
+                answers.record(opened.workdir / answers.FILE, opened.step, corpus.metadata.digest, facts["answers"])
     return facts
 
 

@@ -80,7 +80,8 @@ def main() -> int:
         if not processes.is_first():
             sys.argv[1:] = without_output(sys.argv[1:])
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
-        cli_evaluate()
+        with processes.ending_together(UserError, SystemExit):
+            cli_evaluate()
     except UserError as error:
         print(f"llada: {error}", file=sys.stderr)
         return error.status

@@ -71,9 +71,10 @@ def run(overrides: dict[str, str]) -> int:
         raise UserError("--workdir is missing; give a workdir of llada train")
     if WINDOW.value is not None and not ROLLING.value:
         raise UserError(f"--window={WINDOW.value} is for --rolling")
-    requests = list(_requests())
     mesh = opening.mesh(overrides)
     joining.join()
+    with processes.agreement():
+        requests = list(_requests())
     import jax
 
     from llada.inference import canvas, likelihood
@@ -89,12 +90,13 @@ def run(overrides: dict[str, str]) -> int:
         temperature=TEMPERATURE.value,
         confidence_threshold=sampling.CONFIDENCE_THRESHOLD.value,
     )
-    model = run_lib.read_config(WORKDIR.value).model
-    likelihood.check_settings(model, settings)
-    _refuse_idle_flags(model.causal)
-    if ROLLING.value:
-        likelihood.window_of(model, WINDOW.value)
-    opening.require_same([mesh, STEP.value, opening.DTYPE.value, settings, requests])
+    with processes.agreement():
+        model = run_lib.read_config(WORKDIR.value).model
+        likelihood.check_settings(model, settings)
+        _refuse_idle_flags(model.causal)
+        if ROLLING.value:
+            likelihood.window_of(model, WINDOW.value)
+    opening.require_same([mesh, STEP.value, opening.DTYPE.value, settings, ROLLING.value, WINDOW.value, requests])
     opened = opening.open_run(WORKDIR.value, STEP.value, mesh)
     pairs = [_pair(opened, request) for request in requests]
     params, special = opened.params, opened.tokenizer.special

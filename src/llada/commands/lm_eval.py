@@ -11,6 +11,7 @@ a sweep, and draws scores against FLOPs; a directory with the workdirs of severa
 --include_path has tasks of one's own: YAML files beside the JSON lines that they name.
 """
 
+import contextlib
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -41,15 +42,16 @@ def run(overrides: dict[str, str]) -> int:
     """Evaluate, print lm-eval's table, and save."""
     workdir = user_path(required(asked.WORKDIR, "give a workdir of llada train"), "--workdir")
     rows = asked.rows()
-    include_path = asked.include_path()
     mesh = opening.mesh(overrides)
-    asked.require_lm_eval()
     joining.join()
     with processes.agreement():
+        asked.require_lm_eval()
+        include_path = asked.include_path()
         models = asked.models(workdir)
         settings = asked.settings(models, rows)
     out = user_path(asked.OUT.value, "--out") if asked.OUT.value is not None else workdir / "lm_eval"
-    opening.require_same([mesh, models, settings, asked.LIMIT.value])
+    of_all = (flag.value for flag in (*asked.OF_ALL, opening.DTYPE))
+    opening.require_same([mesh, rows, models, settings, *of_all])
 
     from llada.evaluation import lm_eval_tasks
 
@@ -60,13 +62,15 @@ def run(overrides: dict[str, str]) -> int:
         if missing and not asked.DRY_RUN.value:
             raise UserError(missing[0])
     if asked.DRY_RUN.value:
-        return _dry_run(models, settings, loaded)
+        with processes.agreement():
+            return _dry_run(models, settings, loaded)
     found: list[Reading] = []
     with processes.ending_together(UserError):
         for model in models:
             found += _evaluate(model, mesh, settings[model.workdir], loaded, out)
-    if asked.AT.value == "all" and processes.is_first():
-        _save_curves(found, out)
+        with processes.agreement():
+            if asked.AT.value == "all" and processes.is_first():
+                _save_curves(found, out)
     return 0
 
 
@@ -105,7 +109,9 @@ def _evaluate(
     facts = identity | facts_of(opened, of_leaves) | {"preset": asked.PRESET.value}
     with progress.bar("requests answered") as show:
         harness = Harness(opened, asked.template(opened), show)
-        with harness_cache.opened(_cache(out, identity), identity) as harness.cache:
+        with contextlib.ExitStack() as stack:
+            with processes.agreement():
+                harness.cache = stack.enter_context(harness_cache.opened(_cache(out, identity), identity))
             results = lm_eval_tasks.evaluate(
                 HarnessModel(harness, of_leaves.__getitem__, facts),
                 loaded,

@@ -43,6 +43,9 @@ BOOTSTRAP = FLAGS.define_integer(
 )
 UNSAFE = FLAGS.define_bool("confirm_run_unsafe_code", False, "allow tasks that run the code which the model writes")
 
+# What all processes must have alike, beside rows, checkpoints and settings.
+OF_ALL = (AT, LIMIT, DRY_RUN, CHAT, TEMPLATE, SYSTEM, BOOTSTRAP, UNSAFE)
+
 # What `Options`, how texts are written, takes from the flags.
 WRITING = (*sampling.OPTIONS, sampling.SEED)
 _OF_DIFFUSION = tuple(flag for flag in sampling.OPTIONS if flag.name != "temperature")

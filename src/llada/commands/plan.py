@@ -24,10 +24,18 @@ JSON = FLAGS.define_string("json", None, "write all figures to this file too")
 BATCH = FLAGS.define_integer(
     "batch", None, "sample, likelihood: sequences at once; default one per device", lower_bound=1
 )
-PROMPT = FLAGS.define_integer("prompt_length", None, "sample: tokens of the prompt; default 0", lower_bound=0)
-LENGTH = FLAGS.define_integer("gen_length", None, "sample: tokens to write; default 64", lower_bound=1)
-STEPS = FLAGS.define_integer("steps", None, "sample: steps of the reverse process; default one per token")
-BLOCK = FLAGS.define_integer("block_length", None, "sample: positions of a block; default one block")
+ESTIMATOR = FLAGS.define_string(
+    "estimator",
+    None,
+    "likelihood, evaluate: as there; also is_greedy, which lm_eval finds out beside; all but sampler, "
+    "confidence_ordered and is_greedy run one program",
+)
+PROMPT = FLAGS.define_integer("prompt_length", None, "sample, likelihood: tokens of the prompt; default 0", 0)
+LENGTH = FLAGS.define_integer(
+    "gen_length", None, "sample: tokens to write, default 64; likelihood: tokens to score, default the context", 1
+)
+STEPS = FLAGS.define_integer("steps", None, "of the reverse process: sample, --estimator=sampler; default one a token")
+BLOCK = FLAGS.define_integer("block_length", None, "its positions of a block; default one block")
 CACHE = FLAGS.define_string("cache", None, "sample: none, prefix or dual")
 DTYPE = FLAGS.define_enum(
     "dtype", None, ["float32", "bfloat16"], "evaluate, sample, likelihood: of the parameters in memory; default float32"
@@ -60,6 +68,7 @@ def run(overrides: dict[str, str]) -> int:
         block_length=BLOCK.value,
         cache=CACHE.value,
         dtype=DTYPE.value,
+        estimator=ESTIMATOR.value,
     )
     mesh = mesh_lib.make(config.mesh, hardware.devices)
     program = programs.make(config, mesh, PROGRAM.value, workload)

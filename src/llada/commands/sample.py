@@ -54,13 +54,14 @@ def run(overrides: dict[str, str]) -> int:
     from llada.inference import generation, replay
     from llada.training import run as run_lib
 
-    requests = _requests()
-    page = None if HTML.value is None else writable_target(HTML.value, "--html")
-    config = run_lib.read_config(WORKDIR.value)
-    for request in requests:
-        generation.check(config, request)
-    if WATCH.value and processes.count() > 1:
-        raise UserError(f"--watch shows what one process does; there are {processes.count()}")
+    with processes.agreement():
+        requests = _requests()
+        page = None if HTML.value is None else writable_target(HTML.value, "--html")
+        config = run_lib.read_config(WORKDIR.value)
+        for request in requests:
+            generation.check(config, request)
+        if WATCH.value and processes.count() > 1:
+            raise UserError(f"--watch shows what one process does; there are {processes.count()}")
     opening.require_same([mesh, STEP.value, opening.DTYPE.value, requests])
     opened = opening.open_run(WORKDIR.value, STEP.value, mesh)
     with jax.set_mesh(opened.mesh), processes.ending_together(UserError):

@@ -6,6 +6,10 @@ an ordinary workdir under DIR/runs. Called again it goes on where it stopped; fi
 failed ones with --retry_failed, or at a lower learning rate with --retry_rate=0.5. N jobs share a directory with
 --only=1/N ... --only=N/N; whichever ends last writes the results of all. Without --config the grid is the one DIR
 holds; with --results alone, readings of other sweeps are fitted and nothing is trained.
+
+--estimator=sampler,chain_rule scores the finished runs, at their ends, by these measures of llada evaluate as well, on
+--rows=N held-out rows; what was scored once is kept in each run's evaluation.json. The report then has the gap of each
+LLaDA to its ARM twin by each measure, and which of them is a bound and which exact. Laws are fitted to none of them.
 """
 
 import shlex
@@ -33,6 +37,12 @@ RETRY_RATE = FLAGS.define_float(
 RESULTS = FLAGS.define_multi_string("results", [], "results.csv of another sweep, to fit together with this one's")
 PREDICT = FLAGS.define_float(
     "predict", None, "a budget in FLOPs whose best models and losses the report should predict"
+)
+ESTIMATOR = FLAGS.define_string(
+    "estimator", None, "further measures of finished runs, separated by commas, of llada evaluate"
+)
+ROWS = FLAGS.define_integer(
+    "rows", None, "held-out rows that --estimator reads of each run; default as many as training", lower_bound=1
 )
 MACHINE = FLAGS.define_string("machine", None, "accelerator to estimate hours for, such as v5p; default this machine")
 CHIPS = FLAGS.define_integer("chips", 1, "how many of --machine", lower_bound=1)
@@ -76,9 +86,29 @@ def run(overrides: dict[str, str]) -> int:
     except Interrupted as stop:
         print(f"llada sweep: {stop}", file=sys.stderr)
         return stop.status
+    finished = [run for run in mine if sweep_lib.state(sweep.workdir(run), run.config.steps) == results_lib.FINISHED]
+    _measure([sweep.workdir(run) for run in finished])
     rows = sweep_lib.collect(sweep)
     _report(directory, [*rows, *others], sweep.config.annealing_gain, remarks)
     return _print_failed(rows)
+
+
+def _measure(workdirs: list[Path]) -> None:
+    """Score the finished runs by the measures of --estimator."""
+    if not ESTIMATOR.value:
+        return
+    from llada.commands import progress
+    from llada.scaling import measures
+
+    with progress.bar("rows scored") as show:
+        measures.read_all(
+            workdirs, _estimators(), ROWS.value, lambda line: print(line, file=sys.stderr, flush=True), show
+        )
+
+
+def _estimators() -> list[str]:
+    """The names in --estimator."""
+    return [name.strip() for name in (ESTIMATOR.value or "").split(",") if name.strip()]
 
 
 def _print_failed(rows: list["Result"]) -> int:
@@ -123,6 +153,12 @@ def _check_flags() -> Path:
         raise UserError(f"--retry_rate={RETRY_RATE.value} must be between 0 and 1, such as 0.5: what to multiply it by")
     if RETRY_RATE.value is not None and RETRY_FAILED.value:
         raise UserError("--retry_failed goes on at the rate of before, --retry_rate starts over at another; give one")
+    if ROWS.value is not None and not _estimators():
+        raise UserError(f"--rows={ROWS.value} is for --estimator: how many held-out rows the measures read of each run")
+    if _estimators():
+        from llada.scaling import measures
+
+        measures.check(_estimators())
     if not DRY_RUN.value:
         from llada.scaling import figure
 
@@ -141,7 +177,7 @@ def _read(directory: Path, overrides: dict[str, str]) -> tuple[dict[str, Any], d
 
 def _fit_only(directory: Path, rows: list["Result"], overrides: dict[str, str]) -> int:
     """Readings of other sweeps alone."""
-    given = [f"--{flag.name}" for flag in (ONLY, RETRY_FAILED, RETRY_RATE, MACHINE) if flag.value]
+    given = [f"--{flag.name}" for flag in (ONLY, RETRY_FAILED, RETRY_RATE, MACHINE, ESTIMATOR) if flag.value]
     given += [f"--config.{key}" for key in overrides if key != "sweep.annealing_gain"]
     if given:
         raise UserError(f"{given[0]} is for training, and --results alone trains nothing; leave it out")

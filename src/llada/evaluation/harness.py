@@ -225,8 +225,9 @@ class Harness:
             done = 0
             for results in portions(left):
                 found |= results
-                if self.cache is not None and processes.is_first():
-                    self.cache.add(results)
+                with processes.agreement():  # of several processes only the first has a cache
+                    if self.cache is not None:
+                        self.cache.add(results)
                 done += len(results)
                 if self._progress is not None:
                     self._progress(done, len(left))

@@ -69,12 +69,12 @@ def opened(path: Path | None, model: dict[str, Any]) -> Iterator[RequestCache | 
     if path is None:
         yield None
         return
-    with lock(path.with_name(f".{path.name}.lock"), f"{_FLAG}={path}", remove=True):
+    with contextlib.ExitStack() as stack:
+        with _room(path):
+            stack.enter_context(lock(path.with_name(f".{path.name}.lock"), f"{_FLAG}={path}", remove=True))
         cache = RequestCache(path, model)
-        try:
-            yield cache
-        finally:
-            cache.close()
+        stack.callback(cache.close)
+        yield cache
 
 
 def _require_same(path: Path, found: Any, model: dict[str, Any]) -> None:

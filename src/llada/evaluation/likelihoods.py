@@ -6,18 +6,60 @@ Shapes: N held-out rows, L tokens, A tokens of one answer.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
+import jax
 import numpy as np
 
 from llada.config import Config
-from llada.evaluation.validation import Scorer
-from llada.inference import likelihood
+from llada.data.tokenizer import Tokenizer
+from llada.evaluation.validation import Scorer, rows_at_once
+from llada.inference import canvas, likelihood
 from llada.inference.likelihood import LikelihoodConfig, Pair
 from llada.inference.row_batches import OnRows
 from llada.model import transformer
+from llada.objectives import families
 from llada.objectives.contract import CONTEXT, Examples, SpecialTokens, segments
 
+SAMPLER = {"temperature": 1.0, "cfg_scale": 0.0}  # the model's own distribution, a token a step
 _MOST_BYTES = 2**26  # of the masks of one call
+
+
+def by_pairs(config: Config, estimator: str | None) -> bool:
+    """Whether `inference.likelihood` estimates the figure, and not the training's own evaluation."""
+    family = families.of(config)
+    return estimator is not None and not family.exact and estimator not in family.estimators
+
+
+def settings_for(
+    config: Config, estimator: str, mesh: jax.sharding.Mesh | None = None, of_sampler: Mapping[str, Any] = SAMPLER
+) -> LikelihoodConfig:
+    """As many rows go through the model at once as in the run's own evaluation on the mesh.
+
+    `of_sampler`: fields of `LikelihoodConfig` for the estimator `sampler`, heeded for no other.
+    """
+    rows = 1 if mesh is None else rows_at_once(config, mesh, config.train.batch_size)
+    return LikelihoodConfig(
+        estimator=estimator,
+        draws=config.evaluate.draws,
+        batch_tokens=rows * config.data.sequence_length,
+        **(of_sampler if estimator == "sampler" else {}),
+    )
+
+
+def scorer_for(
+    config: Config,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh,
+    estimator: str | None,
+    of_sampler: Mapping[str, Any] = SAMPLER,
+) -> Scorer | None:
+    """The `Scorer` of an estimator; None where the figure is the family's own."""
+    if estimator is None or not by_pairs(config, estimator):
+        return None
+    never = canvas.forbidden_ids(tokenizer, config.model.vocab_size)
+    return scorer(config, tokenizer.special, settings_for(config, estimator, mesh, of_sampler), never)
 
 
 def scorer(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from llada import processes
 from llada.errors import UserError, in_brief
 from llada.evaluation.lm_eval import HarnessModel
 from llada.evaluation.presets import Row
@@ -159,8 +160,9 @@ def evaluate(
     }
     results |= {"git_hash": options["git_hash"], "date": begun, "lm_eval_version": metadata.version("lm_eval")}
     results["pretty_env_info"] = jax.print_environment_info(return_string=True)
-    if out is not None:
-        _save(tracker, results, samples if options["log_samples"] else None, samples)
+    with processes.agreement():
+        if out is not None:
+            _save(tracker, results, samples if options["log_samples"] else None, samples)
     return results
 
 

@@ -24,6 +24,8 @@ from llada.objectives import families
 from llada.objectives.contract import ANSWER, Examples, SpecialTokens, segments
 from llada.objectives.estimates import stratified_variance
 
+MOST_TOKENS = 16_384  # that a device takes at once: an 8B's feed-forward layer makes 0.8 GB of them
+
 
 class Validation(NamedTuple):
     """`nats_per_token` with its standard errors; nan and inf where there is no such number.
@@ -166,10 +168,14 @@ def perplexity(nats_per_token: float) -> float:
         return math.inf
 
 
-def rows_at_once(config: Config, mesh: jax.sharding.Mesh, rows: int) -> int:
-    """How many of so many rows go through the model together: as many as a microbatch of training has."""
+def rows_at_once(config: Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, rows: int) -> int:
+    """How many of so many rows go through the model together.
+
+    As many as a microbatch of training has; and no more than a small device has room for, whatever trained the model.
+    """
     microbatch = max(1, config.train.batch_size // config.train.microbatches)
-    return mesh_lib.local_batch(min(microbatch, rows), mesh)
+    of_device = max(1, MOST_TOKENS // config.data.sequence_length)
+    return mesh_lib.local_batch(min(microbatch, rows, of_device * mesh_lib.batch_shards(mesh)), mesh)
 
 
 def jitted(config: Config, special: SpecialTokens, mesh: jax.sharding.Mesh, estimator: str):

@@ -13,7 +13,7 @@ import numpy as np
 
 from llada.config import ModelConfig
 from llada.inference.choice import choose, position_keys
-from llada.inference.compiled_loop import Array, Observer, Sample, forbidden_list, report, row_seeds, timed
+from llada.inference.compiled_loop import Array, Observer, Sample, by_row, forbidden_list, report, row_seeds, timed
 from llada.inference.settings import check_temperature, usable_temperature
 from llada.model import cached, transformer
 from llada.objectives.autoregressive import shift_right
@@ -82,6 +82,9 @@ def left_to_right(
     """The compiled program of `ancestral`: its tokens, steps and number of forward passes."""
     config, special, longest = setup.config, setup.special, setup.longest_prompt
     B, L = canvas_BL.shape
+    canvas_BL, *of_rows = map(by_row, (canvas_BL, rows.prompt_length_B, rows.seed_B))
+    rows = Rows(*of_rows, rows.forbidden_F)
+    params = cached.with_whole_tables(config, params)
     head_VD = transformer.head(config, params)
     start_B1 = rows.prompt_length_B[:, None]
     # Position i sees the tokens before i, so the prompts and one more position are known from the start.

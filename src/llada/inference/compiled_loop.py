@@ -97,6 +97,11 @@ def report(
     return io_callback(on_host, jax.ShapeDtypeStruct((), bool), tokens_BL, step_BL, step, ordered=True)
 
 
+def by_row(x: Array | None) -> Array | None:
+    """Within a program an array (B,) or (B, L) that was given whole, each device with its own rows; None is None."""
+    return None if x is None else mesh_lib.constrain(x, "BL" if x.ndim == 2 else "B")
+
+
 def row_seeds(seed_B: np.ndarray | int, B: int) -> np.ndarray:
     """A seed for each of B rows: `seed_B` itself, or for a number that seed and the next ones."""
     return np.asarray(seed_B + np.arange(B) if np.ndim(seed_B) == 0 else seed_B, np.uint32)

@@ -17,11 +17,11 @@ from llada import mesh as mesh_lib
 from llada.config import ModelConfig
 from llada.inference import likelihood
 from llada.inference.choice import choose, equalize_if_blank
-from llada.inference.compiled_loop import Array
+from llada.inference.compiled_loop import Array, by_row
 from llada.inference.likelihood import LikelihoodConfig
 from llada.inference.mask_plans import Pair, single_row
 from llada.inference.row_batches import Row, Rows, values_of_rows
-from llada.model import transformer
+from llada.model import cached, transformer
 from llada.objectives import autoregressive
 from llada.objectives.contract import SpecialTokens, is_valid
 from llada.objectives.vocabulary_head import scoring_tokens
@@ -78,7 +78,10 @@ def matches_by_confidence(
     rows: Rows,
 ) -> jax.Array:
     """Of a mask predictor: 1 where each step writes the answer's token, else 0; a pass a token until one differs."""
+    params = cached.with_whole_tables(config, params)
     head_VD = transformer.head(config, params)
+    tokens_BL, *of_rows = map(by_row, (tokens_BL, *rows))
+    rows = Rows(*of_rows)
     inside_BL = is_valid(tokens_BL, rows.lengths_B)
 
     def step(carry):

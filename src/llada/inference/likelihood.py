@@ -131,11 +131,11 @@ def log_likelihoods(
             forbidden_V = np.zeros(config.vocab_size, bool)
         forbidden_F = forbidden_list(forbidden_V, special.mask)
         _check_writable(pairs, forbidden_F)
-    order_of = functools.lru_cache(None)(lambda A: _order(settings, A) if ordered else (None, 0))
-    passes = [order_of(len(pair.answer))[1] for pair in pairs]
+    order_for = functools.lru_cache(None)(lambda A: order_of(settings, A) if ordered else (None, 0))
+    passes = [order_for(len(pair.answer))[1] for pair in pairs]
     plans = [_plan(config, pair, special, settings) for pair in pairs]
     rows = [
-        Row(pair, *row, order_of(len(pair.answer))[0])
+        Row(pair, *row, order_for(len(pair.answer))[0])
         for pair, plan in zip(pairs, plans, strict=True)
         for row in zip(plan.masked_RA, plan.scored_RA, strict=True)
     ]
@@ -230,7 +230,7 @@ OF_SAMPLER = ("steps", "block_length", "temperature", "confidence_threshold")
 def passes(settings: LikelihoodConfig, A: int) -> int:
     """How many rows of an answer of A tokens go through a diffusion model, at most. UserError as `log_likelihoods`."""
     if settings.estimator in ORDERED:
-        rows = _order(settings, A)[1]
+        rows = order_of(settings, A)[1]
     elif settings.estimator in diffusion.ESTIMATORS:
         rows = min(settings.draws, 2**A - 1) if settings.estimator == "l_of_L" else settings.draws
     else:
@@ -273,8 +273,8 @@ def _check_writable(pairs: Sequence[Pair], forbidden_F: np.ndarray) -> None:
             )
 
 
-def _order(settings: LikelihoodConfig, A: int) -> tuple[orders.Order, int]:
-    """The order of an answer of A tokens, and its steps at most."""
+def order_of(settings: LikelihoodConfig, A: int) -> tuple[orders.Order, int]:
+    """The order in which `settings`, of an ORDERED estimator, reveal A tokens, and the steps at most."""
     among_all = settings.estimator == "confidence_ordered"  # as the other estimators of one model are
     of_sampler = (settings.temperature, settings.cfg_scale, settings.confidence_threshold)
     return orders.order_for(A, settings.steps, settings.block_length, *of_sampler, among_all)

@@ -87,6 +87,11 @@ def order_for(
     return Order(chosen, blocks, among_all), passes
 
 
+def setup_of(config: ModelConfig, special: SpecialTokens, order: Order) -> Setup:
+    """What `sampler.score_blocks` is compiled for."""
+    return Setup(config, order.sampler, special, order.blocks, suffix=0, among_all=order.among_all)
+
+
 def nats(
     config: ModelConfig,
     special: SpecialTokens,
@@ -113,7 +118,7 @@ def scored(
     lengths_B: Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`(log_p_BL, step_BL, passes)`: of each open token log p at its step, and that step; 0 and -1 elsewhere."""
-    setup = Setup(config, order.sampler, special, order.blocks, suffix=0, among_all=order.among_all)
+    setup = setup_of(config, special, order)
     canvas_BL = np.where(open_BL, special.mask_id, text_BL).astype(np.int32)
     seed_B = np.zeros(len(text_BL), np.uint32)  # nothing is drawn
     return sampler.score_blocks(setup, params, canvas_BL, Rows(open_BL, seed_B, forbidden_F, lengths_B, text_BL))

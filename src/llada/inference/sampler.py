@@ -17,7 +17,7 @@ import numpy as np
 from llada.config import ModelConfig
 from llada.errors import UserError
 from llada.inference import cached_sampler, speculative
-from llada.inference.compiled_loop import Array, Observer, Sample, forbidden_list, row_seeds, timed
+from llada.inference.compiled_loop import Array, Observer, Sample, by_row, forbidden_list, row_seeds, timed
 from llada.inference.reverse_step import Block, Canvas, Rows, Setup, Task, new_canvas, repeat_until_full, reverse_step
 from llada.inference.settings import SamplerConfig, check, usable_temperature
 from llada.model import cached, transformer
@@ -76,7 +76,7 @@ def fill_blocks(
     setup: Setup, params: transformer.Parameters, canvas_BL: Array, rows: Rows
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The compiled loop of `reverse_process`: tokens and steps as there, and the number of forward passes."""
-    canvas, passes = _filled(setup, params, new_canvas(canvas_BL), rows)
+    canvas, passes = _filled(setup, params, new_canvas(by_row(canvas_BL)), rows)
     return canvas.tokens_BL, canvas.step_BL, passes
 
 
@@ -89,17 +89,19 @@ def score_blocks(
     Sums over a row are the text's log-probability where the order does not depend on what is drawn: with
     `remasking="top_probability"` (DUEL, arXiv 2603.01367).
     """
-    canvas, passes = _filled(setup, params, new_canvas(canvas_BL, scored=True), rows)
+    canvas, passes = _filled(setup, params, new_canvas(by_row(canvas_BL), scored=True), rows)
     assert canvas.log_p_BL is not None  # it was scored
     return canvas.log_p_BL, canvas.step_BL, passes
 
 
 def _filled(setup: Setup, params: transformer.Parameters, canvas: Canvas, rows: Rows) -> tuple[Canvas, jax.Array]:
     """The canvas, filled block by block, and the forward passes."""
-    task = Task(setup, params, transformer.head(setup.config, params), rows)
+    of_rows = {name: by_row(x) for name, x in rows._asdict().items() if name != "forbidden_F"}
+    params = cached.with_whole_tables(setup.config, params)
+    task = Task(setup, params, transformer.head(setup.config, params), rows._replace(**of_rows))
     fill_block = _block_filler(setup.settings)
     K = setup.settings.block_length
-    position_BS = _positions(rows.open_BL, setup.blocks * K)
+    position_BS = _positions(task.rows.open_BL, setup.blocks * K)
 
     def fill_next(index, carry):
         canvas, passes = carry

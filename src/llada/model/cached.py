@@ -53,6 +53,15 @@ def unstacked(params: Parameters) -> Parameters:
     return rest
 
 
+def with_whole_tables(config: ModelConfig, params: Parameters) -> Parameters:
+    """Within a program: parameters whose vocabulary matrices lie whole on every device, in the compute dtype.
+
+    A loop of passes takes these, else each pass would gather both from their shards.
+    """
+    tables = {name: params[name].astype(jnp.dtype(config.dtype)) for name in ("embedding", "head") if name in params}
+    return params | {name: constrain(table_VD, "VD_gathered") for name, table_VD in tables.items()}
+
+
 def hidden(
     config: ModelConfig,
     params: Parameters,

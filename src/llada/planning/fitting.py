@@ -47,7 +47,13 @@ def largest_buffers(config: Config, axes: Mapping[str, int], program: Program) -
     width = 2 if m.dtype in ("bfloat16", "float16") else 4
     vocabulary = float(width * m.vocab_size * m.width)
     if program.name != "train":
-        return [("parameters", program.parameter_bytes * total / shards), ("vocabulary matrix", vocabulary)]
+        rows = math.ceil(program.rows / (axes["data"] * axes["fsdp"])) * program.length
+        buffers = [
+            ("parameters", program.parameter_bytes * total / shards),
+            ("vocabulary matrix", vocabulary),
+            ("activations of a layer", width * rows * (2.0 * m.width + 2 * m.ffn / axes["tensor"])),
+        ]
+        return sorted(buffers, key=lambda buffer: -buffer[1])
     L = config.data.sequence_length
     rows = config.train.batch_size // config.train.microbatches * L / (axes["data"] * axes["fsdp"])
     of_attention = m.head_size * (2 * m.heads + 2 * m.key_value_heads) / axes["tensor"]
@@ -95,7 +101,8 @@ def _state(config: Config, program: Program) -> tuple[str, float]:
 
 
 def _inference_change(axes: Mapping[str, int], program: Program, over: bool) -> str:
-    smaller_batch = "a larger --config.train.microbatches" if program.name == "evaluate" else "a smaller --batch"
+    of_evaluate = "a larger --config.train.microbatches (llada evaluate: --microbatches)"
+    smaller_batch = of_evaluate if program.name == "evaluate" else "a smaller --batch"
     helps = {
         "a larger --config.mesh.fsdp": axes["fsdp"] < math.prod(axes.values()),
         smaller_batch: not over and program.rows > axes["data"] * axes["fsdp"],

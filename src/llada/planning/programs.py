@@ -1,7 +1,7 @@
 """What is compiled: the real training step, evaluation, sampler or likelihood of a config, from abstract arguments.
 
 The compiled program is the one that a TPU slice would run: same function, same mesh, same shardings. Nothing of the
-model's size is allocated.
+model's size is allocated. What `llada evaluate` and `llada lm_eval` run beside: --estimator of likelihood and evaluate.
 """
 
 import functools
@@ -16,16 +16,18 @@ from llada import mesh as mesh_lib
 from llada.config import Config
 from llada.errors import UserError
 from llada.evaluation import validation
-from llada.inference import ancestral, likelihood, row_batches, sampler
+from llada.inference import ancestral, greedy, likelihood, orders, row_batches, sampler
 from llada.inference import settings as settings_lib
 from llada.model import transformer
-from llada.objectives import vocabulary_head
+from llada.objectives import families, vocabulary_head
 from llada.objectives.contract import Examples, SpecialTokens
 from llada.planning import topology
 from llada.planning.hlo import Trips
 from llada.training import step as step_lib
 
 PROGRAMS = ("train", "evaluate", "sample", "likelihood")
+IS_GREEDY = "is_greedy"  # beside the estimators of likelihood: what lm_eval asks of an answer (inference/greedy.py)
+ESTIMATORS = (*likelihood.ESTIMATORS, IS_GREEDY)
 _DIFFUSION_ONLY = ("steps", "block_length", "cache")  # fields of a Workload
 
 
@@ -33,7 +35,8 @@ class Workload(NamedTuple):
     """The work of inference to plan: `batch` rows of `prompt_length` + `gen_length` tokens, and how they are filled.
 
     Without `steps` and `block_length` it is one step per token and one block, as in `llada sample`; `dtype` is that of
-    the parameters in memory, by default float32.
+    the parameters in memory, by default float32. `gen_length` of a likelihood is its answer's, by default all that the
+    context leaves; `estimator`, one of ESTIMATORS, is how it is scored.
     """
 
     batch: int | None = None
@@ -43,6 +46,7 @@ class Workload(NamedTuple):
     block_length: int | None = None
     cache: str | None = None
     dtype: str | None = None
+    estimator: str | None = None
 
 
 class Program(NamedTuple):
@@ -76,7 +80,12 @@ class Program(NamedTuple):
     @property
     def rows(self) -> int:
         """Rows of the batch, over all devices."""
-        return self.arguments[1].shape[0]
+        return jax.tree.leaves(self.arguments[1])[0].shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return jax.tree.leaves(self.arguments[1])[0].shape[1]
 
 
 class Compiled(NamedTuple):
@@ -93,7 +102,11 @@ def make(config: Config, mesh: jax.sharding.Mesh, name: str, workload: Workload)
     if name not in PROGRAMS:
         raise UserError(f"--program={name} is not one of {', '.join(PROGRAMS)}")
     options = [key for key, value in workload._asdict().items() if value]
-    allowed = {"train": (), "evaluate": ("dtype",), "likelihood": ("batch", "dtype"), "sample": workload._fields}[name]
+    scored = ("batch", "dtype", "prompt_length", "gen_length", "estimator", "steps", "block_length")
+    written = tuple(key for key in workload._fields if key != "estimator")
+    allowed = {"train": (), "evaluate": ("dtype", "estimator"), "likelihood": scored, "sample": written}[name]
+    if workload.estimator and workload.estimator not in ESTIMATORS:
+        raise UserError(f"--estimator={workload.estimator} is not one of {', '.join(ESTIMATORS)}")
     if wrong := [key for key in options if key not in allowed]:
         raise UserError(f"--{wrong[0]} is not for --program={name}; leave it out")
     if wrong := [key for key in options if name == "sample" and config.model.causal and key in _DIFFUSION_ONLY]:
@@ -156,10 +169,12 @@ def _batch(config: Config, mesh: jax.sharding.Mesh, B: int) -> Any:
 
 
 def _evaluate(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Program:
-    """One batch of held-out rows with all of its draws."""
-    mesh_lib.check_parameters(config, mesh)
-    estimator, L = validation.estimator_for(config), config.data.sequence_length
+    """One batch of held-out rows with all of its draws; or by another estimator, rows of which each is an answer."""
+    L, own = config.data.sequence_length, families.of(config).estimators
     B = validation.rows_at_once(config, mesh, config.evaluate.batches * config.train.batch_size)
+    if workload.estimator and workload.estimator not in own and not config.model.causal:
+        return _scoring(config, mesh, workload, "evaluate", (B, L), L)
+    estimator = validation.estimator_for(config, workload.estimator)
     rows = _batch(config, mesh, B)
     index_B = _array(mesh, "replicated", (B,), jnp.int32)
     passes = B * L * (1 if estimator == "exact" else config.evaluate.draws)
@@ -207,22 +222,62 @@ def _head_trips(rows: int, block_rows: int, fraction: float) -> Trips:
 
 
 def _likelihood(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Program:
-    L = config.model.max_length
-    B = mesh_lib.local_batch(workload.batch or 1, mesh)
-    params = _inference_parameters(config, mesh, workload)
-    tokens_BL, flags_BL = (_array(mesh, "BL", (B, L), dtype) for dtype in (jnp.int32, bool))
-    special = _special_tokens(config)
-    fraction = accounting.head_fraction(config)
-    per_device = B * L // mesh.devices.size
+    prompt = workload.prompt_length or 0
+    A = workload.gen_length or config.model.max_length - prompt
+    _check_context(config, prompt, A)
+    shape = mesh_lib.local_batch(workload.batch or 1, mesh), prompt + A
+    return _scoring(config, mesh, workload, "likelihood", shape, A)
+
+
+def _scoring(
+    config: Config, mesh: jax.sharding.Mesh, workload: Workload, name: str, shape: tuple[int, int], A: int
+) -> Program:
+    """Rows (B, L) with answers of A tokens: scored in a pass, in the loop of a sampler, or compared with the greedy."""
+    (B, L), special, params = shape, _special_tokens(config), _inference_parameters(config, mesh, workload)
+    per_device, model = B // mesh_lib.batch_shards(mesh), config.model
+    tokens_BL, flags_BL = (_array(mesh, "replicated", shape, dtype) for dtype in (jnp.int32, bool))
+    lengths_B, forbidden_F = (_array(mesh, "replicated", (size,), jnp.int32) for size in (B, 1))
+    rows: Any = row_batches.Rows(flags_BL, flags_BL, flags_BL, lengths_B)
+    loop = functools.partial(Program, name, useful=None, dense=None, tokens=B * A)
+    if workload.estimator == IS_GREEDY:
+        same = greedy.matches_left_to_right if model.causal else greedy.matches_by_confidence
+
+        def are_greedy(params, tokens_BL, forbidden_F, rows):
+            return same(model, special, 0.0, params, forbidden_F, tokens_BL, rows)
+
+        trips = _sampler_trips(1 if model.causal else A, per_device * L)
+        return loop(jax.jit(are_greedy), (params, tokens_BL, forbidden_F, rows), trips)
+    settings = likelihood.LikelihoodConfig(
+        estimator=workload.estimator or likelihood.LikelihoodConfig.estimator,
+        steps=workload.steps,
+        block_length=workload.block_length,
+    )
+    likelihood.check_settings(model, settings)
+    if settings.estimator in likelihood.ORDERED:
+        order, passes = likelihood.order_of(settings, A)
+        jitted = jax.jit(functools.partial(sampler.score_blocks, orders.setup_of(model, special, order)))
+        seed_B = _array(mesh, "replicated", (B,), jnp.uint32)
+        rows = sampler.Rows(flags_BL, seed_B, forbidden_F, lengths_B, tokens_BL)
+        trips = _sampler_trips(passes / order.blocks, per_device * order.sampler.block_length)
+        return loop(jitted, (params, tokens_BL, rows), trips)
+    rows_of_device = B * L // mesh.devices.size
     return Program(
-        "likelihood",
-        jax.jit(functools.partial(likelihood.row_nats, config.model, special, 0.0)),
-        (params, tokens_BL, row_batches.Rows(flags_BL, flags_BL, flags_BL, lengths_B=None)),
-        _head_trips(per_device, vocabulary_head.scoring_rows("tpu"), fraction),
+        name,
+        jax.jit(functools.partial(likelihood.row_nats, model, special, 0.0)),
+        (params, tokens_BL, rows),
+        _head_trips(rows_of_device, vocabulary_head.scoring_rows("tpu"), accounting.head_fraction(config)),
         B * L * accounting.flops_exact_per_token(config) / 3,
         B * L * accounting.flops_exact_per_token(config, dense_head=True) / 3,
         B * L,
     )
+
+
+def _check_context(config: Config, prompt: int, written: int) -> None:
+    if written < 1 or config.model.max_length < prompt + written:
+        raise UserError(
+            f"--prompt_length={prompt} and --gen_length={written} are {prompt + written} tokens; the context is "
+            f"{config.model.max_length}"
+        )
 
 
 def _sample(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Program:
@@ -230,12 +285,8 @@ def _sample(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> Prog
     prompt = workload.prompt_length or 0
     written = workload.gen_length or min(64, config.model.max_length - prompt)
     L = prompt + written
-    if written < 1 or config.model.max_length < L:
-        raise UserError(
-            f"--prompt_length={prompt} and --gen_length={written} are {L} tokens; the context is "
-            f"{config.model.max_length}"
-        )
-    params, tokens_BL = _inference_parameters(config, mesh, workload), _array(mesh, "BL", (B, L), jnp.int32)
+    _check_context(config, prompt, written)
+    params, tokens_BL = _inference_parameters(config, mesh, workload), _array(mesh, "replicated", (B, L), jnp.int32)
     if config.model.causal:
         function, rows, trips = _left_to_right(config, mesh, B, prompt, written)
     else:
@@ -247,8 +298,8 @@ def _left_to_right(config: Config, mesh: jax.sharding.Mesh, B: int, prompt: int,
     """(function, its rows, trips) of an ARM's sampler."""
     setup = ancestral.Setup(config.model, _special_tokens(config), temperature=0.0, longest_prompt=prompt)
     rows = ancestral.Rows(
-        _array(mesh, "B", (B,), jnp.int32),
-        _array(mesh, "B", (B,), jnp.uint32),
+        _array(mesh, "replicated", (B,), jnp.int32),
+        _array(mesh, "replicated", (B,), jnp.uint32),
         _array(mesh, "replicated", (1,), jnp.int32),
     )
     passes = float(written - 1), "a token a pass, to the end of the canvas"
@@ -264,18 +315,18 @@ def _denoising(config: Config, mesh: jax.sharding.Mesh, B: int, L: int, written:
     blocks = -(-written // settings.block_length)
     setup = sampler.Setup(config.model, settings, _special_tokens(config), blocks, suffix=written)
     rows = sampler.Rows(
-        _array(mesh, "BL", (B, L), bool),
-        _array(mesh, "B", (B,), jnp.uint32),
+        _array(mesh, "replicated", (B, L), bool),
+        _array(mesh, "replicated", (B,), jnp.uint32),
         _array(mesh, "replicated", (1,), jnp.int32),
         lengths_B=None,
     )
-    return functools.partial(sampler.fill_blocks, setup), rows, _sampler_trips(settings, blocks, B, mesh)
-
-
-def _sampler_trips(settings: settings_lib.SamplerConfig, blocks: int, B: int, mesh: jax.sharding.Mesh) -> Trips:
-    """Of a block's loop: its steps; of the head's, the blocks that a device's rows fill where they are many."""
     steps = settings.steps // blocks - (settings.cache != "none")
-    rows = B // mesh_lib.batch_shards(mesh) * settings.block_length
+    of_device = B // mesh_lib.batch_shards(mesh) * settings.block_length
+    return functools.partial(sampler.fill_blocks, setup), rows, _sampler_trips(steps, of_device)
+
+
+def _sampler_trips(steps: float, rows: int) -> Trips:
+    """Of a block's loop: its steps; of the head's, the blocks that a device's rows fill where they are many."""
 
     def trips(path: str) -> tuple[float, str]:
         if "shard_map" in path:
@@ -287,6 +338,7 @@ def _sampler_trips(settings: settings_lib.SamplerConfig, blocks: int, B: int, me
 
 
 def _inference_parameters(config: Config, mesh: jax.sharding.Mesh, workload: Workload) -> transformer.Parameters:
+    mesh_lib.check_parameters(config, mesh)
     abstract, dtype = transformer.abstract_parameters(config.model), jnp.dtype(workload.dtype or "float32")
     shardings = mesh_lib.parameter_shardings(mesh, abstract)
     return jax.tree.map(lambda x, s: x.update(dtype=dtype, sharding=s), abstract, shardings)

@@ -12,7 +12,7 @@ from typing import Any
 from llada import json_files
 from llada.files import queue_for_lock, write_atomically
 from llada.objectives.families import FAMILIES
-from llada.scaling import findings, fits_report, pictures, ranking_report, repetition
+from llada.scaling import findings, fits_report, measures, pictures, ranking_report, repetition
 from llada.scaling.numbers import count, flops, listed, markdown_list, markdown_table, or_dash, three
 from llada.scaling.results import FAILED, FINISHED, Result, check_comparable, points, write_csv
 from llada.scaling.series import Series, ordered, pairs
@@ -59,7 +59,8 @@ def write(
         images = draw(results, study, predict, annealing_gain)
         for name, image in images.items():
             write_atomically(directory / name, image)
-        text = report(results, study, command, tuple(images), predict, annealing_gain, remarks)
+        measured = measures.section(directory, results)
+        text = report(results, study, command, tuple(images), predict, annealing_gain, remarks, measured)
         write_atomically(directory / "report.md", text.encode("utf-8", "backslashreplace"))
     return [directory / name for name in ("results.csv", "fits.json", *images, "report.md")]
 
@@ -87,8 +88,12 @@ def report(
     predict: float | None = None,
     annealing_gain: float = 0.0,
     remarks: Sequence[str] = (),
+    measured: str = "",
 ) -> str:
-    """The whole report in Markdown; `images` are the names of pictures beside it, the rest as in `write`."""
+    """The whole report in Markdown; `images` are the names of pictures beside it, the rest as in `write`.
+
+    `measured`: the section on gaps by further measures (`measures.section`).
+    """
     repeated, ranked = any(r.data_limited for r in results), any(r.ranked for r in results)
     if repeated:
         sections = {"Repeated data": repetition.section(results)}
@@ -100,6 +105,7 @@ def report(
     if predict and not ranked:
         sections[f"Prediction at {flops(predict)} FLOPs"] = fits_report.prediction(study, predict)
     sections |= {
+        "Gaps by each measure": measured,
         "Caveats": markdown_list(findings.caveats(results, study, annealing_gain)),
         "What the fits could not tell": "" if repeated or ranked else fits_report.reasons(study),
         "Runs that have no figure": _lost(results),
