@@ -1,4 +1,4 @@
-"""Documents for launch/quickstart_in_context.sh: examples of a rule that no other document has, in lines like "f>Q".
+"""Documents for launch/quickstart_in_context.sh: examples of a rule that no other document has, in lines like "fQ".
 
 python experiments/in_context_data.py --out=DIR [--seed=N]
 
@@ -30,7 +30,7 @@ LETTERS, CAPITALS = string.ascii_lowercase, string.ascii_uppercase
 SHOTS = (0, 1, 2, 4, 8)
 MOST = max(SHOTS)  # letters of a held-out rule: each of them has been shown behind so many examples
 LETTERS_OF_A_RULE = (2, MOST)  # few letters come again soon: they are what is learned first
-LINES = (4, 2 * MOST)
+LINES = (4, 3 * MOST)
 DOCUMENTS, HELD_OUT = 40_000, 400
 FORMS = ("choice", "write")
 _LENGTH = 2  # tokens that are written: a capital and the end of its line
@@ -39,7 +39,7 @@ _TASK = """task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
-doc_to_text: "{{{{ shots[:{shots}] | join('') }}}}{{{{ asked }}}}>"
+doc_to_text: "{{{{ shots[:{shots}] | join('') }}}}{{{{ asked }}}}"
 target_delimiter: ""
 num_fewshot: 0
 """
@@ -70,7 +70,7 @@ class Documents(NamedTuple):
 
 def line(pair: tuple[str, str]) -> str:
     """An example."""
-    return f"{pair[0]}>{pair[1]}\n"
+    return f"{pair[0]}{pair[1]}\n"
 
 
 def rule(rng: random.Random, size: int) -> Rule:

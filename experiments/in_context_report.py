@@ -176,7 +176,7 @@ families have the same Transformer, but for causal attention, the same parameter
 order (`rows_digest`, checked for every pair of runs). What they are asked cannot be known by their weights.
 """
 DESIGN = """
-A document is lines like `f>Q`: a rule of its own maps {few} to {most} letters to capitals, at random and one to one,
+A document is lines like `fQ`: a rule of its own maps {few} to {most} letters to capitals, at random and one to one,
 and the letters are drawn again and again, {short} to {long} times. Training has {train:,} documents. The {asked}
 held-out ones have rules of {most} letters, and none of their rules is in training. Each is asked for the capital of one
 letter behind the first 0, 1, 2, 4 and 8 of its examples, which are of different letters. The asked letter is among the

@@ -39,16 +39,16 @@ def test_no_held_out_rule_is_in_training_and_every_answer_follows_from_its_conte
     # No document that trains can be of a held-out rule, whichever of its letters are drawn.
     trained = [set(text.split()) for text in found.train]
     for own in found.held_out_rules:
-        assert not any({f"{a}>{b}" for a, b in own} <= lines for lines in trained)
+        assert not any({f"{a}{b}" for a, b in own} <= lines for lines in trained)
     for own, text in zip(found.train_rules, found.train, strict=True):
-        assert {f"{a}>{b}" for a, b in own} >= set(text.split()) and len({b for _, b in own}) == len(own)
+        assert {f"{a}{b}" for a, b in own} >= set(text.split()) and len({b for _, b in own}) == len(own)
     for own, question in zip(found.held_out_rules, found.held_out, strict=True):
         shots, place, asked = question["shots"], question["place"], question["asked"]
-        assert [shot for shot in shots if shot.startswith(asked)] == [f"{asked}>{question['answer']}\n"]
+        assert [shot for shot in shots if shot.startswith(asked)] == [f"{asked}{question['answer']}\n"]
         assert shots[place][0] == asked and question["candidates"][question["gold"]] == question["answer"]
-        assert sorted(shots) == [f"{a}>{b}\n" for a, b in own]
+        assert sorted(shots) == [f"{a}{b}\n" for a, b in own]
         assert question["candidates"] == sorted({b for _, b in own}) and len(question["candidates"]) == data.MOST
-        assert question["text"] == "".join(shots) + f"{asked}>{question['answer']}\n"
+        assert question["text"] == "".join(shots) + f"{asked}{question['answer']}\n"
     assert set(Counter(question["place"] for question in found.held_out).values()) == {200 // data.MOST}
 
 
@@ -119,7 +119,7 @@ def test_the_tasks_ask_for_a_letter_behind_the_first_examples(data, studied):
             (path,) = (studied / "lm_eval" / "llada-0-2").glob(f"samples_{data.task(form, shots)}_*.jsonl")
             samples = sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
             for document, sample in zip(held_out[:4], samples, strict=True):
-                context = "".join(document["shots"][:shots]) + document["asked"] + ">"
+                context = "".join(document["shots"][:shots]) + document["asked"]
                 requests = [arguments["arg_0"] for arguments in sample["arguments"].values()]
                 assert requests == [context] * (data.MOST if form == "choice" else 1)
                 if form == "choice":
