@@ -8,7 +8,6 @@ NAME-after.json, replies NAME-replies.jsonl. Writes RUN_DIR/report.md and RUN_DI
 
 import argparse
 import json
-import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from llada.files import write_atomically
 from llada.objectives.families import AUTOREGRESSIVE, DIFFUSION
 from llada.scaling import comparison, figure, held_out, provenance
 from llada.scaling.comparison import RunRecord
-from llada.scaling.numbers import markdown_cell, markdown_table, or_dash
+from llada.scaling.numbers import filled, markdown_cell, markdown_table, or_dash
 
 _FIGURES = (("nats_per_token", ".4f"), ("bits_per_byte", ".4f"))
 
@@ -205,19 +204,19 @@ def report(run_dir: Path, tuned: list[Tuned], dialogues: list[list[str]], chat: 
     summary, bucket = tuned[0].run.summary, tuned[0].run.config.dialogues.bucket
     parts = [
         "# LLaDA and ARM, fine-tuned on dialogues of people",
-        _filled(INTRODUCTION.format(parameters=summary["parameters"] / 1e6, digest=summary["rows_digest"][:16])),
+        filled(INTRODUCTION.format(parameters=summary["parameters"] / 1e6, digest=summary["rows_digest"][:16])),
         "## Held-out answers",
         markdown_table(held_out_table(tuned)),
-        _filled(HELD_OUT.format(**tuned[0].after, bucket=bucket)),
+        filled(HELD_OUT.format(**tuned[0].after, bucket=bucket)),
         markdown_table(times_table(tuned[0])),
         "![held-out figures over fine-tuning, and loss by time](curves.png)",
         "## Five dialogues as they came",
-        _filled(DIALOGUES.format(chat=chat)),
+        filled(DIALOGUES.format(chat=chat)),
         *transcripts(tuned, dialogues),
         "\n".join([*(of_replies(each) for each in tuned), of_people(tuned[0].after)]),
-        _filled(REMARK),
+        filled(REMARK),
         "## Data",
-        _filled(DATA),
+        filled(DATA),
         markdown_table([["", "count"], *([name, f"{count:,}"] for name, count in counts.items())]),
         "## Training",
         markdown_table(training_table(tuned)),
@@ -226,10 +225,6 @@ def report(run_dir: Path, tuned: list[Tuned], dialogues: list[list[str]], chat: 
         f"{provenance.line()}.\n\n    bash launch/chitchat.sh {run_dir}",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
 def main() -> None:

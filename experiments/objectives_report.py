@@ -12,7 +12,6 @@ import math
 import re
 import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from llada import json_files
 from llada.errors import UserError
 from llada.files import write_atomically
 from llada.scaling import figure, provenance
-from llada.scaling.numbers import flops, markdown_table, or_dash, short, three, times
+from llada.scaling.numbers import filled, flops, markdown_table, or_dash, short, three, times
 from llada.scaling.series import of_key
 
 _LEVEL = f"{LEVEL:.0%}"
@@ -84,7 +83,7 @@ def claims(found: dict[str, Any]) -> str:
         entry = shares.get(claim["variant"])
         text = _share(entry) if entry and entry["share"] else "-"
         rows.append([claim["variant"], claim["text"], claim["source"], text, claim["found"]])
-    return f"{markdown_table(rows)}\n\n{_filled(CLAIMS)}"
+    return f"{markdown_table(rows)}\n\n{filled(CLAIMS)}"
 
 
 def _share(entry: dict[str, Any]) -> str:
@@ -106,7 +105,7 @@ def by_time(found: dict[str, Any]) -> str:
         rows=found["settings"]["time_rows"], length=looked_at["length"], size=looked_at["size"],
         budget=flops(looked_at["budget"]), seeds=", ".join(map(str, looked_at["seeds"])),
     )  # fmt: skip
-    texts = [_filled(words), markdown_table(rows)]
+    texts = [filled(words), markdown_table(rows)]
     known = {key: each["difference"] for key, each in of.items() if each["difference"] and each["difference"]["low"]}
     if known:
         lines = [f"- {named(found, key)}: {beyond_intervals(grid, d)}." for key, d in known.items()]
@@ -122,7 +121,7 @@ def gradients(found: dict[str, Any]) -> str:
     for key, g in found["gradients"].items():
         norms = [three(g[name]) for name in ("median", "q90", "largest")]
         rows.append([named(found, key), *norms, three(g["q90"] / g["median"]), f"{g['clipped']:.1%}"])
-    return f"{markdown_table(rows)}\n\n{_filled(GRADIENTS)}"
+    return f"{markdown_table(rows)}\n\n{filled(GRADIENTS)}"
 
 
 def samples(found: dict[str, Any]) -> str:
@@ -137,7 +136,7 @@ def samples(found: dict[str, Any]) -> str:
         texts=found["settings"]["texts"], parameters=short(judge["parameters"]), **found["looked_at"],
         nats=judge["eval_nats_per_token"], tokens=short(judge["tokens"]), level=_LEVEL,
     )  # fmt: skip
-    return f"{markdown_table(rows)}\n\n{_filled(words)}"
+    return f"{markdown_table(rows)}\n\n{filled(words)}"
 
 
 def _scores(of: dict[str, Any], over: str) -> list[str]:
@@ -154,7 +153,7 @@ def infill(found: dict[str, Any]) -> str:
             each = found["infill"][share][key]
             cells += [f"{each['mean']:.1%} ± {each['stderr']:.1%}", percent(each["difference"])]
         rows.append(cells)
-    return f"{markdown_table(rows)}\n\n{_filled(INFILL.format(rows=found['settings']['infill_rows'], level=_LEVEL))}"
+    return f"{markdown_table(rows)}\n\n{filled(INFILL.format(rows=found['settings']['infill_rows'], level=_LEVEL))}"
 
 
 def quoted(path: Path, headings: Sequence[str], level: str = "##") -> str:
@@ -318,7 +317,7 @@ def page(run_dir: Path, found: dict[str, Any], seconds: float | None) -> str:
     took = "" if seconds is None else f" All of it took {seconds / 60:.0f} minutes there, with whatever else ran."
     parts = [
         "# Training objectives ranked by one held-out bound",
-        _filled(INTRODUCTION.format(**found["ranking"])),
+        filled(INTRODUCTION.format(**found["ranking"])),
         summary(ranking),
         "![share of the FLOPs that each variant needs](ranking/ranking.png)",
         quoted(ranking, ("FLOPs to reach the plain final loss",)),
@@ -337,10 +336,6 @@ def page(run_dir: Path, found: dict[str, Any], seconds: float | None) -> str:
         f"    bash launch/quickstart_objectives.sh {run_dir}",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
 def write(run_dir: Path, out: Path, seconds: float | None = None) -> None:

@@ -18,13 +18,12 @@ from llada.errors import UserError
 from llada.evaluation.reversal import DIRECTIONS
 from llada.files import write_atomically
 from llada.objectives.families import AUTOREGRESSIVE, DIFFUSION
-from llada.scaling import comparison, figure, provenance
+from llada.scaling import figure, provenance, seeds
 from llada.scaling.comparison import RunRecord
 from llada.scaling.fine_tuning import percent
-from llada.scaling.numbers import markdown_cell, markdown_table, or_dash
-from llada.training import calls
+from llada.scaling.numbers import filled, markdown_cell, markdown_table, or_dash
+from llada.scaling.seeds import Seeded
 
-FAMILIES = {"llada": DIFFUSION, "arm": AUTOREGRESSIVE}
 ANSWERS = ("asked", "both", "blank")
 # Of the asked facts, in writing: at least so much, or, of the ARM backward, an interval that holds chance.
 AIMS = {("llada", "forward"): 0.95, ("llada", "backward"): 0.90, ("arm", "forward"): 0.95}
@@ -44,7 +43,7 @@ class Asked(NamedTuple):
     @property
     def name(self) -> str:
         """In tables and pictures."""
-        return f"{self.run.name}, seed {self.seed}"
+        return Seeded(self.family, self.seed, self.run).name
 
     def score(self, answers: str, direction: str, way: str) -> dict[str, Any] | None:
         """One share with its interval; None where it was not measured."""
@@ -53,29 +52,22 @@ class Asked(NamedTuple):
 
 def read(run_dir: Path, kind: str) -> list[Asked]:
     """All runs of a kind, seed by seed. UserError for what is missing, of another step, or no twin of the other."""
-    directory = run_dir / kind
-    seeds = sorted(int(path.name.rpartition("-")[2]) for path in directory.glob("llada-*[0-9]") if path.is_dir())
-    if not seeds:
-        raise UserError(f"{directory} holds no run llada-0; run launch/quickstart_reversal.sh on {run_dir}")
     found = []
-    for seed in seeds:
-        twins = [_read(directory, name, seed) for name in FAMILIES]
-        comparison.check_twins([each.run for each in twins])
-        _check_same(twins)
-        found += twins
+    for twins in seeds.read(run_dir / kind, f"launch/quickstart_reversal.sh on {run_dir}"):
+        asked = [_read(each) for each in twins]
+        _check_same(asked)
+        found += asked
     return found
 
 
-def _read(directory: Path, family: str, seed: int) -> Asked:
-    workdir = directory / f"{family}-{seed}"
-    run = comparison.read_run(FAMILIES[family], workdir)
+def _read(of: Seeded) -> Asked:
     answers = {}
     for name in ANSWERS:
-        path = directory / f"{family}-{seed}-{name}.json"
+        path = of.run.workdir.with_name(f"{of.run.workdir.name}-{name}.json")
         answers[name] = json_files.read(path)
-        if answers[name].get("step") != run.summary["step"]:
-            raise UserError(f"{path} is not of step {run.summary['step']}, the run's last; run the script again")
-    return Asked(family, seed, run, answers)
+        if answers[name].get("step") != of.run.summary["step"]:
+            raise UserError(f"{path} is not of step {of.run.summary['step']}, the run's last; run the script again")
+    return Asked(*of, answers)
 
 
 def _check_same(twins: list[Asked]) -> None:
@@ -156,16 +148,15 @@ def draw(kind: str, asked: list[Asked]) -> bytes:
 
 
 def _draw_bars(ax, asked: list[Asked], way: str) -> None:
-    shades = {family: figure.shades(figure.COLOURS[FAMILIES[family].name], len(asked) // 2) for family in FAMILIES}
-    ordered = sorted(asked, key=lambda each: list(FAMILIES).index(each.family))
+    shades = seeds.shades(list(dict.fromkeys(each.seed for each in asked)))
+    ordered = sorted(asked, key=lambda each: list(seeds.BY_PREFIX).index(each.family))
     width = 0.8 / len(ordered)
     for i, each in enumerate(ordered):
         scores = [each.score("asked", direction, way) for direction in DIRECTIONS]
         x = [n + (i - (len(ordered) - 1) / 2) * width for n in range(len(DIRECTIONS))]
         share = [100 * s["share"] for s in scores if s]
         ends = [[100 * abs(s["share"] - s[end]) for s in scores if s] for end in ("low", "high")]
-        number = [e.seed for e in ordered if e.family == each.family].index(each.seed)
-        ax.bar(x, share, width, color=shades[each.family][number], label=each.name)
+        ax.bar(x, share, width, color=shades[each.family, each.seed], label=each.name)
         ax.errorbar(x, share, ends, fmt="none", ecolor="0.2", capsize=2, linewidth=1)
     ax.set_xticks(range(len(DIRECTIONS)), list(DIRECTIONS))
 
@@ -182,7 +173,7 @@ def _share(asked: list[Asked], family: str, answers: str, direction: str) -> str
 def reasons(asked: list[Asked]) -> str:
     """Where a backward answer is missing, in numbers: the form, the fact, or the way from one to the other."""
     lines = []
-    for family, kind in FAMILIES.items():
+    for family, kind in seeds.BY_PREFIX.items():
         shares = [
             _share(asked, family, *key) for key in (("asked", "backward"), ("both", "backward"), ("blank", "backward"))
         ]
@@ -198,16 +189,10 @@ def reasons(asked: list[Asked]) -> str:
     return "\n".join(textwrap.fill(line, 120, subsequent_indent="  ") for line in lines)
 
 
-def commits(asked: list[Asked]) -> list[str]:
-    """Those that the runs were trained at, as their calls.jsonl has them."""
-    records = [json_files.read_lines(each.run.workdir / calls.FILE) for each in asked]
-    return sorted({str(call.get("commit")) for lines in records for _, call in lines})
-
-
 def wrong(asked: list[Asked]) -> str:
     """The first wrong backward answers of a run of each family, as they came; "" where nothing was written."""
     rows = [["", "asked", "right", "written"]]
-    for family in FAMILIES:
+    for family in seeds.BY_PREFIX:
         first = next(each for each in asked if each.family == family)
         answers = first.answers["asked"]["backward"].get("wrong", [])[:_SHOWN]
         rows += [[first.name, *(markdown_cell(a[key]) for key in ("asked", "expected", "written"))] for a in answers]
@@ -282,13 +267,13 @@ def section(kind: str, asked: list[Asked]) -> str:
     )
     parts = [
         f"## {TITLES[kind]}",
-        _filled(DESIGN[kind].format(people=PEOPLE, asked=asked[0].answers["asked"]["items"])),
+        filled(DESIGN[kind].format(people=PEOPLE, asked=asked[0].answers["asked"]["items"])),
         f"![forward and backward accuracy](reversal/{kind}.png)",
         markdown_table(table(asked, "asked")),
-        _filled(words),
+        filled(words),
         markdown_table(aims(asked)) if kind == "facts" else "",
-        f"{_filled(CONTROLS)}\n\n{markdown_table(table(asked, 'both'))}",
-        f"{_filled(BLANK)}\n\n{markdown_table(table(asked, 'blank'))}",
+        f"{filled(CONTROLS)}\n\n{markdown_table(table(asked, 'both'))}",
+        f"{filled(BLANK)}\n\n{markdown_table(table(asked, 'blank'))}",
         f"In short:\n\n{reasons(asked)}",
         wrong(asked),
         markdown_table(training(asked)),
@@ -299,25 +284,21 @@ def section(kind: str, asked: list[Asked]) -> str:
 def page(run_dir: Path, studies: dict[str, list[Asked]]) -> str:
     """`reversal.md`."""
     missing = [kind for kind in FORMS if kind not in studies]
-    trained = sorted({commit for asked in studies.values() for commit in commits(asked)})
+    trained = seeds.commits([each.run for asked in studies.values() for each in asked])
     left_out = f"Not run here: {', '.join(missing)}; `--help` of the script says which files they need."
     parts = [
         "# The reversal curse",
-        _filled(INTRODUCTION),
+        filled(INTRODUCTION),
         *(section(kind, asked) for kind, asked in studies.items()),
         *([left_out] if missing else []),
         "## Commit, machine, command",
-        _filled(
+        filled(
             f"{provenance.line()}; the runs were trained at commit {', '.join(trained)}. Seconds are of this machine "
             "with whatever else ran on it."
         ),
         f"    bash launch/quickstart_reversal.sh {run_dir}",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
 def write(run_dir: Path, out: Path) -> None:

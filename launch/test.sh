@@ -17,6 +17,7 @@ else
   echo "libtpu is pinned for the JAX of requirements.txt, and this is another: tests that compile for TPUs are skipped"
 fi
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+export LLADA_TEST_EXTRAS=required # all are installed: a file that finds one missing fails, and is not skipped
 ruff check .
 ruff format --check --quiet .
 types=""

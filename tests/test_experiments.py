@@ -51,11 +51,12 @@ def test_parameter_counts_and_train_step(name):
 def test_the_files_are_all_tested():
     """isoflop in tests/scaling/test_grid.py; test_quickstart_sft.py, test_chitchat.py, test_objectives_study.py.
 
-    reversal in test_reversal_study.py.
+    reversal in test_reversal_study.py, in_context in test_in_context_study.py.
     """
     elsewhere = {"isoflop", "quickstart_sft", "instruction_tasks", "chitchat", "chitchat_data", "chitchat_report"}
     elsewhere |= {"objectives", "objectives_measure", "objectives_findings", "objectives_report"}
     elsewhere |= {"reversal", "reversal_data", "reversal_report"}
+    elsewhere |= {"in_context", "in_context_data", "in_context_report"}
     assert {path.stem for path in FOLDER.glob("*.py")} == {*COUNTS, "quickstart", "sft"} | elsewhere
 
 

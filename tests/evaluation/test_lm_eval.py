@@ -36,6 +36,8 @@ from llada.scaling import downstream
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is not installed: the extra [eval]", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("offline")
+
 FAMILIES = ("llada", "arm")
 QUESTIONS = ("the cat sees", "the dog likes the", "the stone", "a river")
 CHOICES = (" the cat", " dog .", " cloud", " sees")
@@ -66,16 +68,6 @@ metric_list: [{metric: bits_per_byte}]
 """,
     "absent": "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: choices\ndoc_to_target: gold\n",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory):
-    """No network, whatever this machine has, and caches of Hugging Face in a temporary directory."""
-    home = str(tmp_path_factory.mktemp("huggingface"))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": home}.items():
-            patch.setenv(name, value)
-        yield
 
 
 @pytest.fixture(scope="module")

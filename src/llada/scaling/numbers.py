@@ -1,6 +1,7 @@
 """How numbers, intervals and tables of them are written in tables, pictures and reports."""
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -61,6 +62,11 @@ def listed(words: Sequence[str]) -> str:
 def or_dash(value: float | None, form: str) -> str:
     """The number in Python's format `form`; a dash where there is none, or none that is finite."""
     return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def filled(text: str) -> str:
+    """A paragraph of Markdown in lines of 120 characters at most."""
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
 def markdown_table(cells: list[list[str]]) -> str:
