@@ -27,7 +27,8 @@ def facts():
     """0.7 M parameters. A statement is an example of its own, padded to 12 tokens; four share a row.
 
     The learning rate comes down over half of the run: names are remembered then. With 3,000 steps LLaDA knew every
-    fact and answered fewer backward questions in a pilot.
+    fact and answered fewer backward questions in a pilot; so it did with a dropout of 0.1, and with three people whose
+    film is stated both ways for each that is asked, in 3,000 steps.
     """
     c = default_config()
     c.model.update(dict(layers=3, width=128, heads=4, ffn=352, vocab_size=800, max_length=48, rope_theta=1000.0))
