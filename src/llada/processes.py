@@ -163,7 +163,7 @@ def require_shared(directory: Path, flag: str) -> None:
 
 
 @contextlib.contextmanager
-def ending_together(*agreed: type[Exception], advice: Callable[[], str] | None = None) -> Iterator[None]:
+def ending_together(*agreed: type[BaseException], advice: Callable[[], str] | None = None) -> Iterator[None]:
     """A block with collectives; `agreed` are the exceptions that all processes raise alike, and they pass through.
 
     Any other exception ends this process at once: the others wait for it in a collective, and only a broken connection

@@ -33,7 +33,10 @@ def by_pairs(config: Config, estimator: str | None) -> bool:
 
 
 def settings_for(
-    config: Config, estimator: str, mesh: jax.sharding.Mesh | None = None, of_sampler: Mapping[str, Any] = SAMPLER
+    config: Config,
+    estimator: str | None,
+    mesh: jax.sharding.Mesh | None = None,
+    of_sampler: Mapping[str, Any] = SAMPLER,
 ) -> LikelihoodConfig:
     """As many rows go through the model at once as in the run's own evaluation on the mesh.
 
@@ -41,7 +44,7 @@ def settings_for(
     """
     rows = 1 if mesh is None else rows_at_once(config, mesh, config.train.batch_size)
     return LikelihoodConfig(
-        estimator=estimator,
+        estimator=estimator or LikelihoodConfig.estimator,
         draws=config.evaluate.draws,
         batch_tokens=rows * config.data.sequence_length,
         **(of_sampler if estimator == "sampler" else {}),
@@ -56,7 +59,7 @@ def scorer_for(
     of_sampler: Mapping[str, Any] = SAMPLER,
 ) -> Scorer | None:
     """The `Scorer` of an estimator; None where the figure is the family's own."""
-    if estimator is None or not by_pairs(config, estimator):
+    if not by_pairs(config, estimator):
         return None
     never = canvas.forbidden_ids(tokenizer, config.model.vocab_size)
     return scorer(config, tokenizer.special, settings_for(config, estimator, mesh, of_sampler), never)

@@ -82,8 +82,8 @@ def left_to_right(
     """The compiled program of `ancestral`: its tokens, steps and number of forward passes."""
     config, special, longest = setup.config, setup.special, setup.longest_prompt
     B, L = canvas_BL.shape
-    canvas_BL, *of_rows = map(by_row, (canvas_BL, rows.prompt_length_B, rows.seed_B))
-    rows = Rows(*of_rows, rows.forbidden_F)
+    canvas_BL = by_row(canvas_BL)
+    rows = rows._replace(prompt_length_B=by_row(rows.prompt_length_B), seed_B=by_row(rows.seed_B))
     params = cached.with_whole_tables(config, params)
     head_VD = transformer.head(config, params)
     start_B1 = rows.prompt_length_B[:, None]

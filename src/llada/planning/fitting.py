@@ -47,11 +47,11 @@ def largest_buffers(config: Config, axes: Mapping[str, int], program: Program) -
     width = 2 if m.dtype in ("bfloat16", "float16") else 4
     vocabulary = float(width * m.vocab_size * m.width)
     if program.name != "train":
-        rows = math.ceil(program.rows / (axes["data"] * axes["fsdp"])) * program.length
+        of_device = math.ceil(program.rows / (axes["data"] * axes["fsdp"])) * program.length
         buffers = [
             ("parameters", program.parameter_bytes * total / shards),
             ("vocabulary matrix", vocabulary),
-            ("activations of a layer", width * rows * (2.0 * m.width + 2 * m.ffn / axes["tensor"])),
+            ("activations of a layer", width * of_device * (2.0 * m.width + 2 * m.ffn / axes["tensor"])),
         ]
         return sorted(buffers, key=lambda buffer: -buffer[1])
     L = config.data.sequence_length
