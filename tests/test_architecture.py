@@ -71,6 +71,7 @@ def test_partition_specs_and_libraries_stay_in_their_rooms():
         "PartitionSpec": {"mesh"},
         "flax": {"model/transformer"},
         "grain": {"data/rows"},
+        "array_record": {"data/record_files"},
         "sentencepiece": {"data/sentencepiece_tokenizer", "data/tokenizer_training"},
         "tokenizers": {"data/huggingface_tokenizer"},
         "jinja2": {"data/jinja_sandbox"},

@@ -22,7 +22,8 @@ from llada.knobs import build, knob
 _LAYERS, _WIDTH, _ROWS, _STEPS, _FAR = 10_000, 2**17, 2**24, MOST_STEPS, 10**15
 
 BEST_OBJECTIVE = {"time_law": "logit_normal", "weight": "paper"}  # of those that docs/objectives/report.md ranks
-DIALOGUES = "dialogues:"  # what data.source begins with where it is dialogues
+# What data.source begins with where it is dialogues, or rows that llada tokenize has written.
+DIALOGUES, ARRAY_RECORD = "dialogues:", "array_record:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +153,11 @@ class DataConfig:
     """The corpus, and how it becomes rows of tokens."""
 
     source: str = knob(
-        "stdlib", "stdlib | text:GLOB[,GLOB ...] | dialogues:GLOB[,GLOB ...]; a directory stands for the files in it"
+        "stdlib", "stdlib | packages | text:GLOB[,GLOB ...] | dialogues:GLOB[,...] | array_record:DIR; or a directory"
     )
     text_key: str = knob("text", "field (JSON lines) or column (Parquet) that holds a document's text")
     tokenizer: str | None = knob(
-        None,
-        "a SentencePiece .model, a tokenizer.json or its directory; None: train one of model.vocab_size on the corpus",
-        changeable=True,
+        None, "SentencePiece .model, tokenizer.json or its directory; None: the shards', or a new one", changeable=True
     )
     sequence_length: int = knob(256, "tokens of a row", above=0, most=_ROWS)
     holdout_fraction: float = knob(
@@ -350,6 +349,11 @@ class Config:
     def fine_tunes(self) -> bool:
         """Whether it trains on dialogues, of which answers alone are in the loss."""
         return self.data.source.startswith(DIALOGUES)
+
+    @property
+    def reads_records(self) -> bool:
+        """Whether its rows are those that llada tokenize has written."""
+        return self.data.source.startswith(ARRAY_RECORD)
 
     @property
     def steps(self) -> int:

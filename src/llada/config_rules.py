@@ -17,7 +17,14 @@ CAUSAL = {"diffusion": False, "autoregressive": True}
 def check(config: "Config") -> None:
     """UserError for what cannot work, naming the value, the rule and the flag. Mesh against devices: `mesh.check`."""
     knobs.check(config, "config")
-    for require in (_require_heads, _require_lengths, _require_steps, _require_variant, _require_dialogues):
+    for require in (
+        _require_heads,
+        _require_lengths,
+        _require_steps,
+        _require_variant,
+        _require_dialogues,
+        _require_records,
+    ):
         require(config)
 
 
@@ -129,6 +136,11 @@ def _require_dialogues(c: "Config") -> None:
     apart = "it is for rows of documents; examples that share a row never see each other"
     _require(c, not c.objective.block_cross_document_attention, "objective.block_cross_document_attention", apart)
     _require(c, c.data.unique_tokens is None, "data.unique_tokens", "it is for documents; give fewer dialogues")
+
+
+def _require_records(c: "Config") -> None:
+    own = "an array_record corpus has held-out rows of its own, as llada tokenize chose them; leave it out"
+    _require(c, not c.reads_records or c.data.holdout_source is None, "data.holdout_source", own)
 
 
 def _require(config: "Config", ok: bool, key: str, rule: str) -> None:

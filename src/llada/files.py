@@ -11,6 +11,7 @@ import fcntl
 import glob
 import itertools
 import os
+import re
 import shutil
 import socket
 import sys
@@ -26,6 +27,8 @@ T = TypeVar("T")
 
 _counter = itertools.count()
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # from linux/fs.h and fcntl.h
+_TEMPORARY = re.compile(r"\.([^.]+)-(\d+)-\d+\.tmp$")
+_HOUR = 3_600
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 
@@ -66,8 +69,11 @@ def temporary_name(path: Path, suffix: str) -> Path:
 
 
 def _temporary_prefix(path: Path) -> str:
-    host = "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:40]
-    return f".{path.name[:80]}.{host}-"
+    return f".{path.name[:80]}.{_host()}-"
+
+
+def _host() -> str:
+    return "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:40]
 
 
 def _remove_stale_temporaries(path: Path) -> None:
@@ -81,6 +87,22 @@ def _remove_stale_temporaries(path: Path) -> None:
             continue
         with contextlib.suppress(OSError):
             shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Remove the temporary files in `directory` of processes that no longer exist, once nobody needs any of them.
+
+    Those of other hosts, of which that is not known, after an hour in which they have not grown.
+    """
+    for path in directory.glob(".*.tmp"):
+        found = _TEMPORARY.search(path.name)
+        with contextlib.suppress(OSError):
+            if found and found[1] == _host():
+                stale = not _is_alive(int(found[2]))
+            else:
+                stale = found is not None and time.time() - path.stat().st_mtime > _HOUR
+            if stale:
+                path.unlink()
 
 
 def _is_alive(process: int) -> bool:

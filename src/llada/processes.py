@@ -34,6 +34,15 @@ _SHARED_SECONDS = 5  # how long a network file system may take to show a new fil
 _exchanges = itertools.count()  # equal on all processes, since all make the same exchanges in the same order
 
 
+def job(only: str) -> tuple[int, int]:
+    """I and N of "I/N", job I of N that do not communicate, from 1. UserError for anything that is not such a pair."""
+    first, slash, second = only.partition("/")
+    pair = [int(word) if word.isdecimal() and len(word) < 6 else 0 for word in (first, second)]
+    if not (slash and 1 <= pair[0] <= pair[1]):
+        raise UserError(f"--only={only} must be I/N with I from 1 to N (at most 99999), such as --only=1/4")
+    return pair[0], pair[1]
+
+
 def start(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
     """Join the other processes, by these arguments or as JAX detects them (Slurm, TPU pod, ...).
 

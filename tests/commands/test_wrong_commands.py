@@ -17,7 +17,7 @@ from llada.scaling.sweep_config import SweepConfig
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 QUICKSTART = f"--config={EXPERIMENTS}/quickstart.py:llada"
 ISOFLOP = f"--config={EXPERIMENTS}/isoflop.py:quick"
-COMMANDS = "train evaluate likelihood sample chat export import plan sweep verify compare".split()
+COMMANDS = "train evaluate likelihood sample chat export import plan sweep tokenize data verify compare".split()
 TRAIN = ["train", QUICKSTART, "--workdir=run"]
 SWEEP = ["sweep", ISOFLOP, "--workdir=run", "--dry_run"]
 PLAN = ["plan", QUICKSTART, "--topology=v5e:2x2"]

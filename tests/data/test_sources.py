@@ -81,7 +81,7 @@ def test_bad_files_are_named_with_the_place(tmp_path, name, content, message):
 
 @pytest.mark.parametrize("source", ["", "text:", "texts:*", "wikipedia"])
 def test_unknown_source_lists_the_allowed_ones(source):
-    with pytest.raises(UserError, match="allowed: stdlib, text:GLOB.*; set --config.data.source"):
+    with pytest.raises(UserError, match="allowed: stdlib, packages, text:GLOB.*; set --config.data.source"):
         documents(source)
 
 

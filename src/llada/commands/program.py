@@ -22,6 +22,8 @@ COMMANDS = {
     "import": "a Hugging Face directory (LLaDA-8B, Llama ...) as a workdir",
     "plan": "memory, FLOPs and time of a program on a TPU slice, compiled on any machine",
     "sweep": "a grid of runs at fixed FLOP budgets: scaling-law fits, plots, report",
+    "tokenize": "a corpus as ArrayRecord shards of rows, with a manifest; resumable, by many processes",
+    "data": "what a run reads: rows as text, lengths, duplicates; all of it verified",
     "verify": "all that a workdir holds, read and compared with what was saved",
     "reproduce": "a run trained again from its workdir alone, and compared bit for bit",
     "compare": "curves and a report of a LLaDA and an ARM trained alike",

@@ -8,7 +8,7 @@ Letters: N rows (or examples) of a side, B of them read, L ids in a row.
 import hashlib
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -46,10 +46,32 @@ def sha256(*arrays: np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def require_seal(values: dict[str, Any]) -> None:
+def require_seal(values: dict[str, Any], name: str = "metadata.json") -> None:
     """UserError unless the values are what was written; those of an older llada, without checksums, have no seal."""
     if ("checksums" in values or "sha256" in values) and values.get("sha256") != json_files.sealed(values)["sha256"]:
-        raise UserError("metadata.json is not what was written: its sha256 is another")
+        raise UserError(f"{name} is not what was written: its sha256 is another")
+
+
+class Rows(Protocol):
+    """Rows of ids (N, L), in an array or in files."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, L)."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of an id."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an id."""
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Some of them."""
 
 
 class CheckedRows:
@@ -58,7 +80,7 @@ class CheckedRows:
     JAX clamps indices that are out of bounds: it would silently train on damaged rows.
     """
 
-    def __init__(self, rows_NL: np.ndarray, checksums_N: np.ndarray | None, vocab_size: int):
+    def __init__(self, rows_NL: Rows, checksums_N: np.ndarray | None, vocab_size: int):
         """Take rows, memory-mapped or not; None for a corpus that an older llada prepared without checksums."""
         self.rows_NL, self.checksums_N, self.vocab_size = rows_NL, checksums_N, vocab_size
         self.shape = rows_NL.shape
@@ -80,6 +102,8 @@ class CheckedRows:
 
     def _error(self, index: np.ndarray | slice, b: int, at: int, what: str) -> DataError:
         row = int(np.arange(len(self))[index][b])
+        if of_record := getattr(self.rows_NL, "damaged", None):
+            return of_record(row, what)
         return damaged(self.rows_NL, f"row {row}", row * self.shape[1] + at, what)
 
 
@@ -88,7 +112,7 @@ def beyond(token: int, vocab_size: int) -> str:
     return f"holds id {token}, beyond the {vocab_size} of the vocabulary"
 
 
-def damaged(ids: np.ndarray, record: str, position: int, what: str) -> DataError:
+def damaged(ids: Any, record: str, position: int, what: str) -> DataError:
     """The error for a record whose first bad id is the `position`-th of the array."""
     path = getattr(ids, "filename", None)
     where = f"{path}: {record}" if path else record

@@ -52,13 +52,8 @@ def read(
 
     Only files that no pattern names may be no text (`text_files.NotText`).
     """
-    first: dict[tuple, Path] = {}
-    for path in sorted(in_directory):
-        first.setdefault(_identity(path), path)
-    if links := len(in_directory) - len(first):
-        remark(f"{links} files are other names (links) of files that are read already, and left out")
     no_text = []
-    for path in first.values():
+    for path in once(in_directory, remark):
         try:
             yield from content_of(path)
         except text_files.NotText:
@@ -68,6 +63,17 @@ def read(
     if no_text:
         names = ", ".join(no_text[:3]) + (", ..." if len(no_text) > 3 else "")
         remark(f"{len(no_text)} files are no UTF-8 text, and left out: {names}")
+
+
+def once(in_directory: Iterable[Path], remark: Callable[[str], None]) -> list[Path]:
+    """The files in the order of their names, without other names of the same ones."""
+    first: dict[tuple, Path] = {}
+    paths = sorted(in_directory)
+    for path in paths:
+        first.setdefault(_identity(path), path)
+    if links := len(paths) - len(first):
+        remark(f"{links} files are other names (links) of files that are read already, and left out")
+    return list(first.values())
 
 
 def _split(pattern: str) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from llada.config import DataConfig
 from llada.data import checksums, holdout, rows
+from llada.data.row_packer import RowPacker
 from llada.data.rows import Corpus, Metadata
 from llada.data.sources import Remark
 from llada.data.tokenizer import Tokenizer
@@ -123,34 +124,18 @@ def _write_sides(
     return sides[0], sides[1], token_bytes
 
 
-class RowWriter:
-    """Appends rows to a .npy file whose length is not known in advance; counts what it sees."""
+class RowWriter(RowPacker):
+    """Appends rows to a .npy file whose length is not known in advance."""
 
     def __init__(self, file: BinaryIO, sequence_length: int, vocab_size: int):
+        super().__init__(sequence_length, vocab_size)
         self.file = file
-        self.sequence_length = sequence_length
-        self.dtype = rows.id_dtype(vocab_size)
-        self.documents = self.tokens = self.bytes = self.rows = self.checksum = 0
-        self.counts_V = np.zeros(vocab_size, np.int64)
-        self._pending: list[int] = []
         if not file.tell():
             self._write_header()
 
-    def add(self, ids: list[int], byte_count: int) -> None:
-        """Append the ids of a document of so many bytes."""
-        self.documents += 1
-        self.tokens += len(ids)
-        self.bytes += byte_count
-        self._pending += ids
-        full = len(self._pending) // self.sequence_length * self.sequence_length
-        if full:
-            block = np.array(self._pending[:full], self.dtype)
-            # Not block.tofile: NumPy writes past Python's file, and drops the error of a disk that is full.
-            self.file.write(block.tobytes())
-            self.checksum = zlib.crc32(block.data, self.checksum)
-            self.counts_V += np.bincount(block, minlength=len(self.counts_V))
-            self.rows += full // self.sequence_length
-            del self._pending[:full]
+    def _append(self, block: np.ndarray) -> None:
+        # Not block.tofile: NumPy writes past Python's file, and drops the error of a disk that is full.
+        self.file.write(block.tobytes())
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes, ready for JSON."""

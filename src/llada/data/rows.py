@@ -20,7 +20,8 @@ import numpy as np
 from llada import json_files
 from llada.config import Config, DataConfig
 from llada.data import checksums
-from llada.data.checksums import CheckedRows
+from llada.data.checksums import CheckedRows, Rows
+from llada.data.row_packer import id_dtype
 from llada.data.tokenizer import Tokenizer
 from llada.errors import DataError, UserError, in_brief
 from llada.files import write_atomically
@@ -56,13 +57,13 @@ class Metadata:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Rows of both sides, memory-mapped (uint16, or uint32 above 65,536 ids), and how they came about.
+    """Rows of both sides (uint16, or uint32 above 65,536 ids), memory-mapped or in records, and how they came about.
 
     `checksums`: of the rows of each side; None where it was prepared without.
     """
 
-    train_NL: np.ndarray
-    holdout_NL: np.ndarray
+    train_NL: Rows
+    holdout_NL: Rows
     metadata: Metadata
     checksums: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -175,13 +176,8 @@ def read_metadata(path: Path, kind: type[_M]) -> _M:
             raise UserError(f"{path.name}: {name}={value} is not possible")
     if min(values[name] for name in ("sequence_length", "vocab_size", "train_rows", "holdout_rows")) < 1:
         raise UserError(f"{path.name} says that there are no rows")
-    checksums.require_seal(values)
+    checksums.require_seal(values, path.name)
     return kind(**{field.name: values[field.name] for field in fields if field.name in values})
-
-
-def id_dtype(vocab_size: int) -> np.dtype:
-    """Of ids on disk: uint16, or uint32 above 65,536 of them."""
-    return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
 
 
 def open_rows(path: Path) -> np.ndarray:
@@ -251,9 +247,12 @@ class Batches:
 
         DataError for rows that are damaged.
         """
+        return self.rows_NL[self.row_ids(step)].astype(np.int32)
+
+    def row_ids(self, step: int) -> np.ndarray:
+        """Which rows those are: ids_B."""
         start = step * self.batch_size
-        ids_B = self._used[[self._ids[(start + position) // self.copies] for position in self.positions.tolist()]]
-        return self.rows_NL[ids_B].astype(np.int32)
+        return self._used[[self._ids[(start + position) // self.copies] for position in self.positions.tolist()]]
 
     def epochs(self, steps: int) -> float:
         """How often so many steps read the tokens that may be read; copies in a batch are read once."""

@@ -7,7 +7,7 @@ To add a source: a file with a function like `patterns.documents`, a line in SOU
 import os
 from collections.abc import Callable, Iterator
 
-from llada.data import dialogues, patterns, standard_library
+from llada.data import dialogues, packages, patterns, standard_library
 from llada.errors import UserError
 from llada.paths import user_path
 
@@ -16,10 +16,13 @@ Remark = Callable[[str], None]
 # Prefix -> a function of (argument, text_key, remark, flag): the texts, and the error's words where there are none.
 SOURCES: dict[str, Callable[[str, str, Remark, str], tuple[Iterator[str], str]]] = {
     "stdlib": standard_library.documents,
+    "packages": packages.documents,
     "text:": patterns.documents,
     dialogues.PREFIX: dialogues.documents,
 }
-_ALLOWED = "allowed: stdlib, text:GLOB[,GLOB ...], dialogues:GLOB[,GLOB ...], or a file or directory that exists"
+_ALLOWED = (
+    "allowed: stdlib, packages, text:GLOB[,GLOB ...], dialogues:GLOB[,GLOB ...], or a file or directory that exists"
+)
 
 
 def documents(
@@ -28,6 +31,7 @@ def documents(
     """Yield the text of every document of `source`, never empty.
 
       "stdlib"                every .py file of the running Python's standard library, without its tests
+      "packages"              every .py file of the packages that are installed beside llada
       "text:GLOB[,GLOB ...]"  files matching one of the patterns: see patterns.py and text_files.py
       "dialogues:GLOB[,...]"  the contents of each dialogue: see dialogues.py
       PATH                    the same as "text:PATH", for a path that exists

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llada.data.line_spans import LineSpan
 from llada.errors import UserError, in_brief
 
 _DAMAGED: tuple[type[Exception], ...] = (zlib.error,)
@@ -42,7 +43,7 @@ class NotText(UserError):
     """A file that begins with bytes which are no text."""
 
 
-def read(path: Path, text_key: str) -> Iterator[str]:
+def read(path: Path, text_key: str, span: tuple[int, int] | None = None, errors: str = "strict") -> Iterator[str]:
     """Yield the documents of one file, whose kind its name says.
 
       .jsonl .ndjson .jsonlines   one JSON object a line, its text in the string field `text_key`
@@ -51,26 +52,63 @@ def read(path: Path, text_key: str) -> Iterator[str]:
       anything else               plain UTF-8: one document, or, above 64 Ki characters, sections of about 16 Ki that
                                   end with a line
 
-    each also with .gz, .zst, .bz2 or .xz behind it, but for Parquet. UserError naming the place if it is damaged,
-    NotText if it begins as no text does.
+    each also with .gz, .zst, .bz2 or .xz behind it, but for Parquet. With `span`, only those of the lines that begin at
+    its bytes, or of its row groups, of a file that `cut_by` says can be cut. With `errors` "surrogateescape", bytes
+    that are not UTF-8 are half surrogate pairs in what is yielded. UserError naming the place if it is damaged, NotText
+    if it begins as no text does.
     """
     with _kind_of(path) as (kind, file):
+        first = 0
+        if span and kind != ".parquet":
+            file = LineSpan(file, *span)
+            first = file.first
         if kind == ".parquet":
-            yield from _parquet_texts(path, text_key)
+            yield from _parquet_texts(path, text_key, span, errors)
         elif kind in _JSON_LINES:
-            yield from (_text_field(record, where, text_key) for where, record in _json_lines(file, path))
+            records_ = _json_lines(file, path, first, errors)
+            yield from (_text_field(record, where, text_key, errors) for where, record in records_)
         elif kind == ".json":
-            yield from (_text_field(record, where, text_key) for where, record in _json_records(file, path))
+            records_ = _json_records(file, path, errors)
+            yield from (_text_field(record, where, text_key, errors) for where, record in records_)
         else:
-            yield from _sections(_characters(file, path), path)
+            yield from _sections(_characters(file, path, first, errors), path, is_long=span is not None)
+
+
+def cut_by(path: Path) -> str | None:
+    """What a file can be cut by, as its name says: "lines", "row groups", or None."""
+    kind, compressed = _suffixes(path)
+    if compressed or kind == ".json" or kind in _ARCHIVES:
+        return None
+    return "row groups" if kind == ".parquet" else "lines"
+
+
+def row_group_bytes(path: Path) -> list[int]:
+    """The sizes of a Parquet file's row groups. UserError for what is none."""
+    with _parquet(path) as file:
+        return [file.metadata.row_group(g).total_byte_size for g in range(file.metadata.num_row_groups)]
+
+
+def begins_as_text(path: Path) -> bool:
+    """Whether what `read` reads first of a plain file is text."""
+    with _open(path, None) as file:
+        try:
+            next(_characters(file, path), None)
+        except NotText:
+            return False
+    return True
+
+
+def _suffixes(path: Path) -> tuple[str, str | None]:
+    """A file's kind by its name, and the suffix of a compressed one."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compressed = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSED else None
+    return suffixes[-1] if suffixes else "", compressed
 
 
 @contextlib.contextmanager
 def _kind_of(path: Path) -> Iterator[tuple[str, Any]]:
     """What a file is by its name, without the suffix of a compressed one, and what its content is read from."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compressed = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSED else None
-    kind = suffixes[-1] if suffixes else ""
+    kind, compressed = _suffixes(path)
     if kind in _ARCHIVES:
         raise NotText(f"{path} is an archive; unpack it, and give its directory to --config.data.source")
     if kind == ".parquet" and compressed:
@@ -149,9 +187,9 @@ def _lines(file, path: Path) -> Iterator[bytes]:
         yield b"".join(rest)
 
 
-def _characters(file, path: Path) -> Iterator[str]:
+def _characters(file, path: Path, offset: int = 0, errors: str = "strict") -> Iterator[str]:
     """Text in pieces; NUL marks a binary file even where it is valid UTF-8."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
     following = file.read(_CHUNK_BYTES)
     while chunk := following:
         following = file.read(_CHUNK_BYTES)
@@ -166,9 +204,9 @@ def _characters(file, path: Path) -> Iterator[str]:
         offset += len(chunk)
 
 
-def _sections(pieces: Iterator[str], path: Path) -> Iterator[str]:
+def _sections(pieces: Iterator[str], path: Path, is_long: bool = False) -> Iterator[str]:
     """A short text uncut, a long one cut at line ends: else one book would be all training or all hold-out."""
-    text, is_long = "", False
+    text = ""
     for piece in pieces:
         text += piece
         is_long = is_long or len(text) > _LONG_CHARACTERS
@@ -213,20 +251,21 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
             raise NotText(f"{path} has no records: give .jsonl, .json or .parquet, or the first two compressed")
 
 
-def _json_lines(file, path: Path) -> Iterator[tuple[str, Any]]:
-    offset = 0
+def _json_lines(file, path: Path, first: int = 0, errors: str = "strict") -> Iterator[tuple[str, Any]]:
+    offset = first
     for number, raw in enumerate(_lines(file, path), start=1):
-        line = _decode(raw, path, offset)
+        line = _decode(raw, path, offset, errors)
+        where = f"{path} at byte {offset}" if first else f"{path} line {number}"
         offset += len(raw)
-        yield from _record_of(line, f"{path} line {number}")
+        yield from _record_of(line, where)
 
 
-def _json_records(file, path: Path) -> Iterator[tuple[str, Any]]:
+def _json_records(file, path: Path, errors: str = "strict") -> Iterator[tuple[str, Any]]:
     """A list of records, one record over several lines, or one record a line."""
     content = b"".join(itertools.islice(_chunks(file), _MOST_BYTES // _CHUNK_BYTES))
     if file.read(1):
         raise UserError(f"{path} has more than {_MOST_BYTES:,} bytes, too many for a .json; give JSON lines (.jsonl)")
-    text = _decode(content, path, 0)
+    text = _decode(content, path, 0, errors)
     if not text.strip():
         return
     try:
@@ -243,7 +282,7 @@ def _json_records(file, path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path} record {number}", record
 
 
-def _parquet_texts(path: Path, text_key: str) -> Iterator[str]:
+def _parquet_texts(path: Path, text_key: str, groups: tuple[int, int] | None, errors: str) -> Iterator[str]:
     import pyarrow
 
     with _parquet(path) as file:
@@ -257,23 +296,30 @@ def _parquet_texts(path: Path, text_key: str) -> Iterator[str]:
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not any(is_kind(kind) for is_kind in _string_kinds()):
             raise UserError(f"{path}: its column {text_key!r} is {kind}, not text; set --config.data.text_key")
-        for batch in _batches(file, path, [text_key]):
-            yield from (text.as_py() for text in batch.column(0) if text.is_valid)
+        for batch in _batches(file, path, [text_key], groups):
+            if errors == "strict":
+                yield from (text.as_py() for text in batch.column(0) if text.is_valid)
+            else:  # pyarrow does not look whether bytes are UTF-8 before they are made a str
+                column = batch.column(0)
+                column = column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
+                column = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary())
+                yield from (text.as_py().decode(errors=errors) for text in column if text.is_valid)
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     with _parquet(path) as file:
-        for batch in _batches(file, path, None):
+        for batch in _batches(file, path, None, None):
             for record in batch.to_pylist():
                 number += 1
                 yield f"{path} row {number}", record
 
 
-def _batches(file, path: Path, columns: list[str] | None) -> Iterator[Any]:
-    """Some rows at a time. UserError for a file that expands without end."""
+def _batches(file, path: Path, columns: list[str] | None, groups: tuple[int, int] | None) -> Iterator[Any]:
+    """Some rows at a time, of all row groups or some. UserError for a file that expands without end."""
     left = _FREE_BYTES + _MOST_EXPANSION * path.stat().st_size
-    for batch in file.iter_batches(batch_size=1024, columns=columns):
+    row_groups = list(range(*groups)) if groups else None
+    for batch in file.iter_batches(batch_size=1024, columns=columns, row_groups=row_groups):
         left -= batch.nbytes
         if left < 0:
             raise UserError(f"{path} expands to {_MOST_EXPANSION} times its size and more, which no text does")
@@ -318,12 +364,14 @@ def _not_json(where: str, error: Exception) -> str:
     return f"{where} is not JSON ({error}); --config.data.source needs one JSON object a line"
 
 
-def _text_field(record, where: str, text_key: str) -> str:
+def _text_field(record, where: str, text_key: str, errors: str) -> str:
     text = record.get(text_key) if isinstance(record, dict) else None
     if not isinstance(text, str):
         fields = ", ".join(list(record)[:20]) if isinstance(record, dict) else ""
         has = f"its fields are {fields}: set --config.data.text_key" if fields else "every record needs one"
         raise UserError(f'{where} has no string field "{text_key}"; {has}')
+    if errors != "strict":
+        return text
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -332,11 +380,11 @@ def _text_field(record, where: str, text_key: str) -> str:
     return text
 
 
-def _decode(raw: bytes, path: Path, offset: int) -> str:
+def _decode(raw: bytes, path: Path, offset: int, errors: str = "strict") -> str:
     """Decode bytes found at `offset` of a file; NUL marks a binary file even where it is valid UTF-8."""
     _refuse_binary(raw, path, offset, UserError)
     try:
-        return raw.decode()
+        return raw.decode(errors=errors)
     except UnicodeDecodeError as error:
         raise UserError(_not_utf8(path, offset + error.start)) from error
 

@@ -4,14 +4,17 @@ import abc
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llada import json_files
 from llada.data.control_tokens import ENDS_OF_TURN, RAINBOW, end_of_turn
 from llada.errors import UserError
-from llada.objectives.contract import SpecialTokens
 from llada.paths import user_path
+
+if TYPE_CHECKING:
+    from llada.objectives.contract import SpecialTokens
 
 # How makers of tokenizers spell the tokens that matter here, most specific first.
 NAMES = {
@@ -65,8 +68,10 @@ class Tokenizer(abc.ABC):
             self.token_bytes_V[token] = len(self.token_bytes(token))
 
     @property
-    def special(self) -> SpecialTokens:
+    def special(self) -> "SpecialTokens":
         """Ids that objectives and samplers need."""
+        from llada.objectives.contract import SpecialTokens  # which needs JAX, and tokenising does not
+
         return SpecialTokens(mask=self.mask_id, eos=self.eos_id, eot=self.eot_id, bos=self.bos_id)
 
     @property

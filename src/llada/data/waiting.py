@@ -1,5 +1,6 @@
 """Progress lines of long preparations."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -21,3 +22,10 @@ class Report:
         if now >= self._next:
             self._log(text)
             self._next = now + min(max(1.0, 0.1 * (now - self._begun)), 60.0)
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llada import accounting, knobs
+from llada import accounting, knobs, processes
 from llada import config as config_lib
-from llada.config import Config
+from llada.config import ARRAY_RECORD, Config
 from llada.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada.errors import UserError
 from llada.objectives.families import FAMILIES
@@ -110,7 +110,7 @@ def plan(base: dict[str, Any], sweep: SweepConfig, directory: Path) -> list[Plan
     """
     base = config_lib.to_dict(knobs.build(Config, base, "config"))
     directory, given = directory.absolute(), base["data"]["tokenizer"]
-    base["data"]["directory"] = str(directory / "data")
+    base["data"]["directory"] = None if base["data"]["source"].startswith(ARRAY_RECORD) else str(directory / "data")
     trained = directory / SentencePieceTokenizer.file_name  # once, before the runs
     base["data"]["tokenizer"] = str(user_path(given, "--config.data.tokenizer").absolute() if given else trained)
     # Every size has a run for each of these: a budget, an amount of unique data, or (None) all budgets together.
@@ -304,14 +304,11 @@ def share(runs: Sequence[PlannedRun], only: str | None) -> list[PlannedRun]:
     """
     if only is None:
         return list(runs)
-    job, slash, jobs = only.partition("/")
-    pair = [int(word) if word.isdecimal() and len(word) < 6 else 0 for word in (job, jobs)]
-    if not (slash and 1 <= pair[0] <= pair[1]):
-        raise UserError(f"--only={only} must be I/N with I from 1 to N (at most 99999), such as --only=1/4")
-    load = [0.0] * pair[1]
+    job, jobs = processes.job(only)
+    load = [0.0] * jobs
     shares: list[set[str]] = [set() for _ in load]
     for run in sorted(runs, key=lambda run: -run.flops):
         lightest = load.index(min(load))
         shares[lightest].add(run.name)
         load[lightest] += run.flops
-    return [run for run in runs if run.name in shares[pair[0] - 1]]
+    return [run for run in runs if run.name in shares[job - 1]]

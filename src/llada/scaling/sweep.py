@@ -278,9 +278,10 @@ def _is_stale(sweep: Sweep) -> bool:
 
 def corpus_metadata(sweep: Sweep) -> Metadata | None:
     """Of the shared rows, or examples; None before they are prepared."""
-    directory = sweep.directory / "data"
-    exist = (directory / "metadata.json").exists() and not _is_stale(sweep)
-    return corpus.open_corpus(directory, sweep.runs[0].config).metadata if exist else None
+    config = sweep.runs[0].config
+    directory = corpus.rows_directory(sweep.directory, config)
+    exist = corpus.has_rows(directory, config) and (config.reads_records or not _is_stale(sweep))
+    return corpus.open_corpus(directory, config).metadata if exist else None
 
 
 def state(workdir: Path, steps: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llada import json_files, processes
 from llada.config import Config
-from llada.data import control_tokens, examples, rows, tokenizer_files
+from llada.data import control_tokens, examples, record_corpus, rows, tokenizer_files
 from llada.data.tokenizer import Tokenizer
 from llada.errors import DataError, UserError
 from llada.files import write_atomically
@@ -26,9 +26,15 @@ Metadata = rows.Metadata | examples.Metadata
 
 
 def rows_directory(workdir: Path, config: Config) -> Path:
-    """Where the run's rows are stored."""
-    directory = config.data.directory
-    return workdir / "data" if directory is None else user_path(directory, "--config.data.directory")
+    """Where the run's rows are stored. UserError where an array_record source is nowhere."""
+    if config.data.directory is not None:
+        return user_path(config.data.directory, "--config.data.directory")
+    return record_corpus.directory_of(config.data.source) if config.reads_records else workdir / "data"
+
+
+def has_rows(directory: Path, config: Config) -> bool:
+    """Whether finished rows, or examples, of the kind that the config reads are in a directory."""
+    return (directory / (record_corpus.MANIFEST if config.reads_records else "metadata.json")).exists()
 
 
 def corpus_for(
@@ -45,7 +51,7 @@ def corpus_for(
     compared before they take their place. `log` and `check` are those of prepare.prepare.
     """
     directory = rows_directory(workdir, config)
-    if (directory / "metadata.json").exists():
+    if config.reads_records or has_rows(directory, config):
         corpus = open_matching(directory, config, tokenizer)
         require_digest(workdir, directory, corpus, digest)
         remark(directory, corpus)
@@ -81,6 +87,8 @@ def _remark_unchecked(directory: Path) -> None:
 
 def open_corpus(directory: Path, config: Config) -> Corpus:
     """What is in a directory of rows, or of examples where the config fine-tunes. DataError if it is damaged."""
+    if config.reads_records:
+        return record_corpus.open_corpus(directory)
     return examples.open_corpus(directory) if config.fine_tunes else rows.open_corpus(directory)
 
 
@@ -88,13 +96,31 @@ def open_matching(directory: Path, config: Config, tokenizer: Tokenizer | None =
     """The same; UserError where it was prepared by other values, or another tokenizer, if that is known."""
     if config.fine_tunes:
         return examples.open_matching(directory, config, tokenizer, flag)
+    if config.reads_records:
+        return _open_records(directory, config, tokenizer)
     return rows.open_matching(directory, config.data, tokenizer.sha256 if tokenizer else None, flag)
+
+
+def _open_records(directory: Path, config: Config, tokenizer: Tokenizer | None) -> rows.Corpus:
+    corpus = record_corpus.open_matching(directory, config.data)
+    if tokenizer is not None and tokenizer.sha256 != corpus.metadata.tokenizer_sha256:
+        # The corpus has the tokenizer as it was given; the run's may have a mask token more.
+        theirs = fitted(tokenizer_files.load(record_corpus.tokenizer_path(directory)), config)
+        if theirs.sha256 != tokenizer.sha256:
+            raise UserError(
+                f"the rows in {directory} are ids of another tokenizer, {corpus.metadata.tokenizer_sha256[:12]}..., "
+                f"than the run's ({tokenizer.sha256[:12]}); leave out --config.data.tokenizer for a new --workdir, or "
+                "tokenise with the run's"
+            )
+    return corpus
 
 
 def matches(corpus: Corpus, config: Config, tokenizer: Tokenizer) -> bool:
     """Whether these values prepared it."""
     if isinstance(corpus, examples.Corpus):
         return not examples.differences(corpus.metadata, config, tokenizer)
+    if config.reads_records:
+        return not record_corpus.differences(corpus.metadata, config.data)
     return not rows.differences(corpus.metadata, config.data, tokenizer.sha256)
 
 
@@ -114,6 +140,8 @@ def require_documents(config: Config) -> None:
         from llada.data import prepare_dialogues  # only to prepare
 
         prepare_dialogues.require_dialogues(config)
+    elif config.reads_records:
+        record_corpus.open_matching(record_corpus.directory_of(config.data.source), config.data)
     else:
         from llada.data import holdout  # only to prepare
 
@@ -142,9 +170,10 @@ def require_digest(workdir: Path, directory: Path, corpus: Corpus, digest: str |
 def tokenizer_for(
     workdir: Path, config: Config, log: Log = lambda text: None, check: Check = lambda: None
 ) -> Tokenizer:
-    """The run's tokenizer: the workdir's copy, else `data.tokenizer`, else one trained on the training documents.
+    """The run's tokenizer: the workdir's copy, else `data.tokenizer`, else the array_record corpus's, else a new one.
 
-    `log` is called where it is changed or trained; `check` between documents, and may raise to end it.
+    It is trained on the training documents. `log` is called where it is changed or trained; `check` between documents,
+    and may raise to end it.
     """
     path = tokenizer_files.in_workdir(workdir)
     named = config.data.tokenizer and user_path(config.data.tokenizer, "--config.data.tokenizer")
@@ -155,6 +184,8 @@ def tokenizer_for(
         if named and named.exists() and fitted(tokenizer_files.load(named), config).sha256 != tokenizer.sha256:
             raise UserError(f"--config.data.tokenizer={named} is not the tokenizer that {workdir} was begun with")
         return tokenizer
+    if config.reads_records and not named:
+        named = record_corpus.tokenizer_path(rows_directory(workdir, config))
     if named:
         tokenizer = fitted(tokenizer_files.load(named), config, log)
         tokenizer_files.require_exportable(tokenizer, f"--config.data.tokenizer={named}")

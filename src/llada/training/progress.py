@@ -7,6 +7,7 @@ from typing import Protocol
 from rich.console import Console
 
 from llada.config import Config
+from llada.data.waiting import clock
 from llada.objectives import families
 from llada.training.metrics import training_loss
 
@@ -64,10 +65,3 @@ class TerminalProgress:
         # The terminal may have gone, or the pipe: the run has not.
         with contextlib.suppress(OSError, ValueError):
             self.console.print(text, markup=False, style=style)
-
-
-def clock(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

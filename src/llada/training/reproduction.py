@@ -21,7 +21,7 @@ from llada.training import calls as calls_lib
 from llada.training import digests as digests_lib
 from llada.training import loop, metrics, run_item
 from llada.training import workdir as workdir_lib
-from llada.training.corpus import rows_directory, saved_tokenizer
+from llada.training.corpus import has_rows, rows_directory, saved_tokenizer
 from llada.training.resuming import read_summary
 from llada.training.run_item import RunItem
 
@@ -76,7 +76,7 @@ def plan(workdir: Path) -> Plan:
     if step < base.steps:
         doubts.insert(0, f"the run is not finished: its newest checkpoint is reproduced, step {step} of {base.steps}")
     data = rows_directory(workdir, base)
-    if not (data / "metadata.json").exists():
+    if not has_rows(data, base):
         doubts.append(f"{data} holds no rows: they are made again from {base.data.source}")
     segments = _segments(base, calls, step, data.resolve(), doubts)
     lines = [line for line in metrics.read(workdir / "metrics.jsonl") if line["step"] <= step]
@@ -160,7 +160,7 @@ def _segments(base: Config, calls: list[dict[str, Any]], step: int, data: Path, 
     segments: list[Segment] = []
     for call, following in zip(calls, [*calls[1:], None], strict=True):
         keys = call["keys"] | (newest_mesh if len(counts) > 1 else {})
-        config = _config(base, keys, data if (data / "metadata.json").exists() else None)
+        config = _config(base, keys, data if has_rows(data, base) else None)
         end = following["from_step"] if following else step
         if segments and segments[-1].config == config:
             segments[-1] = segments[-1]._replace(end=end)

@@ -19,6 +19,7 @@ from llada.training.checkpoint import Checkpoints
 from llada.training.corpus import (
     Corpus,
     corpus_digest,
+    has_rows,
     matches,
     open_corpus,
     remark,
@@ -150,12 +151,12 @@ def corpus_of_run(workdir: Path, config: Config, tokenizer: Tokenizer, digest: s
     configured = rows_directory(workdir, config)
     directories = list(dict.fromkeys([configured, workdir / "data", workdir.absolute().parent.parent / "data"]))
     for directory in directories:
-        if (directory / "metadata.json").exists():
+        if has_rows(directory, config):
             corpus = open_corpus(directory, config)
             if corpus.metadata.digest == digest or (digest is None and matches(corpus, config, tokenizer)):
                 remark(directory, corpus)
                 return corpus
-    if (configured / "metadata.json").exists():
+    if has_rows(configured, config):
         require_digest(workdir, configured, open_corpus(configured, config), digest)
     raise UserError(
         f"no rows of {workdir} in {' or '.join(map(str, directories[:2]))}; llada train --workdir={workdir} makes them "

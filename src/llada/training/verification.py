@@ -9,11 +9,20 @@ from typing import NamedTuple
 from llada import config as config_lib
 from llada import json_files
 from llada.config import CheckpointConfig, Config
-from llada.data import examples
+from llada.data import examples, record_corpus, rows
+from llada.data.record_files import RecordRows
 from llada.data.tokenizer import Tokenizer
 from llada.errors import DataError, UserError, causes
 from llada.training import arrays, run_item
-from llada.training.corpus import Corpus, corpus_digest, open_matching, require_digest, rows_directory, saved_tokenizer
+from llada.training.corpus import (
+    Corpus,
+    corpus_digest,
+    has_rows,
+    open_matching,
+    require_digest,
+    rows_directory,
+    saved_tokenizer,
+)
 from llada.training.digests import Digests
 from llada.training.run_item import RunItem
 
@@ -102,8 +111,8 @@ class _Work:
                 self.check(f"{name}/{leaf_name}", lambda x=leaf: self._read_leaf(x))
 
     def _read_leaf(self, leaf: arrays.Leaf) -> None:
-        for rows in leaf.blocks():
-            self.read(leaf.read(rows).nbytes)
+        for block in leaf.blocks():
+            self.read(leaf.read(block).nbytes)
 
 
 def _excuse_half_removed(work: _Work, steps: list[int], kept: CheckpointConfig) -> None:
@@ -138,7 +147,7 @@ def _config(workdir: Path, newest: RunItem | None) -> Config:
 def _open_rows(work: _Work, config: Config, good: dict[int, RunItem], tokenizer: Tokenizer | None) -> Corpus | None:
     """The run's rows, where they are those of its config, tokenizer and checkpoints; None where there are none."""
     directory = rows_directory(work.workdir, config)
-    if not (directory / "metadata.json").exists():
+    if not has_rows(directory, config):
         work.remarks.append(f"there are no rows in {directory}")
         return None
     corpus = open_matching(directory, config, tokenizer)
@@ -146,12 +155,16 @@ def _open_rows(work: _Work, config: Config, good: dict[int, RunItem], tokenizer:
         require_digest(work.workdir, directory, corpus, corpus_digest(work.workdir, item))
     if corpus.metadata.checksums is None:
         work.remarks.append(f"the corpus in {directory} was prepared without checksums: damage has no row to be named")
-    work.total += sum(path.stat().st_size for path in directory.glob("*.npy"))
+    work.total += sum(path.stat().st_size for kind in ("*.npy", "*.array_record") for path in directory.glob(kind))
     return corpus
 
 
 def _check_rows(work: _Work, directory: Path, corpus: Corpus) -> None:
     """DataError for a row that is not what was written, or is beyond the vocabulary; and unless all have the digest."""
+    if isinstance(corpus, rows.Corpus) and isinstance(corpus.train_NL, RecordRows):
+        if damaged := record_corpus.verify(directory, work.read):
+            raise DataError(f"{len(damaged)} files are damaged ({', '.join(damaged)}): {next(iter(damaged.values()))}")
+        return
     sha = hashlib.sha256()
     vocab_size = corpus.metadata.vocab_size
     if isinstance(corpus, examples.Corpus):
@@ -164,10 +177,10 @@ def _check_rows(work: _Work, directory: Path, corpus: Corpus) -> None:
                     sha.update(block)
                     work.read(len(block))
     else:
-        for rows in corpus.checked(vocab_size):
-            size = max(1, _BLOCK_BYTES // (rows.rows_NL.itemsize * rows.shape[1]))
-            for start in range(0, len(rows), size):
-                rows_BL = rows[start : start + size]
+        for side_NL in corpus.checked(vocab_size):
+            size = max(1, _BLOCK_BYTES // (side_NL.rows_NL.itemsize * side_NL.shape[1]))
+            for start in range(0, len(side_NL), size):
+                rows_BL = side_NL[start : start + size]
                 sha.update(rows_BL.data)
                 work.read(rows_BL.nbytes)
     if sha.hexdigest() != corpus.metadata.digest:

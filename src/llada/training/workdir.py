@@ -18,6 +18,7 @@ from llada.data.tokenizer import Tokenizer
 from llada.errors import Damaged, UserError, disk_error
 from llada.files import lock, write_atomically
 from llada.paths import writable_directory
+from llada.training import corpus as corpus_lib
 from llada.training import optimizer, run_item
 from llada.training.checkpoint import require_plain
 from llada.training.corpus import (
@@ -50,8 +51,10 @@ def require_source(workdir: Path, config: Config) -> None:
     d = config.data
     with processes.agreement():
         directory = rows_directory(workdir, config)
-        has_rows = (directory / "metadata.json").exists()
-        if processes.is_first() and d.directory is not None:
+        has_rows = corpus_lib.has_rows(directory, config)
+        if config.reads_records:
+            open_matching(directory, config)
+        elif processes.is_first() and d.directory is not None:
             if has_rows:
                 open_matching(directory, config, flag="--config.data.directory=")
             else:
@@ -60,7 +63,7 @@ def require_source(workdir: Path, config: Config) -> None:
             has_tokenizer = d.tokenizer is not None or tokenizer_files.in_workdir(workdir) is not None
             if d.tokenizer is not None and tokenizer_files.in_workdir(workdir) is None:
                 tokenizer_files.load(d.tokenizer)
-            if not (has_rows and has_tokenizer):
+            if not (has_rows and (has_tokenizer or config.reads_records)):
                 require_documents(config)
 
 
@@ -104,7 +107,7 @@ def prepare(
     with processes.agreement():
         if not processes.is_first():
             directory = rows_directory(workdir, config)
-            if not (directory / "metadata.json").exists():
+            if not corpus_lib.has_rows(directory, config):
                 raise UserError(f"no corpus in --config.data.directory={directory}, where process 0 has made one")
             tokenizer = tokenizer_for(workdir, config)
             corpus = corpus_for(workdir, config, tokenizer)
