@@ -104,6 +104,8 @@ GUARANTEES: dict[str, list[tuple[str, list[str]]]] = {
                 "data/test_rows.py::test_ids_beyond_the_vocabulary_name_their_row",
                 "data/test_examples.py::test_damage_is_named_when_the_example_is_read_and_that_of_tables_at_once",
                 "training/test_damage.py::test_a_damaged_row_ends_the_run_before_the_step_that_would_use_it",
+                "data/test_records.py::test_every_bit_that_is_wrong_is_noticed_or_harmless",
+                "data/test_records.py::test_damage_ends_a_run_before_the_step_that_would_read_it",
             ],
         ),
         (
@@ -286,6 +288,21 @@ GUARANTEES: dict[str, list[tuple[str, list[str]]]] = {
             "Directories, patterns, compressed files, JSON, Parquet, few documents, a hold-out of one's own",
             [
                 "data/test_sources.py",
+            ],
+        ),
+        (
+            "A corpus in shards has the same bytes for any number of processes and jobs, after kills and signals",
+            [
+                "data/test_tokenizing.py::test_bytes_do_not_depend_on_workers_or_jobs",
+                "data/test_tokenizing.py::test_a_killed_call_is_gone_on_with",
+                "data/test_tokenizing.py::test_a_signal_ends_the_workers_and_loses_nothing",
+            ],
+        ),
+        (
+            "Training from shards has the bits of training from .npy rows; both families read the same rows",
+            [
+                "data/test_records.py::test_one_shard_trains_as_the_npy_files_do",
+                "data/test_records.py::test_families_read_the_same_rows_and_a_run_goes_on_with_them",
             ],
         ),
         (

@@ -176,7 +176,7 @@ def test_a_killed_call_is_gone_on_with(inputs, tokenizer, corpus, tmp_path):
     )
     flags = [f"--source=text:{inputs}/*", f"--tokenizer={tokenizer.path}", f"--out={out}", "--shards=5"]
     flags += [f"--sequence_length={L}", "--holdout_fraction=0.3", "--workers=1"]
-    killed = subprocess.run([sys.executable, "-c", code, "tokenize", *flags], capture_output=True, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", code, "tokenize", *flags], capture_output=True, timeout=600)
     assert killed.returncode == -9, killed.stderr
     assert list(out.glob(".*.tmp")) and not (out / "manifest.json").exists()
     before = {name: (out / name).stat().st_mtime_ns for name in content(out) if "/0000" in name}
@@ -215,13 +215,13 @@ def test_a_signal_ends_the_workers_and_loses_nothing(inputs, tokenizer, corpus, 
     call = subprocess.Popen(
         [sys.executable, "-m", "llada", "tokenize", *flags], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    for _ in range(600):
-        if (out / "plan.json").exists():
+    for _ in range(6_000):
+        if (out / "plan.json").exists() or call.poll() is not None:
             break
         time.sleep(0.1)
     time.sleep(0.3)
     call.terminate()
-    err = call.communicate(timeout=120)[1]
+    err = call.communicate(timeout=600)[1]
     assert call.returncode == 143 and "stopped by SIGTERM" in err and "Traceback" not in err, err
     with pytest.raises(ProcessLookupError):
         for _ in range(100):  # multiprocessing's own helper ends after it
