@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from in_process import llada
-from test_multihost import Launched
+from test_multihost import Launched, forks  # noqa: F401  # a fixture
 
 import llada as package
 from llada.config import from_config_dict, load
@@ -118,10 +118,17 @@ def test_a_run_continued_from_the_middle_ends_with_the_same_bits(tuned, trained,
 
 
 @pytest.mark.multihost
-def test_two_processes_of_two_devices_with_microbatches_train_the_same(tuned, trained, experiment, data, tmp_path):
+def test_two_processes_of_two_devices_with_microbatches_train_the_same(
+    forks,  # noqa: F811
+    tuned,
+    trained,
+    experiment,
+    data,
+    tmp_path,
+):
     arguments = (f"--config={experiment}", f"--init={trained['llada'].workdir}", f"--workdir={tmp_path / 'run'}")
     mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=1", "--config.train.microbatches=2")
-    Launched(tmp_path / "log", 2, 1, *arguments, *mesh).finish()
+    Launched(forks, tmp_path / "log", 2, 1, *arguments, *mesh).finish()
     mine, other = lines(tmp_path / "run"), lines(tuned["llada"].workdir)
     assert len(mine) == len(other)
     for here, there in zip(mine, other, strict=True):

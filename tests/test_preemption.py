@@ -73,7 +73,9 @@ def workdir(tmp_path):
 
 def keep(tmp_path, workdir, story):
     trainer = write(tmp_path / "trainer", TRAINER)
-    command = ["bash", ROOT / "launch" / "keep_training.sh", trainer, "--config=x", f"--workdir={workdir}"]
+    # A signal that is ignored where bash starts stays ignored, whatever it traps.
+    heard = ["env", "--default-signal=HUP,INT,TERM"]
+    command = [*heard, "bash", ROOT / "launch" / "keep_training.sh", trainer, "--config=x", f"--workdir={workdir}"]
     return subprocess.Popen(
         command, env=story.environment, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path
     )
