@@ -15,6 +15,9 @@ from llada import accounting
 from llada.commands import experiment
 from llada.errors import UserError
 
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("lm_eval is not installed: the extra [eval]", allow_module_level=True)
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "experiments" / "in_context.py"
 FAMILIES = ("llada", "arm")
@@ -82,8 +85,6 @@ TINY = "layers=1 width=16 heads=2 ffn=16".split()
 @pytest.fixture(scope="module")
 def studied(data, offline, tmp_path_factory):
     """What the script leaves of models that were hardly trained, asked for four documents."""
-    if importlib.util.find_spec("lm_eval") is None:
-        pytest.skip("lm_eval is not installed: the extra [eval]")
     run_dir = tmp_path_factory.mktemp("in_context")
     data.write(run_dir / "data", data.documents(0, train=60, held_out=8))
     names = ",".join(data.task(form, shots) for form in data.FORMS for shots in data.SHOTS)
